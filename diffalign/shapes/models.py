@@ -1,0 +1,17 @@
+"""The pipelines that ship with the package, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "weights"
+
+
+def names() -> list[str]:
+    """Names of the embedded pipelines, such as `shapes-sd3`."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/model_index.json"))
+
+
+def path(name: str) -> Path | None:
+    """Folder of an embedded pipeline, an ordinary diffusers folder; None if there is none of that name."""
+    return FOLDER / name if name in names() else None

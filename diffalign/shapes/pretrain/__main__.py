@@ -1,0 +1,116 @@
+"""`python -m diffalign.shapes.pretrain --out DIR [--seed 0] [--steps 4500]`: makes shapes-sd3 from nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+from PIL import Image
+
+from diffalign.ops import geneval
+from diffalign.shapes import captions
+from diffalign.shapes.detector import detect
+from diffalign.shapes.pretrain import data, denoiser, text, vae
+
+
+def assemble(autoencoder: AutoencoderTiny, model: denoiser.Model) -> StableDiffusion3Pipeline:
+    """An ordinary Stable Diffusion 3 pipeline around the trained parts."""
+    tokens_3, encoder_3 = text.silent_t5(denoiser.WIDTH)
+    model.transformer.set_attn_processor(JointAttnProcessor2_0())
+    return StableDiffusion3Pipeline(
+        transformer=model.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=autoencoder,
+        text_encoder=model.encoder,
+        tokenizer=model.tokens,
+        text_encoder_2=model.encoder_2,
+        tokenizer_2=model.tokens,
+        text_encoder_3=encoder_3,
+        tokenizer_3=tokens_3,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    pipe: StableDiffusion3Pipeline, split: str, guidance: float, per_task: int, steps: int, seed: int
+) -> tuple[dict[str, dict[str, float]], list[np.ndarray]]:
+    """Official, strict and partial score per task, and the pictures, on the captions of a split."""
+    scores: dict[str, dict[str, float]] = {}
+    pictures: list[np.ndarray] = []
+    rng = np.random.default_rng([seed, 3])
+    for task in captions.TASKS:
+        options = captions.captions(task, split)
+        chosen = [options[k] for k in rng.permutation(np.arange(per_task) % len(options))]
+        generators = [torch.Generator().manual_seed(seed * 100_003 + k) for k in range(per_task)]
+        images = pipe(
+            [m["prompt"] for m in chosen],
+            num_inference_steps=steps,
+            sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist(),
+            guidance_scale=guidance,
+            max_sequence_length=1,
+            generator=generators,
+            output_type="np",
+        ).images
+        shots = [np.round(image * 255).astype(np.uint8) for image in images]
+        pictures += shots
+        found = [detect(image) for image in shots]
+        pairs = list(zip(found, chosen, strict=True))
+        scores[task] = {
+            "official": float(np.mean([geneval.official(f.objects, m).correct for f, m in pairs])),
+            "strict": float(np.mean([geneval.strict(f.objects, m, f.residue).correct for f, m in pairs])),
+            "partial": float(np.mean([geneval.partial(f.objects, m) for f, m in pairs])),
+        }
+    keys = ("official", "strict", "partial")
+    scores["mean"] = {key: float(np.mean([row[key] for row in scores.values()])) for key in keys}
+    return scores, pictures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m diffalign.shapes.pretrain", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the pipeline to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=50_000, help="rendered training scenes")
+    parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4500, help="denoiser steps, batch 64")
+    parser.add_argument("--images", type=int, default=96, help="evaluation images per task")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    started = time.perf_counter()
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
+    torch.manual_seed(args.seed)
+    scenes = data.build(args.scenes, args.seed)
+    log(f"data {len(scenes.prompts)} scenes, {len(set(scenes.prompts))} captions, {time.perf_counter() - started:.0f} s")
+    autoencoder = vae.train(scenes.images, args.vae_steps, args.seed, log)
+    latents = vae.encode(autoencoder, scenes.images)
+    latents = (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
+    log(f"latents {time.perf_counter() - started:.0f} s")
+    model = denoiser.train(latents, scenes.prompts, args.steps, args.seed, log)
+    pipe = assemble(autoencoder, model)
+    pipe.set_progress_bar_config(disable=True)
+    report: dict[str, Any] = {"seed": args.seed, "scenes": args.scenes, "steps": args.steps, "scores": {}}
+    for split, guidance in (("train", 1.0), ("test", 1.0), ("train", 3.0), ("test", 3.0)):
+        scores, pictures = evaluate(pipe, split, guidance, args.images, steps=10, seed=args.seed)
+        report["scores"][f"{split}, guidance {guidance:g}, 10 steps"] = scores
+        log(f"{split} guidance {guidance:g}: " + ", ".join(f"{k} {v['official']:.2f}" for k, v in scores.items()))
+    rows = [np.concatenate(pictures[k * args.images : k * args.images + 12], 1) for k in range(len(captions.TASKS))]
+    Image.fromarray(np.concatenate(rows)).save(args.out / "samples.png")
+    pipe.to(torch.float16).save_pretrained(args.out)
+    report["seconds"] = round(time.perf_counter() - started)
+    (args.out / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "pretrain.log").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
