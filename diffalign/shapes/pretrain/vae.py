@@ -43,6 +43,7 @@ def train(images: NDArray[np.uint8], steps: int, seed: int, log: Callable[[str],
         loss = error.abs().mean() + 2 * error.square().mean() + 1e-3 * z.square().mean()
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)  # without it some runs collapse to the background
         optimizer.step()
         schedule.step()
         if step % 200 == 0 or step == steps - 1:

@@ -1,0 +1,133 @@
+"""LoRA through peft and diffusers: attach, switch off, save, load, and check what was saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from diffalign.types import Fault, UserError
+
+DENOISERS = ("transformer", "transformer_2", "unet")  # names diffusers gives the component that denoises
+FILE = "pytorch_lora_weights.safetensors"
+# Attention and feed-forward layers as diffusers names them; a target that a model does not have is no error.
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+)
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's denoising components by name."""
+    found = {name: getattr(pipe, name, None) for name in DENOISERS}
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def attach(pipe: Any, rank: int, alpha: float, targets: tuple[str, ...] | None, seed: int) -> dict[str, Tensor]:
+    """Add a LoRA of the given rank to every denoiser and return its parameters (float32, trainable) by name.
+
+    Raises:
+        UserError: if no layer carries a target's name.
+    """
+    parameters: dict[str, Tensor] = {}
+    wanted = targets or TARGETS
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for component, module in denoisers(pipe).items():
+            present = [t for t in wanted if any(n == t or n.endswith("." + t) for n, _ in module.named_modules())]
+            missing = [t for t in targets or () if t not in present]
+            if missing or not present:
+                raise UserError(f"lora.targets: no layer of {component} is named {', '.join(missing or wanted)}")
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=present, init_lora_weights="gaussian")
+            module.add_adapter(config)
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+                    parameters[f"{component}.{name}"] = parameter
+    return parameters
+
+
+@contextmanager
+def disabled(pipe: Any) -> Iterator[None]:
+    """The base model, bit for bit, without gradient; `requires_grad` comes back as it was, on exceptions too."""
+    layers = [layer for m in denoisers(pipe).values() for layer in m.modules() if isinstance(layer, BaseTunerLayer)]
+    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    was = [layer.disable_adapters for layer in layers]
+    with torch.no_grad():
+        try:
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            for layer, off in zip(layers, was, strict=True):
+                layer.enable_adapters(not off)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+def save(pipe: Any, folder: Path, notes: dict[str, str]) -> Path:
+    """Write the trained LoRA in diffusers' layout with its alpha, and `notes` as the file's metadata."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    layers: dict[str, Any] = {}
+    for component, module in denoisers(pipe).items():
+        layers[f"{component}_lora_layers"] = get_peft_model_state_dict(module)
+        # Without the config, alpha is lost and the file loads at another strength.
+        layers[f"{component}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe.save_lora_weights(folder, **layers)
+    path = folder / FILE
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+    save_file(load_file(path), path, metadata={**metadata, **notes})
+    return path
+
+
+def verify(pipe: Any, folder: Path) -> None:
+    """Load a saved LoRA beside the trained one and compare weights and scales.
+
+    Raises:
+        Fault: if anything differs; a bad file loads nothing, silently.
+    """
+    pipe.load_lora_weights(folder, adapter_name="saved")
+    try:
+        loaded = pipe.get_list_adapters()
+        for component, module in denoisers(pipe).items():
+            if "saved" not in loaded.get(component, []):
+                raise Fault(f"{folder / FILE}: loads nothing into {component}")
+            for name, layer in module.named_modules():
+                if isinstance(layer, BaseTunerLayer) and "default" in getattr(layer, "lora_A", {}):
+                    _compare(name, layer, folder)
+    finally:
+        pipe.delete_adapters("saved")
+
+
+def _compare(name: str, layer: Any, folder: Path) -> None:
+    same = layer.scaling.get("saved") == layer.scaling["default"] and all(
+        "saved" in part and torch.equal(part["saved"].weight.float(), part["default"].weight.float())
+        for part in (layer.lora_A, layer.lora_B)
+    )
+    if not same:
+        raise Fault(f"{folder / FILE}: layer {name} differs from what was trained")
+
+
+def metadata(folder: Path) -> dict[str, str]:
+    """The notes stored in a LoRA file."""
+    from safetensors import safe_open
+
+    with safe_open(folder / FILE, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def notes(**values: Any) -> dict[str, str]:
+    """Values as safetensors metadata: strings."""
+    return {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in values.items()}

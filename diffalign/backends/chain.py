@@ -1,0 +1,244 @@
+"""A sampler chain with replay: what every backend shares.
+
+A backend says how to run the network over a span of steps (`drive`), how to start and how to decode; rollouts, trees, replays
+and single transitions follow from that here. Sampling never builds a graph: a rule gets gradient by replaying a span from the
+stored latent with the stored noise, which gives the same values and a graph.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.ops import gaussian
+from diffalign.processes import Process, Table
+from diffalign.randomness import key, normal
+from diffalign.types import Media, Plan, Prompts, Replay, Rollout, Schedule, Transition, Tree, chunks
+
+OnStep = Callable[[int, Tensor, Tensor], Tensor]  # (step, prediction, latent as the network saw it) -> next latent
+Advance = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (step, latent, prediction, mean) -> next latents
+
+
+def wide(x: Tensor) -> Tensor:
+    """Step algebra is float32 at least, whatever the network's precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class ChainPolicy(ABC):
+    """Policy over a chain of T steps; see `diffalign.types.Policy`.
+
+    Args:
+        timestep, sigma: the sampler's (T,) timesteps and (T+1,) noise levels.
+        process, noise_level: how a step follows from a prediction.
+        micro_batch: roots per forward pass. Rollout and replay use the same batch shape, so first-pass ratios are exactly 1.
+    """
+
+    parameters: dict[str, Tensor]
+
+    def __init__(
+        self, timestep: np.ndarray, sigma: np.ndarray, process: Process, noise_level: float, micro_batch: int
+    ) -> None:
+        self.noisy: Table = process.table(sigma, noise_level)
+        self.quiet: Table = process.table(sigma, 0.0)
+        self.schedule = Schedule(timestep, 1 - sigma, sigma, self.noisy.std, np.abs(self.noisy.prediction))
+        self.micro_batch = micro_batch
+        self.shadows: dict[str, dict[str, Tensor]] = {}
+        self.rows_forward = 0
+        self.rows_backward = 0
+
+    # -- what a backend provides
+
+    @abstractmethod
+    def start(self, prompts: Prompts, seeds: Sequence[int]) -> Tensor:
+        """Initial latents (N, D...), row k drawn from seeds[k]."""
+
+    @abstractmethod
+    def drive(self, prompts: Prompts, x: Tensor, start: int, stop: int, on_step: OnStep) -> None:
+        """Run the network at steps [start, stop) from latents x, handing every prediction to `on_step`."""
+
+    @abstractmethod
+    def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor:
+        """The network's prediction at latents x (N, D...) and times (N,) in [0, 1] for the part's leaves."""
+
+    @abstractmethod
+    def pixels(self, prompts: Prompts, x: Tensor) -> Media:
+        """Decode finished latents, with gradient to them."""
+
+    @abstractmethod
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The model before training, without gradient, for the length of the context."""
+        yield
+
+    @property
+    def exact(self) -> bool:
+        """Whether a replay must reproduce a rollout bit for bit (float32 or wider on the CPU)."""
+        return all(p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64) for p in self.parameters.values())
+
+    # -- what follows from it
+
+    def count(self, rows: int) -> None:
+        """Backends call this once per network call."""
+        self.rows_forward += rows
+        self.rows_backward += rows if torch.is_grad_enabled() else 0
+
+    def table(self, plan: Plan, step: int) -> tuple[float, float, float]:
+        """(x, prediction, std) coefficients of a step under a plan."""
+        rows = self.noisy if plan.noise[step] else self.quiet
+        return float(rows.x[step]), float(rows.prediction[step]), float(rows.std[step])
+
+    @torch.no_grad()
+    def rollout(self, prompts: Prompts, plan: Plan) -> Rollout:
+        """Sample every prompt to level `plan.stop`, `micro_batch` roots at a time."""
+        parts = [self._rollout(prompts.select(rows), plan) for rows in chunks(len(prompts), self.micro_batch)]
+        return concatenate(parts, prompts)
+
+    def _rollout(self, prompts: Prompts, plan: Plan) -> Rollout:
+        tree = Tree.grow(len(prompts), plan.branch)
+        starts = prompts.group_seed if plan.shared_start else prompts.seed
+        x = wide(self.start(prompts, [int(seed) for seed in starts]))
+        record = Rollout(prompts, plan, tree, [x], [], [], [], [])
+
+        def advance(step: int, x: Tensor, prediction: Tensor, mean: Tensor) -> Tensor:
+            std = self.table(plan, step)[2]
+            mean_child = mean[tree.parent[step]]
+            if std > 0:
+                eps = self._noise(prompts, plan, step, like=mean)
+                x_next = mean_child + std * eps
+                # On exactly the tensor that is stored, or the first ratio is not 1.
+                record.log_prob.append(gaussian.log_prob(x_next, mean_child, std, reduce="mean"))
+                record.eps.append(eps)
+            else:
+                x_next = mean_child
+                record.log_prob.append(None)
+                record.eps.append(None)
+            record.x.append(x_next)
+            record.mean.append(mean if plan.keep_mean else None)
+            record.std.append(std)
+            return x_next
+
+        self._walk(prompts, tree, plan, x, 0, plan.stop, advance)
+        return record
+
+    def _noise(self, prompts: Prompts, plan: Plan, step: int, like: Tensor) -> Tensor:
+        """Noise (N_{t+1}, D...) a step injects, a function of the roots' seeds, the plan and the step alone.
+
+        Siblings share `plan.correlation` of its variance; each child's marginal is N(0, I).
+        """
+        seeds = [int(seed) for seed in prompts.seed]
+        for children in plan.branch[:step]:
+            seeds = child_seeds(seeds, children)
+        count = plan.branch[step]
+        own = normal(child_seeds(seeds, count), like.shape[1:], step, like=like)
+        if count == 1 or plan.correlation == 0:
+            return own
+        shared = normal(seeds, like.shape[1:], step, 1, like=like).repeat_interleave(count, 0)
+        # eps = sqrt(c) shared + sqrt(1 - c) own (BranchGRPO, arXiv 2509.06040, with c = 1 / (1 + s^2))
+        return plan.correlation**0.5 * shared + (1 - plan.correlation) ** 0.5 * own
+
+    def _walk(
+        self, prompts: Prompts, tree: Tree, plan: Plan, x: Tensor, start: int, stop: int, advance: Advance
+    ) -> Tensor:
+        """Run steps [start, stop) over a forest: one drive per stretch without branching."""
+        latent = x
+
+        def on_step(step: int, prediction: Tensor, seen: Tensor) -> Tensor:
+            nonlocal latent
+            coefficient, gain, _ = self.table(plan, step)
+            prediction = wide(prediction)
+            # mean = a x + b prediction, on our own wide copy of the latent
+            mean = coefficient * latent + gain * prediction
+            rows = len(latent)
+            latent = advance(step, latent, prediction, mean)
+            return latent.to(seen.dtype) if len(latent) == rows else seen
+
+        while start < stop:
+            split = next((k + 1 for k in range(start, stop) if plan.branch[k] > 1), stop)
+            self.drive(prompts.select(tree.root[start]), latent, start, split, on_step)
+            start = split
+        return latent
+
+    def transition(self, part: Rollout, step: int) -> Transition:
+        """Evaluate one step at the part's stored latents: one network row per node of its level."""
+        seen: list[Tensor] = []
+
+        def advance(_: int, x: Tensor, prediction: Tensor, mean: Tensor) -> Tensor:
+            seen.extend((prediction, mean))
+            return x
+
+        single = Plan(part.plan.stop, part.plan.noise, (), keep_mean=part.plan.keep_mean)
+        self._walk(part.prompts, part.tree, single, part.x[step], step, step + 1, advance)
+        return Transition(seen[0], seen[1], self.table(part.plan, step)[2])
+
+    def replay(self, part: Rollout, start: int, stop: int) -> Replay:
+        """Run steps [start, stop) from the stored latent with the same noise; `stop` may lie beyond where sampling ended."""
+        last: list[Tensor] = [part.x[start]]
+
+        def advance(step: int, x: Tensor, prediction: Tensor, mean: Tensor) -> Tensor:
+            last[0] = mean
+            child, std = mean[part.tree.parent[step]], self.table(part.plan, step)[2]
+            if std == 0:
+                return child
+            stored = part.eps[step] if step < len(part.eps) else None
+            return child + std * (self._noise(part.prompts, part.plan, step, like=mean) if stored is None else stored)
+
+        x = self._walk(part.prompts, part.tree, part.plan, part.x[start], start, stop, advance)
+        std = self.table(part.plan, stop - 1)[2] if stop > start else 0.0
+        return Replay(x, last[0], std)
+
+    def decode(self, part: Rollout, x: Tensor) -> Media:
+        """Decode latents of the part's leaves."""
+        return self.pixels(part.prompts.select(part.tree.leaf_root), x)
+
+    # -- shadows: slow copies of the parameters
+
+    def add_shadows(self, decays: dict[str, float]) -> None:
+        """Start a shadow per name at the current parameters."""
+        for name in decays:
+            self.shadows.setdefault(name, {k: p.detach().clone() for k, p in self.parameters.items()})
+
+    @torch.no_grad()
+    def follow(self, decays: dict[str, float]) -> None:
+        """shadow <- decay * shadow + (1 - decay) * parameters: 0 copies, 1 freezes."""
+        for name, decay in decays.items():
+            for k, slow in self.shadows[name].items():
+                slow.lerp_(self.parameters[k].to(slow.dtype), 1 - decay)
+
+    @contextmanager
+    def shadow(self, name: str) -> Iterator[None]:
+        """Use a shadow's parameters, without gradient, for the length of the context."""
+        own = {k: p.data for k, p in self.parameters.items()}
+        with torch.no_grad():
+            try:
+                for k, p in self.parameters.items():
+                    p.data = self.shadows[name][k]
+                yield
+            finally:
+                for k, p in self.parameters.items():
+                    p.data = own[k]
+
+
+def child_seeds(seeds: list[int], children: int) -> list[int]:
+    """Noise keys of the next level: a node's only child keeps its key."""
+    return seeds if children == 1 else [key(seed, child) for seed in seeds for child in range(children)]
+
+
+def concatenate(parts: list[Rollout], prompts: Prompts) -> Rollout:
+    """One rollout of several, in order; `prompts` are those of all."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+
+    def joined(name: str) -> list:
+        columns = zip(*(getattr(part, name) for part in parts), strict=True)
+        return [None if column[0] is None else torch.cat(column) for column in columns]
+
+    tree = Tree.grow(len(prompts), first.plan.branch)
+    return Rollout(
+        prompts, first.plan, tree, joined("x"), joined("eps"), joined("mean"), first.std, joined("log_prob")
+    )

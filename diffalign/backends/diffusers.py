@@ -1,0 +1,205 @@
+"""Any diffusers pipeline as a policy, through the scheduler seam. Nothing here names a model family."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.backends import adapters, recorder
+from diffalign.backends.chain import ChainPolicy, OnStep
+from diffalign.processes import Process
+from diffalign.types import Media, Prompts, Rollout, UserError
+
+EMBEDDINGS_KEPT = 64  # encoded batches kept in memory
+
+
+def load(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """A pipeline from a hub id, a local folder or the name of an embedded one, frozen and ready.
+
+    Raises:
+        UserError: if there is nothing to load under that name.
+    """
+    from diffusers import DiffusionPipeline
+
+    from diffalign.shapes import models
+
+    folder = models.path(model) or model
+    try:
+        with _quiet():
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: cannot load {model!r}: {str(error).strip().splitlines()[0]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    return pipe.to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars or notices while weights load: AutoencoderTiny in a slot typed AutoencoderKL warns, harmlessly."""
+    from diffusers.utils import logging as ours
+    from transformers.utils import logging as theirs
+
+    levels = [(module, module.get_verbosity()) for module in (ours, theirs)]
+    for module, _ in levels:
+        module.set_verbosity_error()
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, level in levels:
+            module.set_verbosity(level)
+            module.enable_progress_bar()
+
+
+class DiffusersPolicy(ChainPolicy):
+    """A pipeline with LoRA, run through its own `__call__`.
+
+    Args:
+        pipe: the pipeline; its scheduler is replaced by a recording one, see `plain`.
+        steps, guidance_scale, call: arguments of the pipeline's `__call__`.
+        sigmas: "pipeline" for the scheduler's own noise levels, "linear" for evenly spaced ones.
+        parameters: what is trained, from `adapters.attach`; empty to sample only.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        process: Process,
+        *,
+        steps: int,
+        noise_level: float = 0.0,
+        guidance_scale: float = 1.0,
+        sigmas: recorder.Sigmas = "pipeline",
+        call: dict[str, Any] | None = None,
+        micro_batch: int = 8,
+        parameters: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.pipe = pipe
+        self.parameters = parameters or {}
+        self.arguments = {**(call or {}), "num_inference_steps": steps, "guidance_scale": guidance_scale}
+        # Undecorated: `__call__` runs under no_grad, what it wraps does not.
+        self._call = inspect.unwrap(type(pipe).__call__)
+        self._own_scheduler = pipe.scheduler
+        self._recorder = recorder.stand_in(pipe.scheduler, sigmas)
+        self._latent: Tensor | None = None
+        self._prepare = pipe.prepare_latents
+        self._encode = getattr(pipe, "encode_prompt", None)
+        self._embeddings: OrderedDict[Any, Any] = OrderedDict()
+        timestep, sigma = self._levels(process)
+        super().__init__(timestep, sigma, process, noise_level, micro_batch)
+        for module in adapters.denoisers(pipe).values():
+            module.register_forward_pre_hook(self._count_rows, with_kwargs=True)
+
+    def _count_rows(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        self.count(len(first))
+
+    def _levels(self, process: Process) -> tuple[np.ndarray, np.ndarray]:
+        """Timesteps (T,) and noise levels (T+1,) the pipeline would use, read off an empty run."""
+        if getattr(self._recorder, "sigmas", None) is None or not hasattr(self._recorder.config, "shift"):
+            name = type(self._own_scheduler).__name__
+            raise UserError(f"sampler.process: needs a flow-matching scheduler ({process.kind}), the pipeline has {name}")
+        with torch.no_grad():
+            self._run(["a"], None, (0, 0), None, [torch.Generator().manual_seed(0)], "latent")
+        timestep = self._recorder.full_timesteps.double().cpu().numpy()
+        return timestep, self._recorder.full_sigmas.double().cpu().numpy()
+
+    # -- the seam
+
+    def _run(
+        self,
+        text: list[str],
+        x: Tensor | None,
+        span: tuple[int, int],
+        on_step: OnStep | None,
+        generators: list[torch.Generator] | None,
+        output: str,
+        forced: Tensor | None = None,
+    ) -> Any:
+        """The pipeline's own `__call__` over a span of steps, from latents x where given."""
+        self._recorder.span, self._recorder.forced = span, forced
+        self._recorder.on_step = on_step or recorder._unexpected
+        self._latent = x
+        if generators is None:
+            # prepare_latents draws a start that is swapped out; it must not touch the global generator.
+            generators = [torch.Generator().manual_seed(0) for _ in text]
+        with self._hooks():
+            result = self._call(self.pipe, prompt=text, generator=generators, output_type=output, **self.arguments)
+        return result[0]
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        """Recording scheduler, latents swapped in `prepare_latents`, prompts encoded once; all undone afterwards."""
+        self.pipe.scheduler = self._recorder
+        self.pipe.prepare_latents = self._prepare_latents
+        if self._encode is not None:
+            self.pipe.encode_prompt = self._encode_prompt
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = self._own_scheduler
+            for name in ("prepare_latents", "encode_prompt"):
+                self.pipe.__dict__.pop(name, None)
+            self._recorder.on_step = recorder._unexpected
+            self._latent = None
+
+    def _prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._prepare(*args, **kwargs)
+        return output if self._latent is None else recorder.swap_first(output, self._latent)
+
+    def _encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own encoding of a batch of prompts, kept for the batches that come back in replays."""
+        name = repr((args, sorted(kwargs.items())))
+        if name not in self._embeddings:
+            assert self._encode is not None
+            with torch.no_grad():
+                self._embeddings[name] = recorder.detached(self._encode(*args, **kwargs))
+            if len(self._embeddings) > EMBEDDINGS_KEPT:
+                self._embeddings.popitem(last=False)
+        self._embeddings.move_to_end(name)
+        return self._embeddings[name]
+
+    # -- what a chain needs
+
+    def start(self, prompts: Prompts, seeds: Sequence[int]) -> Tensor:
+        """The pipeline's own initial latents: image k is what `generator=torch.Generator().manual_seed(seeds[k])` gives."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return self._run(prompts.text, None, (0, 0), None, generators, "latent")
+
+    def drive(self, prompts: Prompts, x: Tensor, start: int, stop: int, on_step: OnStep) -> None:
+        self._run(prompts.text, x, (start, stop), on_step, None, "latent")
+
+    def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+
+        def keep(_: int, prediction: Tensor, latent: Tensor) -> Tensor:
+            seen.append(prediction)
+            return latent
+
+        # Timesteps of shape (1, N) reach the network as one timestep per sample.
+        scale = self._recorder.config.num_train_timesteps
+        forced = (time.float() * scale).expand(len(x))[None] if time.unique().numel() > 1 else time[:1].float() * scale
+        prompts = part.prompts.select(part.tree.leaf_root)
+        self._run(prompts.text, x, (0, 1), keep, None, "latent", forced=forced)
+        return seen[0]
+
+    def pixels(self, prompts: Prompts, x: Tensor) -> Media:
+        steps = self.schedule.steps
+        decoded = self._run(prompts.text, x, (steps, steps), None, None, "pt")
+        frames = decoded[:, None] if decoded.ndim == 4 else decoded
+        return Media(frames.float())
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        with adapters.disabled(self.pipe):
+            yield

@@ -1,0 +1,85 @@
+"""The seam: a scheduler that stands in for the pipeline's own while the pipeline runs its own loop.
+
+diffusers pipelines hand the guided prediction to `scheduler.step`. The stand-in cuts the timesteps to a span and lets us
+decide what comes next, so the pipeline's `__call__` becomes sampling, replay, prediction at any time and, with an empty span,
+decoding. It is a subclass of the scheduler it replaces, with the same config, so the pipeline sees nothing unusual.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Sigmas = Literal["pipeline", "linear"]
+
+
+class _Recording:
+    """Mixed in before a scheduler's own class."""
+
+    span: tuple[int, int]
+    forced: Tensor | None
+    on_step: Callable[[int, Tensor, Tensor], Tensor]
+    linear: bool
+    cursor: int
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        latent = self.on_step(self.cursor, model_output, sample)
+        self.cursor += 1
+        if kwargs.get("return_dict", True):
+            from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+            return SchedulerOutput(prev_sample=latent)
+        return (latent,)
+
+
+def stand_in(scheduler: Any, sigmas: Sigmas) -> Any:
+    """A recording copy of a scheduler; `sigmas: linear` spaces noise levels evenly from 1 before any shift."""
+    base = type(scheduler)
+
+    @functools.wraps(base.set_timesteps)  # some pipelines inspect the signature
+    def set_timesteps(self: Any, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:
+        if self.linear:
+            count = num_inference_steps if num_inference_steps is not None else len(kwargs["sigmas"])
+            kwargs["sigmas"] = np.linspace(1.0, 0.0, count + 1)[:-1]
+            num_inference_steps = None
+        base.set_timesteps(self, num_inference_steps, *args, **kwargs)
+        self.full_timesteps, self.full_sigmas = self.timesteps, getattr(self, "sigmas", None)
+        start, stop = self.span
+        self.cursor = start
+        self.timesteps = self.timesteps[start:stop] if self.forced is None else self.forced.to(self.timesteps.device)
+
+    recording = copy.deepcopy(scheduler)
+    recording.__class__ = type("Recording" + base.__name__, (_Recording, base), {"set_timesteps": set_timesteps})
+    recording.linear = sigmas == "linear"
+    recording.forced = None
+    recording.span = (0, 0)
+    recording.on_step = _unexpected
+    return recording
+
+
+def _unexpected(step: int, prediction: Tensor, latent: Tensor) -> Tensor:
+    raise RuntimeError(f"step {step} was not asked for")
+
+
+def swap_first(output: Any, latent: Tensor) -> Any:
+    """What `prepare_latents` returned, with its latents replaced, in the dtype and on the device they came in."""
+    first = output[0] if isinstance(output, tuple) else output
+    if first.shape != latent.shape:
+        raise RuntimeError(f"the pipeline prepares latents {tuple(first.shape)}, the rollout holds {tuple(latent.shape)}")
+    latent = latent.to(device=first.device, dtype=first.dtype)
+    return (latent, *output[1:]) if isinstance(output, tuple) else latent
+
+
+def detached(value: Any) -> Any:
+    """Nested tuples and lists of tensors, cut from any graph."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, (tuple, list)):
+        return type(value)(detached(item) for item in value)
+    return value

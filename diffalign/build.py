@@ -1,0 +1,82 @@
+"""From a config to the objects of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffalign.backends import adapters, diffusers
+from diffalign.config import Config
+from diffalign.processes import PROCESSES
+from diffalign.rewards.base import Reward
+from diffalign.rewards.load import load as load_reward
+from diffalign.types import Fault, UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Parts:
+    """What a config describes: a policy around a pipeline with LoRA, and its rewards."""
+
+    policy: diffusers.DiffusersPolicy
+    rewards: dict[str, Reward]
+    eval_rewards: dict[str, Reward]
+
+    @property
+    def pipe(self) -> Any:
+        return self.policy.pipe
+
+
+def device(config: Config) -> str:
+    """The device a config asks for.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise UserError("device: got 'cuda', torch sees no CUDA device; allowed here is cpu")
+    return "cuda" if available and config.device != "cpu" else "cpu"
+
+
+def build(config: Config) -> Parts:
+    """Load the pipeline, attach the LoRA, load the rewards."""
+    pipe = diffusers.load(config.model, DTYPES[config.precision], device(config))
+    lora = config.lora
+    parameters = adapters.attach(pipe, lora.rank, lora.alpha, tuple(lora.targets) if lora.targets else None, config.seed)
+    names = dict.fromkeys([*config.rewards, *config.eval_rewards])
+    loaded = {name: load_reward(name) for name in names}
+    return Parts(
+        policy=policy(config, pipe, parameters),
+        rewards={name: loaded[name] for name in config.rewards},
+        eval_rewards={name: loaded[name] for name in dict.fromkeys([*config.eval_rewards, *config.rewards])},
+    )
+
+
+def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None = None) -> diffusers.DiffusersPolicy:
+    """The policy of a config around a loaded pipeline.
+
+    Raises:
+        UserError: if the pipeline's call does not take the configured arguments.
+        Fault: if it cannot run at all.
+    """
+    sampler = config.sampler
+    try:
+        return diffusers.DiffusersPolicy(
+            pipe,
+            PROCESSES[sampler.process],
+            steps=sampler.steps,
+            noise_level=sampler.noise_level,
+            guidance_scale=sampler.guidance_scale,
+            sigmas=sampler.sigmas,
+            call=sampler.pipeline_args,
+            micro_batch=config.optimizer.micro_batch,
+            parameters=parameters,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"sampler: {type(pipe).__name__} does not accept these settings: {error}") from error
+    except RuntimeError as error:
+        raise Fault(f"{type(pipe).__name__} cannot sample with these settings: {error}") from error

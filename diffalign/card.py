@@ -1,0 +1,105 @@
+"""The adapter a run leaves behind: weights, metadata, a model card with the curve; reloaded and compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import diffalign
+from diffalign.backends import adapters
+from diffalign.backends.diffusers import DiffusersPolicy
+from diffalign.config import Config
+from diffalign.runfolder import RunFolder
+
+CARD = """---
+base_model: {model}
+library_name: diffusers
+tags: [lora, diffalign, {rule}]
+---
+# {rule} on {model}
+
+LoRA rank {rank}, alpha {alpha:g}, trained by diffalign {version} for {updates} updates to raise {rewards}, seed {seed}.
+
+{table}
+
+![curves](curves.png)
+
+```python
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({folder!r}, torch_dtype=torch.float32)
+pipe.load_lora_weights("adapter")  # this folder
+image = pipe({prompt!r}, {arguments}generator=torch.Generator().manual_seed(0)).images[0]
+```
+
+The resolved config is in `config.yaml`.
+"""
+
+
+def call_arguments(config: Config) -> dict[str, object]:
+    """Arguments of the pipeline's call that give what training and evaluation saw."""
+    sampler = config.sampler
+    arguments: dict[str, object] = {
+        "num_inference_steps": sampler.steps,
+        "guidance_scale": sampler.guidance_scale,
+        **sampler.pipeline_args,
+    }
+    if sampler.sigmas == "linear":
+        arguments["sigmas"] = [1 - k / sampler.steps for k in range(sampler.steps)]
+    return arguments
+
+
+def write_adapter(config: Config, policy: DiffusersPolicy, run: RunFolder, summary: dict[str, float]) -> Path:
+    """Write `adapter/` in a run folder and check that it loads back as it was trained.
+
+    Raises:
+        Fault: if the saved file differs from the trained weights.
+    """
+    folder = run / "adapter"
+    notes = adapters.notes(
+        base_model=config.model,
+        rule=config.rule,
+        rewards=config.rewards,
+        seed=config.seed,
+        precision=config.precision,
+        diffalign_version=diffalign.__version__,
+        call=call_arguments(config),
+    )
+    adapters.save(policy.pipe, folder, notes)
+    adapters.verify(policy.pipe, folder)
+    for name in ("curves.png", "config.yaml"):
+        shutil.copy(run / name, folder / name)
+    (folder / "README.md").write_text(_card(config, summary), encoding="utf-8")
+    return folder
+
+
+def _card(config: Config, summary: dict[str, float]) -> str:
+    from diffalign.shapes import models
+
+    lines = ["| evaluation | after | 95 % interval | paired gain | 95 % interval |", "|---|---|---|---|---|"]
+    for name in (k for k in summary if f"{k}_lo" in summary and not k.endswith("_gain")):
+        cells = [f"{summary[name]:.3f}", f"{summary[name + '_lo']:.3f} to {summary[name + '_hi']:.3f}"]
+        if f"{name}_gain" in summary:
+            low, high = summary[f"{name}_gain_lo"], summary[f"{name}_gain_hi"]
+            cells += [f"{summary[name + '_gain']:+.3f}", f"{low:+.3f} to {high:+.3f}"]
+        lines.append(f"| {name} | " + " | ".join(cells + ["-"] * (4 - len(cells))) + " |")
+    arguments = "".join(f"{key}={value!r}, " for key, value in call_arguments(config).items() if key != "sigmas")
+    if config.sampler.sigmas == "linear":
+        steps = config.sampler.steps
+        arguments += f"sigmas=np.linspace(1, 0, {steps + 1})[:-1], "
+    return CARD.format(
+        model=config.model,
+        folder=str(models.path(config.model) or config.model),
+        rule=config.rule["name"],
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        version=diffalign.__version__,
+        updates=config.updates,
+        rewards=json.dumps(config.rewards),
+        seed=config.seed,
+        table="\n".join(lines) if len(lines) > 2 else "No evaluation was made.",
+        prompt=config.evaluation_prompts()[0]["prompt"],
+        arguments=arguments,
+    )

@@ -1,0 +1,168 @@
+"""The command line. Exit codes: 0 done, 2 the user's mistake, 3 a fault that stopped a run, 130 and 143 interrupted, 1 our bug."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+import diffalign
+from diffalign.types import Fault, UserError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(diffalign.__version__, prog_name="diffalign")
+def app() -> None:
+    """Align image and video diffusion models with a reward. The update rule is one word in the config."""
+
+
+@app.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--fresh", is_flag=True, help="Start over; what the run folder holds of this run is deleted.")
+@click.option("--quiet", is_flag=True, help="Print nothing but the result.")
+def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> None:
+    """Train CONFIG, a path or a name such as flow_grpo/shapes-sd3. The same command again resumes."""
+    from diffalign import config as configs
+    from diffalign.runfolder import open_run
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("WORLD_SIZE: got more than one process, this version trains in one; start it without a launcher")
+    settings = configs.load(config, overrides)
+    folder = open_run(settings, fresh)
+    from diffalign.progress import Reporter
+    from diffalign.session import Interrupted, Session
+
+    reporter = Reporter(quiet)
+    try:
+        summary = Session(settings, folder, reporter).run()
+    except Interrupted as error:
+        reporter.close()
+        click.echo(str(error), err=True)
+        sys.exit(error.code)
+    finally:
+        reporter.close()
+        folder.close()
+    for name in (k for k in summary if k.endswith("_gain")):
+        low, high = summary[f"{name}_lo"], summary[f"{name}_hi"]
+        click.echo(f"{name.removesuffix('_gain')}: gain {summary[name]:+.3f}, 95 % [{low:+.3f}, {high:+.3f}]")
+    click.echo(f"{folder.path / 'adapter' / 'pytorch_lora_weights.safetensors'}")
+
+
+@app.command()
+@click.argument("target", metavar="RUN|ADAPTER|MODEL")
+@click.option("--prompt", "prompts", multiple=True, help="A caption; may be given several times.")
+@click.option("--prompts", "file", type=click.Path(), help="A file of captions, one a line, or JSON lines.")
+@click.option("-n", "count", type=click.IntRange(1), default=4, show_default=True, help="Pictures a caption.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--steps", type=click.IntRange(1), help="Sampling steps [default: as trained].")
+@click.option("--guidance", type=click.FloatRange(0), help="Guidance scale [default: as trained].")
+@click.option("--out", type=click.Path(file_okay=False), default="samples", show_default=True, help="Folder to write to.")
+def sample(
+    target: str,
+    prompts: tuple[str, ...],
+    file: str | None,
+    count: int,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    out: str,
+) -> None:
+    """Write pictures and a grid from a run, an adapter or a model."""
+    from diffalign import prompts as prompt_files
+    from diffalign import sampling
+
+    texts = list(prompts)
+    if file is not None:
+        texts += [entry["prompt"] for entry in prompt_files.read(file, (), "test")]
+    if not texts:
+        raise UserError("sample: no caption; give --prompt TEXT or --prompts FILE")
+    source = sampling.resolve(target)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: got {out!r}, cannot write there ({error.strerror})") from error
+    for path in sampling.sample(source, texts, count, seed, folder, steps, guidance):
+        click.echo(str(path))
+
+
+@app.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def plan(config: str, overrides: tuple[str, ...]) -> None:
+    """Say what one update of CONFIG does and costs; loads no weights."""
+    from diffalign import config as configs
+
+    settings = configs.load(config, overrides)
+    from diffalign import cost
+
+    for line in cost.count(settings).lines(cost.matrix_rate()):
+        click.echo(line)
+
+
+@app.group(invoke_without_command=True)
+@click.pass_context
+def rewards(context: click.Context) -> None:
+    """List the rewards, or check one."""
+    if context.invoked_subcommand is not None:
+        return
+    from diffalign.rewards import catalog
+
+    for name, entry in catalog.builtin().items():
+        kind = "differentiable" if entry.differentiable else "black box"
+        click.echo(f"{name:24} {entry.modality:6} {kind:15} {entry.about}")
+
+
+@rewards.command()
+@click.argument("name")
+def check(name: str) -> None:
+    """Score built-in pictures with NAME and say whether it tells them apart."""
+    from diffalign.rewards import catalog
+
+    try:
+        catalog.find(name)
+    except LookupError as error:
+        raise UserError(f"rewards: {name}: {error}") from error
+    from diffalign.rewards.check import check as check_reward
+
+    for line in check_reward(name):
+        click.echo(line)
+
+
+@app.command()
+def doctor() -> None:
+    """Report versions, devices and optional parts, with the command that mends each."""
+    from diffalign.doctor import examine
+
+    found = examine()
+    for item in found:
+        click.echo(f"{item.name:20} {item.status}" + (f"  -> {item.mend}" if item.mend else ""))
+    if any(item.broken for item in found):
+        raise Fault("something does not work; see the lines with an arrow")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and leave with its exit code."""
+    try:
+        app(arguments, prog_name="diffalign", standalone_mode=False)
+    except UserError as error:
+        fail(2, *error.problems)
+    except click.ClickException as error:
+        fail(2, error.format_message())
+    except Fault as error:
+        fail(3, str(error))
+    except (click.Abort, KeyboardInterrupt):
+        fail(130, "interrupted")
+    sys.exit(0)
+
+
+def fail(code: int, *lines: str) -> NoReturn:
+    """Print one line a problem and leave."""
+    for line in lines:
+        click.echo(f"diffalign: {line}" if not line.startswith("  ") else line, err=True)
+    sys.exit(code)
+

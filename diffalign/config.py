@@ -1,0 +1,340 @@
+"""The config: a typed schema, YAML plus `key=value`, all mistakes reported together before torch is imported."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffalign import prompts as prompt_files
+from diffalign.processes import PROCESSES
+from diffalign.rewards import catalog
+from diffalign.rules import RULES
+from diffalign.shapes.captions import SPLITS, TASKS
+from diffalign.types import UpdateRule, UserError
+
+Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+Split = Literal["train", "validation", "test"]
+assert Task.__args__ == TASKS and Split.__args__ == SPLITS  # type: ignore[attr-defined]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PromptsConfig(_Section):
+    source: str = Field("shapes", description="'shapes', or a .txt or .jsonl file")
+    tasks: list[Task] = Field([], description="of the shapes world; empty: all six")
+    split: Split = Field("train", description="of the shapes world; splits share no combination")
+    groups: int = Field(4, ge=1, description="prompts per update")
+    group_size: int = Field(16, ge=1, description="samples per prompt")
+
+
+class SamplerConfig(_Section):
+    process: str = Field("flow_sde", description="how a step follows from a prediction")
+    noise_level: float = Field(0.7, ge=0, description="a of flow_sde, eta of dance_sde")
+    steps: int = Field(10, ge=2)
+    guidance_scale: float = Field(1.0, ge=0)
+    sigmas: Literal["pipeline", "linear"] = Field("pipeline", description="noise levels: the scheduler's, or even")
+    pipeline_args: dict[str, Any] = Field({}, description="further arguments of the pipeline's call: height, width, ...")
+
+
+class LoraSection(_Section):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    targets: list[str] | None = Field(None, description="layer names; null: attention and feed-forward")
+
+
+class OptimizerConfig(_Section):
+    lr: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(1e-4, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    micro_batch: int = Field(16, ge=1, description="samples per forward pass, in sampling and training alike")
+
+
+class EvaluationConfig(_Section):
+    source: str | None = Field(None, description="null: prompts.source")
+    tasks: list[Task] | None = Field(None, description="null: prompts.tasks")
+    split: Split = "test"
+    images_per_prompt: int = Field(4, ge=1)
+    every: int = Field(0, ge=0, description="updates between evaluations; 0: before and after only")
+    seed: int = 1234
+    enabled: bool = True
+
+
+class OutputConfig(_Section):
+    checkpoint_every: int = Field(10, ge=1, description="updates")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+    sample_every: int = Field(50, ge=1, description="updates between sample grids")
+    samples: int = Field(24, ge=1, description="pictures in a grid")
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+
+
+class Config(_Section):
+    """A run: `model`, `rule`, `rewards` and everything around them."""
+
+    model: str = Field(description="hub id, local folder, or an embedded pipeline")
+    rule: dict[str, Any] = Field(description="name and the rule's settings")
+    rewards: dict[str, float] = Field(min_length=1, description="name: weight")
+    eval_rewards: list[str] = []
+    prompts: PromptsConfig = PromptsConfig()  # type: ignore[call-arg]
+    sampler: SamplerConfig = SamplerConfig()  # type: ignore[call-arg]
+    lora: LoraSection = LoraSection()  # type: ignore[call-arg]
+    optimizer: OptimizerConfig = OptimizerConfig()  # type: ignore[call-arg]
+    evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    output: OutputConfig = OutputConfig()  # type: ignore[call-arg]
+    updates: int = Field(100, ge=1)
+    seed: int = Field(0, ge=0)
+    run_dir: str
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen base model")
+
+    @property
+    def samples_per_update(self) -> int:
+        return self.prompts.groups * self.prompts.group_size
+
+    def make_rule(self) -> UpdateRule:
+        """The rule with its settings."""
+        kind = RULES[self.rule["name"]]
+        return kind(kind.Settings(**{k: v for k, v in self.rule.items() if k != "name"}))
+
+    def training_prompts(self) -> list[prompt_files.Entry]:
+        return prompt_files.read(self.prompts.source, self.prompts.tasks, self.prompts.split)
+
+    def evaluation_prompts(self) -> list[prompt_files.Entry]:
+        source = self.evaluation.source or self.prompts.source
+        tasks = self.prompts.tasks if self.evaluation.tasks is None else self.evaluation.tasks
+        return prompt_files.read(source, tasks, self.evaluation.split)
+
+
+def folders() -> list[Path]:
+    """Where configs are looked for by name: the checkout's, then the installed package's."""
+    package = Path(__file__).parent
+    return [package.parent / "configs", package / "_configs"]
+
+
+def find(name: str) -> Path:
+    """The file of a config given as a path or as a name such as `flow_grpo/shapes-sd3`.
+
+    Raises:
+        UserError: with the nearest name there is.
+    """
+    inside = name.removeprefix("configs/").removesuffix(".yaml") + ".yaml"
+    for path in (Path(name), *(folder / inside for folder in folders())):
+        if path.is_file():
+            return path
+    known = sorted(str(p.relative_to(f).with_suffix("")) for f in folders() for p in f.rglob("*.yaml"))
+    near = difflib.get_close_matches(inside.removesuffix(".yaml"), known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}, or a path to a YAML file"
+    raise UserError(f"config: no file {name!r}; {hint}")
+
+
+def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a config, apply `key=value` overrides and check everything that can be checked without torch.
+
+    Raises:
+        UserError: with every mistake found.
+    """
+    path = find(name)
+    raw = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"config: {path} holds {type(raw).__name__}, expected keys and values")
+    raw.setdefault("run_dir", f"runs/{path.parent.name}/{path.stem}")
+    problems = [problem for override in overrides if (problem := _override(raw, override))]
+    return validate(raw, problems)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"config: {where}{line}: not YAML ({getattr(error, 'problem', error)})") from error
+
+
+def _override(raw: dict[str, Any], text: str) -> str | None:
+    """Apply one `section.key=value`; a mapping replaces, it does not merge."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        return f"override: got {text!r}, expected key=value"
+    *sections, last = name.split(".")
+    place = raw
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            return f"override: {name}: {section} is not a section"
+    place[last] = _parse(value, f"override {name}")
+    return None
+
+
+def validate(raw: dict[str, Any], problems: list[str] | None = None) -> Config:
+    """A config from plain data.
+
+    Raises:
+        UserError: with every mistake found.
+    """
+    found = list(problems or [])
+    rule = raw.get("rule")
+    settings = _check_rule(rule, found)
+    try:
+        config = Config(**raw)
+    except ValidationError as error:
+        found += [_explain(item, Config) for item in error.errors()]
+        # Look at the rest with the broken keys at their defaults, so that all mistakes come at once.
+        try:
+            config = Config(**_without(raw, [item["loc"] for item in error.errors()]))
+        except ValidationError:
+            raise UserError(*found) from None
+    if settings is not None:
+        found += _check_together(config, settings)
+    found += _check_names(config)
+    if found:
+        raise UserError(*found)
+    return config
+
+
+def _check_rule(rule: Any, found: list[str]) -> BaseModel | None:
+    if not isinstance(rule, dict):
+        if rule is not None:
+            found.append(f"rule: got {rule!r}, expected a mapping with a name, such as {{name: flow_grpo}}")
+        return None
+    name = rule.get("name")
+    if name not in RULES:
+        found.append(f"rule.name: got {name!r}, allowed are {', '.join(RULES)}{_near(str(name), RULES)}")
+        return None
+    settings = RULES[name].Settings
+    try:
+        return settings(**{str(k): v for k, v in rule.items() if k != "name"})
+    except ValidationError as error:
+        found += [_explain(item, settings, "rule.") for item in error.errors()]
+        return None
+
+
+def _without(raw: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
+    """A copy of nested data that lacks the values at some places."""
+    copied = copy.deepcopy(raw)
+    for location in locations:
+        place: Any = copied
+        for part in location[:-1]:
+            place = place[part] if isinstance(place, (dict, list)) and part in place else {}
+        if isinstance(place, dict):
+            place.pop(location[-1], None)
+        elif isinstance(place, list):
+            place.clear()
+    return copied
+
+
+def _near(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _fields(model: Any, location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section an error points into."""
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        if annotation is None or not hasattr(annotation, "model_fields"):
+            break
+        model = annotation
+    return list(model.model_fields)
+
+
+def _explain(item: Any, model: Any, prefix: str = "") -> str:
+    location = tuple(item["loc"])
+    where = prefix + ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        fields = _fields(model, location[:-1])
+        return f"{where}: unknown key{_near(str(location[-1]), fields) or '; known are ' + ', '.join(fields)}"
+    if item["type"] == "missing":
+        return f"{where}: missing"
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{where}: got {item['input']!r}, {message.replace('input should be', 'allowed is')}"
+
+
+def _check_names(config: Config) -> list[str]:
+    problems = []
+    entries: list[list[prompt_files.Entry]] = []
+    for read in (config.training_prompts, config.evaluation_prompts):
+        try:
+            entries.append(read())
+        except UserError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    for section, names in (("rewards", list(config.rewards)), ("eval_rewards", config.eval_rewards)):
+        for name in names:
+            try:
+                entry = catalog.find(name)
+            except LookupError as error:
+                problems.append(f"{section}: {name}: {error}")
+                continue
+            for key in entry.needs:
+                if any(key not in prompt for part in entries for prompt in part):
+                    problems.append(f"{section}: {name} needs {key!r} in every prompt's metadata; use prompts.source: shapes")
+    if config.rewards and not any(config.rewards.values()):
+        problems.append(f"rewards: got only zero weights {config.rewards}, allowed is at least one other")
+    return problems
+
+
+def _check_together(config: Config, settings: Any) -> list[str]:
+    """Combinations that cannot work, each with the way out."""
+    problems: list[str] = []
+    sampler, name = config.sampler, config.rule["name"]
+    stochastic = ", ".join(key for key, process in PROCESSES.items() if process.stochastic)
+    if sampler.process not in PROCESSES:
+        near = _near(sampler.process, PROCESSES)
+        problems.append(f"sampler.process: got {sampler.process!r}, allowed are {', '.join(PROCESSES)}{near}")
+    elif config.make_rule().needs.stochastic_sampler and not (
+        PROCESSES[sampler.process].stochastic and sampler.noise_level > 0
+    ):
+        given = f"{sampler.process} with noise_level {sampler.noise_level:g}"
+        problems.append(
+            f"sampler.process: {name} needs a stochastic sampler, {given} has no noise; "
+            f"allowed are {stochastic} with noise_level > 0"
+        )
+    problems += settings.problems(sampler.steps) if hasattr(settings, "problems") else []
+    if config.samples_per_update % config.optimizer.micro_batch:
+        problems.append(
+            f"optimizer.micro_batch: got {config.optimizer.micro_batch}, allowed are divisors of "
+            f"prompts.groups * prompts.group_size = {config.samples_per_update}, so that replay and rollout agree"
+        )
+    if config.prompts.group_size < 2 and not config.make_rule().needs.differentiable_reward:
+        problems.append("prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more")
+    if config.make_rule().needs.differentiable_reward:
+        problems += _differentiable(config)
+    return problems
+
+
+def _differentiable(config: Config) -> list[str]:
+    able = ", ".join(name for name, entry in catalog.builtin().items() if entry.differentiable) or "none that ship"
+    problems = []
+    for name in config.rewards:
+        try:
+            differentiable = catalog.find(name).differentiable
+        except LookupError:
+            continue
+        if not differentiable:
+            rule = config.rule["name"]
+            problems.append(f"rewards: {rule} needs a differentiable reward, {name} is not; differentiable here: {able}")
+    return problems
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every key that differs."""
+    lines: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines

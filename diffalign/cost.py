@@ -1,0 +1,208 @@
+"""What one update does and costs, before any weight is loaded.
+
+Network rows come from running the rule itself once on a toy chain with the pipeline's schedule. FLOPs come from counting one
+step of the pipeline's own code, built from its configs with random weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffalign import build, prompts
+from diffalign.backends import adapters
+from diffalign.backends.diffusers import DiffusersPolicy
+from diffalign.backends.toy import ToyPolicy
+from diffalign.config import Config
+from diffalign.evaluate import quiet_plan
+from diffalign.randomness import numpy_generator
+from diffalign.shapes import models
+from diffalign.trainer import Trainer
+from diffalign.types import Media, Plan, Prompts, Schedule, UserError
+
+LARGEST = 200_000_000  # parameters that are built to be counted
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one update: network rows, bytes of trajectories kept, FLOPs of the network and of decoding."""
+
+    plan: Plan
+    schedule: Schedule
+    samples: int
+    rows_forward: int
+    rows_backward: int
+    stored_bytes: int
+    parameters: int
+    trained: int
+    flops: float
+    decode_flops: float
+
+    def lines(self, rate: float) -> list[str]:
+        """A report; `rate` is this machine's matrix rate in FLOP/s."""
+        noisy = [k for k, on in enumerate(self.plan.noise) if on and self.schedule.std[k] > 0]
+        total = self.flops + self.decode_flops
+        lines = [
+            f"sampler     {self.schedule.steps} steps to level {self.plan.stop}, noise on steps {noisy or 'none'}",
+            "std         " + " ".join(f"{self.schedule.std[k]:.3f}" for k in noisy),
+        ]
+        for number, terms in enumerate(self.plan.updates, 1):
+            shown = ", ".join(f"{t.through}[{t.start},{t.stop}) x {t.weight:.3g}" for t in terms)
+            lines.append(f"step {number}      {shown}")
+        return [
+            *lines,
+            f"samples     {self.samples}",
+            f"rows        {self.rows_forward} forward, of them {self.rows_backward} with backward",
+            f"stored      {self.stored_bytes / 2**20:.1f} MiB of trajectories",
+            f"parameters  {self.parameters / 1e6:.2f} M in the denoiser, {self.trained / 1e6:.3f} M trained",
+            f"flops       {self.flops / 1e9:.1f} G network, {self.decode_flops / 1e9:.1f} G decoding, per update",
+            f"bound here  {total / rate:.2f} s an update at {rate / 1e9:.0f} GFLOP/s (a 1024 x 1024 product, measured now)",
+        ]
+
+
+def random_pipeline(folder: Path) -> Any:
+    """The pipeline of a folder with random weights: configs are read, weights are not.
+
+    Raises:
+        UserError: if its largest component is too big to build.
+    """
+    from diffusers import DiffusionPipeline
+
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts: dict[str, Any] = {}
+    for name, spec in index.items():
+        if not isinstance(spec, list):
+            continue
+        library, kind = spec
+        parts[name] = None if kind is None else _component(folder / name, library, kind)
+    cls = getattr(importlib.import_module("diffusers"), index["_class_name"])
+    pipe: DiffusionPipeline = cls(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _component(folder: Path, library: str, kind: str) -> Any:
+    cls = getattr(importlib.import_module(library), kind)
+    if hasattr(cls, "load_config") and hasattr(cls, "from_config"):  # diffusers models and schedulers
+        config = cls.load_config(folder)
+        with torch.device("meta"):
+            shape = cls.from_config(config)
+        _check_size(shape, folder)
+        made = cls.from_config(config)
+    elif hasattr(cls, "config_class") and cls.config_class is not None and hasattr(cls, "from_pretrained") and issubclass(
+        cls, torch.nn.Module
+    ):
+        made = cls(cls.config_class.from_pretrained(folder))
+        _check_size(made, folder)
+    else:
+        return cls.from_pretrained(folder)
+    return made.requires_grad_(False).eval() if isinstance(made, torch.nn.Module) else made
+
+
+def _check_size(module: Any, folder: Path) -> None:
+    if isinstance(module, torch.nn.Module) and (n := sum(p.numel() for p in module.parameters())) > LARGEST:
+        raise UserError(
+            f"model: {folder} has {n / 1e6:.0f} M parameters; plan builds components of at most {LARGEST / 1e6:.0f} M"
+        )
+
+
+def count(config: Config) -> Cost:
+    """Count one update of a config.
+
+    Raises:
+        UserError: if the model is neither embedded nor a local folder.
+    """
+    folder = models.path(config.model) or Path(config.model)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"model: got {config.model!r}; plan reads embedded pipelines ({', '.join(models.names())}) and local folders"
+        )
+    pipe = random_pipeline(folder)
+    lora = config.lora
+    trained = adapters.attach(pipe, lora.rank, lora.alpha, tuple(lora.targets) if lora.targets else None, config.seed)
+    policy = build.policy(config, pipe, trained)
+    rule = config.make_rule()
+    plan = rule.plan(policy.schedule, 0, numpy_generator(config.seed, 15, 0))
+    forward, backward = _rows(config, policy.schedule)
+    one, trained_one, decode, latent = _flops(policy, config)
+    levels = sum(int(np.prod(plan.branch[:t])) for t in range(plan.stop + 1))
+    noisy = sum(int(np.prod(plan.branch[: t + 1])) for t in range(plan.stop) if plan.noise[t])
+    leaves = config.samples_per_update * int(np.prod(plan.branch[: plan.stop]))
+    return Cost(
+        plan,
+        policy.schedule,
+        leaves,
+        forward,
+        backward,
+        4 * latent * config.samples_per_update * (levels + noisy),
+        sum(p.numel() for m in adapters.denoisers(pipe).values() for p in m.parameters())
+        - sum(p.numel() for p in trained.values()),
+        sum(p.numel() for p in trained.values()),
+        one * (forward - backward) + trained_one * backward,
+        decode * leaves if plan.stop == policy.schedule.steps else 0.0,
+    )
+
+
+def _rows(config: Config, schedule: Schedule) -> tuple[int, int]:
+    """Rows of one update, (forward, with backward), counted on a toy chain with the same schedule."""
+    sampler = config.sampler
+    toy = ToyPolicy(
+        process=sampler.process,
+        noise_level=sampler.noise_level,
+        sigma=schedule.sigma,
+        micro_batch=config.optimizer.micro_batch,
+    )
+
+    def reward(media: Media, given: Prompts) -> torch.Tensor:
+        return media.pixels.flatten(1).sum(1)
+
+    entries = [{"prompt": "a"}]
+    trainer = Trainer(
+        config.make_rule(),
+        toy,
+        {"toy": reward},
+        {"toy": 1.0},
+        torch.optim.SGD(toy.parameters.values(), lr=0.0),
+        lambda update: prompts.draw(entries, config.prompts.groups, config.prompts.group_size, config.seed, update),
+        micro_batch=config.optimizer.micro_batch,
+        seed=config.seed,
+    )
+    trainer.update(0)
+    guided = 2 if sampler.guidance_scale > 1 else 1
+    return guided * toy.rows_forward, guided * toy.rows_backward
+
+
+def _flops(policy: DiffusersPolicy, config: Config) -> tuple[float, float, float, int]:
+    """Per row: FLOPs of a forward, of a forward with backward, of decoding; and numbers in a latent."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    example = prompts.fixed([{"prompt": "a"}], 1, 0)
+    plan = quiet_plan(policy.schedule.steps)
+    part = policy.rollout(example, plan)
+    rows = policy.rows_forward
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        policy.transition(part, 0)
+    rows = policy.rows_forward - rows
+    with FlopCounterMode(display=False) as both:
+        policy.transition(part, 0).prediction.sum().backward()
+    with FlopCounterMode(display=False) as decode, torch.no_grad():
+        policy.decode(part, part.x[-1])
+    return forward.get_total_flops() / rows, both.get_total_flops() / rows, decode.get_total_flops(), part.x[0].numel()
+
+
+def matrix_rate(size: int = 1024, seconds: float = 0.5) -> float:
+    """FLOP/s of a float32 matrix product on this machine's default device."""
+    a = torch.randn(size, size, device="cuda" if torch.cuda.is_available() else "cpu")
+    a @ a
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        float((a @ a)[0, 0])
+        done += 1
+    return done * 2 * size**3 / (time.perf_counter() - started)

@@ -1,0 +1,128 @@
+"""Fixed prompts and seeds, deterministic sampling, scores per image, and intervals that respect prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from diffalign.files import write_text
+from diffalign.rewards.base import Reward, check_media, evaluate, to_uint8
+from diffalign.types import Integers, Plan, Policy, Prompts, chunks
+
+Floats = NDArray[np.float64]
+FEW = 8  # with fewer prompts than this, images are resampled instead of prompts
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores (n,) by reward after `update` updates, and which prompt each image belongs to (n,)."""
+
+    update: int
+    scores: dict[str, Floats]
+    group: Integers
+
+    def summary(self, before: Evaluation | None = None) -> dict[str, float]:
+        """`eval/<name>` with `_lo`, `_hi`; against another evaluation of the same images also the paired `_gain`."""
+        row: dict[str, float] = {"eval/n": float(len(self.group))}
+        for name, values in self.scores.items():
+            pairs = [("", values)]
+            if before is not None:
+                pairs.append(("_gain", values - before.scores[name]))
+            for suffix, numbers in pairs:
+                found = interval(numbers, self.group)
+                row[f"eval/{name}{suffix}"] = found.mean
+                row[f"eval/{name}{suffix}_lo"], row[f"eval/{name}{suffix}_hi"] = found.low, found.high
+        return row
+
+    def save(self, path: Path, **facts: Any) -> None:
+        data = {"update": self.update, "group": self.group.tolist(), **facts}
+        data["scores"] = {name: values.tolist() for name, values in self.scores.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(data) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Evaluation:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        scores = {name: np.asarray(values, np.float64) for name, values in data["scores"].items()}
+        return cls(data["update"], scores, np.asarray(data["group"]))
+
+
+def interval(values: Floats, group: Integers, seed: int = 0) -> Interval:
+    """Mean and 95 % percentile bootstrap over prompts (images where there are fewer than 8 prompts); NaN are left out."""
+    finite = np.isfinite(values)
+    values, group = values[finite], group[finite]
+    if not len(values):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    names, index = np.unique(group, return_inverse=True)
+    if len(names) >= FEW:
+        sums, counts = np.bincount(index, values), np.bincount(index)
+    else:
+        sums, counts = values, np.ones(len(values))
+    mean = float(values.mean())
+    if len(sums) < 2 or np.ptp(sums / counts) == 0:
+        return Interval(mean, mean, mean)
+    found = stats.bootstrap(
+        (sums, counts),
+        lambda s, c, axis: s.sum(axis) / c.sum(axis),
+        paired=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high))
+
+
+def quiet_plan(steps: int) -> Plan:
+    """Deterministic sampling to the end, nothing trained."""
+    return Plan(stop=steps, noise=(False,) * steps, updates=())
+
+
+@torch.no_grad()
+def run(
+    policy: Policy,
+    rewards: dict[str, Reward],
+    prompts: Prompts,
+    micro_batch: int,
+    update: int,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Sample every prompt without noise and score it."""
+    plan = quiet_plan(policy.schedule.steps)
+    weights = dict.fromkeys(rewards, 1.0)
+    columns: dict[str, list[Floats]] = {name: [] for name in rewards}
+    for rows in chunks(len(prompts), micro_batch):
+        part = policy.rollout(prompts.select(rows), plan)
+        scores = evaluate(rewards, weights, check_media(policy.decode(part, part.x[-1])), part.prompts)
+        for name, values in scores.by_name.items():
+            columns[name].append(values)
+        on_progress(len(rows))
+    return Evaluation(update, {name: np.concatenate(parts) for name, parts in columns.items()}, prompts.group)
+
+
+@torch.no_grad()
+def pictures(policy: Policy, prompts: Prompts, micro_batch: int) -> NDArray[np.uint8]:
+    """First frames (n, H, W, 3) of deterministic samples."""
+    plan = quiet_plan(policy.schedule.steps)
+    shots = []
+    for rows in chunks(len(prompts), micro_batch):
+        part = policy.rollout(prompts.select(rows), plan)
+        shots.append(to_uint8(policy.decode(part, part.x[-1]))[:, 0])
+    return np.concatenate(shots)

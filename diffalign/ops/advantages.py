@@ -1,0 +1,79 @@
+"""From rewards to advantages, in float64. Groups are integer ids; invalid scores carry no weight."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Scale = Literal["group", "batch", "none"]
+FLAT = 1e-6  # a group whose range is below this share of max(1, |mean|) has no spread
+
+
+def _check(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bool_]) -> Floats:
+    if not reward.shape == group.shape == valid.shape:
+        raise ValueError(f"shapes of reward {reward.shape}, group {group.shape} and valid {valid.shape} differ")
+    values = np.asarray(reward, np.float64)
+    if not np.isfinite(values[valid]).all():
+        raise ValueError("a valid reward is not finite")
+    return values
+
+
+def group_relative(
+    reward: Floats,
+    group: NDArray[np.int64],
+    valid: NDArray[np.bool_],
+    scale: Scale = "group",
+    eps: float = 1e-4,
+    limit: float = 5.0,
+) -> Floats:
+    """A = (r - mean of its group) / (std + eps), clipped to +-limit (Flow-GRPO, arXiv 2505.05470, eq. 6); all (N,).
+
+    The standard deviation is the population's, of the group, or of all centred rewards (`batch`), or 1 (`none`). Groups
+    without spread and invalid rewards get exactly 0.
+    """
+    values = _check(reward, group, valid)
+    centred = np.zeros_like(values)
+    spread = np.ones_like(values)
+    alive = np.zeros(len(values), bool)
+    for name in np.unique(group[valid]):
+        rows = np.flatnonzero((group == name) & valid)
+        mean = values[rows].mean()
+        if np.ptp(values[rows]) <= FLAT * max(1.0, abs(mean)):
+            continue
+        alive[rows] = True
+        centred[rows] = values[rows] - mean
+        spread[rows] = values[rows].std()
+    if scale == "batch" and alive.any():
+        spread[:] = np.sqrt((centred[valid] ** 2).mean())
+    elif scale == "none":
+        return np.clip(centred, -limit, limit)
+    elif scale not in ("group", "batch"):
+        raise ValueError(f"scale: got {scale!r}, allowed are group, batch, none")
+    return np.where(alive, np.clip(centred / (spread + eps), -limit, limit), 0.0)
+
+
+def leave_one_out(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bool_]) -> Floats:
+    """A = r - mean of the *other* members of the group: an unbiased baseline. Groups of one and invalid get 0; (N,)."""
+    values = _check(reward, group, valid)
+    advantage = np.zeros_like(values)
+    for name in np.unique(group[valid]):
+        rows = np.flatnonzero((group == name) & valid)
+        if len(rows) > 1:
+            # r_i - (S - r_i) / (n - 1)
+            advantage[rows] = values[rows] - (values[rows].sum() - values[rows]) / (len(rows) - 1)
+    return advantage
+
+
+def average_to_parents(leaf: Floats, parent: list[NDArray[np.int64]]) -> list[Floats]:
+    """Mean of the descendant leaves for every node: leaf (N_T,) to one array (N_t,) per level 0..T."""
+    levels = [np.asarray(leaf, np.float64)]
+    weights = [np.ones(len(leaf))]
+    for index in reversed(parent):
+        count = int(index.max()) + 1
+        weight = np.bincount(index, weights[0], minlength=count)
+        levels.insert(0, np.bincount(index, levels[0] * weights[0], minlength=count) / weight)
+        weights.insert(0, weight)
+    return levels

@@ -1,0 +1,19 @@
+"""The clipped surrogate of PPO (arXiv 1707.06347, eq. 7), as used by DDPO and Flow-GRPO."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """Per-sample loss max(-A r, -A clip(r, 1 - c, 1 + c)) with r = exp(log_ratio); all shapes (N,)."""
+    ratio = log_ratio.exp()
+    # L = max(-A r, -A clip(r, 1 - c, 1 + c)): no gradient once r has moved past the range in A's direction
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+def clip_fraction(log_ratio: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Shares of samples whose ratio is below 1 - clip and above 1 + clip."""
+    ratio = log_ratio.exp()
+    return (ratio < 1 - clip).float().mean(), (ratio > 1 + clip).float().mean()

@@ -1,0 +1,87 @@
+"""Where prompts come from: the shapes world by name, or a file. Needs no torch.
+
+A file is text, one prompt a line, or JSON lines of objects with a `prompt` and whatever metadata a reward needs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffalign.types import Prompts, UserError
+
+Entry = dict[str, Any]
+
+
+def read(source: str, tasks: Sequence[str], split: str) -> list[Entry]:
+    """Prompt entries, each with at least `prompt`.
+
+    Raises:
+        UserError: naming the file and every broken line.
+    """
+    if source == "shapes":
+        from diffalign.shapes import captions
+
+        return [entry for task in tasks or captions.TASKS for entry in captions.captions(task, split)]
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"prompts.source: no file {source!r}; allowed are 'shapes', a .txt or a .jsonl file")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts.source: {source} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    entries, problems = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            entries.append({"prompt": line.strip()})
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            problems.append(f"prompts.source: {source} line {number}: not JSON ({error})")
+            continue
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+            problems.append(f"prompts.source: {source} line {number}: expected an object with a string 'prompt'")
+            continue
+        entries.append(entry)
+    if not entries and not problems:
+        problems.append(f"prompts.source: {source} holds no prompt")
+    if problems:
+        raise UserError(*problems)
+    return entries
+
+
+def draw(entries: list[Entry], groups: int, group_size: int, seed: int, update: int) -> Prompts:
+    """`groups` prompts of one pass after another over shuffled entries, each `group_size` times, with keys for noise."""
+    from diffalign.randomness import key, numpy_generator
+
+    picks = []
+    for position in range(update * groups, (update + 1) * groups):
+        lap, place = divmod(position, len(entries))
+        picks.append(int(numpy_generator(seed, 11, lap).permutation(len(entries))[place]))
+    count = groups * group_size
+    group = np.repeat(np.arange(groups), group_size)
+    chosen = [entries[picks[g]] for g in group]
+    return Prompts(
+        text=[entry["prompt"] for entry in chosen],
+        group=group,
+        seed=np.array([key(seed, 12, update, k) for k in range(count)]),
+        group_seed=np.array([key(seed, 13, update, int(g)) for g in group]),
+        metadata=chosen,
+    )
+
+
+def fixed(entries: list[Entry], images_per_prompt: int, seed: int) -> Prompts:
+    """Every entry `images_per_prompt` times with fixed seeds, whatever the update: for evaluation."""
+    from diffalign.randomness import key
+
+    group = np.repeat(np.arange(len(entries)), images_per_prompt)
+    seeds = np.array([key(seed, 14, k) for k in range(len(group))])
+    chosen = [entries[g] for g in group]
+    return Prompts([entry["prompt"] for entry in chosen], group, seeds, seeds, chosen)

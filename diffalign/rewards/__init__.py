@@ -1,0 +1,1 @@
+"""Rewards: the protocol and its checks (`base`), from names to objects (`catalog`, `load`)."""

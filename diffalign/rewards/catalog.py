@@ -1,0 +1,91 @@
+"""What rewards there are, without importing one: each file in `reward_models/` begins with a literal `REWARDS`.
+
+    REWARDS = {"name": {"object": "Class or function", "differentiable": False, "modality": "image", "about": "one line"}}
+
+Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+KEYS = {"object", "differentiable", "modality", "about"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a reward is and what it promises. needs: keys its samples' metadata must have."""
+
+    name: str
+    source: str  # a module name or a file
+    attribute: str
+    differentiable: bool = False
+    modality: str = "image"
+    about: str = ""
+    needs: tuple[str, ...] = ()
+
+
+def _literal(path: Path, name: str) -> dict[str, dict[str, object]]:
+    for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            return dict(ast.literal_eval(node.value))
+    return {}
+
+
+@cache
+def builtin() -> dict[str, Entry]:
+    """The rewards of `reward_models`, by name."""
+    spec = importlib.util.find_spec("reward_models")
+    assert spec is not None and spec.submodule_search_locations
+    found: dict[str, Entry] = {}
+    for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
+        for name, facts in _literal(path, "REWARDS").items():
+            found[name] = Entry(
+                name,
+                f"reward_models.{path.stem}",
+                str(facts["object"]),
+                bool(facts["differentiable"]),
+                str(facts["modality"]),
+                str(facts["about"]),
+                tuple(facts.get("needs", ())),  # type: ignore[arg-type]
+            )
+    return found
+
+
+def find(name: str) -> Entry:
+    """The entry of a bare name, `./file.py:function` or `package.module:function`.
+
+    Raises:
+        LookupError: one line that says what is wrong and what is allowed.
+    """
+    known = builtin()
+    if name in known:
+        return known[name]
+    source, _, attribute = name.rpartition(":")
+    if not source:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}" if near else ""
+        raise LookupError(f"unknown reward{hint}; known are {', '.join(known)}; or ./file.py:function")
+    if source.endswith(".py"):
+        path = Path(source)
+        if not path.is_file():
+            raise LookupError(f"no file {source}")
+        try:
+            body = ast.parse(path.read_text(encoding="utf-8"), source).body
+        except SyntaxError as error:
+            raise LookupError(f"{source} line {error.lineno}: {error.msg}") from error
+        defined = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        if attribute not in defined:
+            raise LookupError(f"{source} defines no function {attribute!r}, it defines {', '.join(sorted(defined)) or 'none'}")
+        return Entry(name, str(path.resolve()), attribute, bool(_literal(path, "DIFFERENTIABLE")))
+    try:
+        if importlib.util.find_spec(source) is None:
+            raise LookupError(f"no module {source}")
+    except ModuleNotFoundError as error:
+        raise LookupError(f"no module {error.name}") from error
+    return Entry(name, source, attribute)

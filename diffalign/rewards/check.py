@@ -1,0 +1,36 @@
+"""`diffalign rewards check NAME`: does a reward work here, and does it tell pictures apart?"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from diffalign.rewards.base import evaluate
+from diffalign.rewards.load import load
+from diffalign.shapes.captions import Combination, caption
+from diffalign.shapes.world import Object, render
+from diffalign.types import Fault, Media, Prompts
+
+
+def check(name: str) -> list[str]:
+    """Score three built-in pictures of one caption: right, wrong and noise.
+
+    Raises:
+        Fault: if a score is missing or all are equal.
+    """
+    wanted = caption(Combination("colors", (("circle", "red"),)))
+    right = render((Object("circle", "red", 32, 32, 12),))
+    wrong = render((Object("square", "blue", 20, 40, 9), Object("star", "green", 44, 20, 9)))
+    noise = np.random.default_rng(0).integers(0, 256, right.shape, dtype=np.uint8)
+    pixels = torch.from_numpy(np.stack([right, wrong, noise])).permute(0, 3, 1, 2)[:, None] / 255
+    keys = np.arange(3)
+    prompts = Prompts([wanted["prompt"]] * 3, keys, keys, keys, [wanted] * 3)
+    scores = evaluate({name: load(name)}, {name: 1.0}, Media(pixels), prompts)
+    values = scores.by_name[name]
+    if not scores.valid.all():
+        raise Fault(f"reward {name}: gave {values.tolist()} for three pictures, a score is not finite")
+    if np.ptp(values) == 0:
+        raise Fault(f"reward {name}: gave {values[0]:g} for three different pictures, it cannot tell them apart")
+    labels = ("as asked", "another", "noise")
+    lines = [f"{label:9} {value:.4f}" for label, value in zip(labels, values, strict=True)]
+    return [f"{name}: {wanted['prompt']!r}", *lines, "ok"]

@@ -1,0 +1,47 @@
+"""From a reward's entry to the object that scores."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffalign.rewards.base import Reward
+from diffalign.rewards.catalog import Entry, find
+from diffalign.types import UserError
+
+
+def load(name: str) -> Reward:
+    """The reward of a name; classes are created without arguments.
+
+    Raises:
+        UserError: if its module cannot be imported or lacks the function.
+    """
+    try:
+        entry = find(name)
+    except LookupError as error:
+        raise UserError(f"rewards: {name}: {error}") from error
+    try:
+        module = _module(entry)
+    except ImportError as error:
+        raise UserError(f"rewards: {name}: {error}") from error
+    found = getattr(module, entry.attribute, None)
+    if not callable(found):
+        raise UserError(f"rewards: {name}: {entry.source} has no function {entry.attribute!r}")
+    reward: Any = found() if inspect.isclass(found) else found
+    return reward
+
+
+def _module(entry: Entry) -> Any:
+    if not entry.source.endswith(".py"):
+        return importlib.import_module(entry.source)
+    path = Path(entry.source)
+    spec = importlib.util.spec_from_file_location(f"_diffalign_reward_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,109 @@
+"""A run's folder: opened, locked, and refused before torch is imported if it cannot be used."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from diffalign import config as configs
+from diffalign.files import write_text
+from diffalign.types import Fault, UserError
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+MAY_CHANGE = {"updates", "run_dir"}
+OURS = (CONFIG, METRICS, "checkpoints", "samples", "evaluation", "adapter", "trackers", "curves.png", "before_after.png")
+
+
+class RunFolder:
+    """`config.yaml`, `metrics.jsonl`, `checkpoints/`, `samples/`, `evaluation/`, `adapter/`, `curves.png`.
+
+    Held by one process at a time; a second one is refused.
+    """
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one object to `metrics.jsonl`."""
+        try:
+            with (self.path / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise Fault(f"{self.path / METRICS}: cannot write ({error.strerror or error})") from error
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The objects of `metrics.jsonl`; a last line cut short by a kill is left out."""
+        return read_rows(self.path)
+
+    def rewind(self, update: int) -> None:
+        """Drop the rows after `update` updates: they will be made again."""
+        kept = [row for row in self.rows() if row["update"] <= update]
+        write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, one object an update."""
+    path = folder / METRICS
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # killed while it was written; nothing after it can be trusted
+    return rows
+
+
+def open_run(config: configs.Config, fresh: bool) -> RunFolder:
+    """Create or take up the run folder of a config, and write the resolved config.
+
+    Raises:
+        UserError: if it cannot be written, is in use, or holds a run with another config.
+    """
+    path = Path(config.run_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("w", encoding="utf-8")
+        (path / METRICS).open("a").close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"run_dir: got {str(path)!r}, cannot write there ({reason}); allowed is a folder you own") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"run_dir: {path} is in use by another process; choose another run_dir") from error
+    if fresh:
+        for name in OURS:
+            target = path / name
+            shutil.rmtree(target, ignore_errors=True) if target.is_dir() else target.unlink(missing_ok=True)
+    _check_same(path, config)
+    write_text(path / CONFIG, configs.dump(config))
+    return RunFolder(path, lock)
+
+
+def _check_same(path: Path, config: configs.Config) -> None:
+    if not (path / CONFIG).is_file():
+        return
+    old = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")) or {}
+    changed = configs.differences(old, config.model_dump(mode="json"))
+    fixed = [line for line in changed if line.split(":")[0] not in MAY_CHANGE]
+    if fixed:
+        lines = [f"run_dir: {path} holds a run with other settings; choose another run_dir, or --fresh to start over"]
+        raise UserError(*lines, *(f"  {line}" for line in fixed))

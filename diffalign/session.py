@@ -1,0 +1,238 @@
+"""One training run from start, or from its last checkpoint, to the adapter it leaves behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffalign import checkpoint, evaluate, figures, prompts, trackers
+from diffalign.build import Parts, build
+from diffalign.card import write_adapter
+from diffalign.config import Config
+from diffalign.progress import Reporter
+from diffalign.runfolder import RunFolder
+from diffalign.trainer import Metrics, Trainer
+from diffalign.types import Fault
+
+NONFINITE_LIMIT = 10  # updates in a row without a finite gradient that end a run
+
+
+class Interrupted(Exception):
+    """A signal ended the run; its state is saved. `code` is the exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"interrupted, saved; the same command resumes (exit code {code})")
+        self.code = code
+
+
+class Session:
+    """A run: what to train, where it is kept, how far it is."""
+
+    def __init__(self, config: Config, folder: RunFolder, reporter: Reporter, parts: Parts | None = None) -> None:
+        self.config, self.folder, self.reporter = config, folder, reporter
+        self.parts = parts or build(config)
+        self.policy, self.rule = self.parts.policy, config.make_rule()
+        optimizer = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters.values(), lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay
+        )
+        entries = config.training_prompts()
+        self.trainer = Trainer(
+            self.rule,
+            self.policy,
+            self.parts.rewards,
+            config.rewards,
+            self.optimizer,
+            lambda update: prompts.draw(entries, config.prompts.groups, config.prompts.group_size, config.seed, update),
+            micro_batch=optimizer.micro_batch,
+            max_grad_norm=optimizer.max_grad_norm,
+            seed=config.seed,
+        )
+        settings = config.evaluation
+        self.fixed = prompts.fixed(config.evaluation_prompts(), settings.images_per_prompt, settings.seed)
+        self.done = 0
+        self.skipped = 0
+        self.saved = -1
+        self.stop_code: int | None = None
+
+    # -- state
+
+    def state(self) -> checkpoint.State:
+        rule_state = self.rule.state_dict() if hasattr(self.rule, "state_dict") else {}
+        return checkpoint.State(
+            self.done,
+            dict(self.policy.parameters),
+            self.policy.shadows,
+            self.optimizer.state_dict(),
+            {"rule": rule_state, "skipped": self.skipped},
+        )
+
+    def save(self) -> None:
+        if self.saved != self.done:
+            checkpoint.save(self.folder / "checkpoints", self.state(), self.config.output.keep)
+            self.saved = self.done
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint, if there is one."""
+        whole = checkpoint.complete(self.folder / "checkpoints")
+        if not whole:
+            self.folder.rewind(-1)
+            return
+        state = checkpoint.load(whole[-1])
+        with torch.no_grad():
+            for name, parameter in self.policy.parameters.items():
+                parameter.copy_(state.parameters[name])
+        self.policy.shadows.update(
+            {name: {k: v.to(self.policy.parameters[k].device) for k, v in s.items()} for name, s in state.shadows.items()}
+        )
+        self.optimizer.load_state_dict(state.optimizer)
+        if hasattr(self.rule, "load_state_dict"):
+            self.rule.load_state_dict(state.notes["rule"])
+        self.done = self.saved = state.update
+        self.skipped = state.notes["skipped"]
+        self.folder.rewind(self.done)
+        self.reporter.say(f"resuming after update {self.done} from {whole[-1]}")
+
+    # -- the run
+
+    def run(self) -> dict[str, float]:
+        """Train to `config.updates`, evaluate, and write the adapter; returns the final evaluation's summary."""
+        started = time.perf_counter()
+        self.resume()
+        with self._signals():
+            if self.done == 0:
+                self._look(0)
+            for index in range(self.done, self.config.updates):
+                row = self._update(index)
+                self.folder.append({"update": self.done, **row})
+                self._tidy()
+                if self.stop_code is not None:
+                    self.save()
+                    raise Interrupted(self.stop_code)
+            self.save()
+            summary = self._finish()
+        self.reporter.say(f"done: {self.done} updates, {time.perf_counter() - started:.0f} s, {self.folder.path}")
+        return summary
+
+    def _update(self, index: int) -> Metrics:
+        with self.reporter.update(index, self.config.updates) as shown:
+            row = self.trainer.update(index)
+            shown.update(row)
+        self.done = index + 1
+        if row.get("skipped_flat"):
+            self.reporter.say(f"update {index}: every group has equal rewards, nothing to learn; skipped")
+        if row.get("skipped_nonfinite"):
+            self.skipped += 1
+            self.reporter.say(f"update {index}: the gradient is not finite; skipped ({self.skipped} so far)")
+            if self.trainer.nonfinite_in_a_row >= NONFINITE_LIMIT:
+                raise Fault(f"update {index}: {NONFINITE_LIMIT} gradients in a row were not finite; lower optimizer.lr")
+        if torch.cuda.is_available():
+            row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["skipped"] = float(self.skipped)
+        self.tracker.log(row, self.done)
+        return row
+
+    def _tidy(self) -> None:
+        output, every = self.config.output, self.config.evaluation.every
+        last = self.done == self.config.updates
+        if not last and self.done % output.sample_every == 0:
+            self._samples(self.done)
+        if not last and every and self.done % every == 0:
+            self._evaluate(self.done)
+        # After grids and evaluation: a checkpoint says that everything up to it was done.
+        if self.done % output.checkpoint_every == 0 or last:
+            self.save()
+
+    def _look(self, update: int) -> None:
+        """Sample grid and evaluation."""
+        self._samples(update)
+        self._evaluate(update)
+
+    def _shown(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Which evaluation images the grids show: spread over prompts."""
+        count = min(self.config.output.samples, len(self.fixed))
+        return np.linspace(0, len(self.fixed) - 1, count).astype(np.int64)
+
+    def _samples(self, update: int) -> None:
+        images = evaluate.pictures(self.policy, self.fixed.select(self._shown()), self.config.optimizer.micro_batch)
+        path = self.folder / "samples"
+        path.mkdir(exist_ok=True)
+        figures.grid(images).save(path / f"update_{update:06d}.png")
+        np.savez_compressed(path / f"update_{update:06d}.npz", images=images)
+
+    def _evaluation_path(self, update: int) -> Any:
+        return self.folder / "evaluation" / f"update_{update:06d}.json"
+
+    def _evaluate(self, update: int) -> dict[str, float]:
+        if not self.config.evaluation.enabled:
+            return {}
+        with self.reporter.evaluation(len(self.fixed)) as advance:
+            found = evaluate.run(
+                self.policy, self.parts.eval_rewards, self.fixed, self.config.optimizer.micro_batch, update, advance
+            )
+        found.save(self._evaluation_path(update), seed=self.config.evaluation.seed, prompts=self.fixed.text)
+        first = self._evaluation_path(0)
+        before = evaluate.Evaluation.read(first) if update and first.is_file() else None
+        summary = found.summary(before)
+        self.folder.append({"update": update, **summary})
+        self.tracker.log(summary, update)
+        self.reporter.evaluated(update, summary)
+        return summary
+
+    def _finish(self) -> dict[str, float]:
+        path = self._evaluation_path(self.done)
+        if path.is_file():
+            first = evaluate.Evaluation.read(self._evaluation_path(0))
+            summary = evaluate.Evaluation.read(path).summary(first)
+        else:
+            self._samples(self.done)
+            summary = self._evaluate(self.done)
+        title = f"{self.config.rule['name']} on {self.config.model}, seed {self.config.seed}"
+        figures.curves(self.folder.rows(), self.folder / "curves.png", title)
+        self._before_after(title)
+        write_adapter(self.config, self.policy, self.folder, summary)
+        return summary
+
+    def _before_after(self, title: str) -> None:
+        samples = [self.folder / "samples" / f"update_{update:06d}.npz" for update in (0, self.done)]
+        if not all(path.is_file() for path in samples):
+            return
+        before, after = (np.load(path)["images"] for path in samples)
+        shown = self._shown()
+        passed = None
+        paths = [self._evaluation_path(update) for update in (0, self.done)]
+        if self.config.eval_rewards and all(path.is_file() for path in paths):
+            name = self.config.eval_rewards[0]
+            columns = [evaluate.Evaluation.read(path).scores[name][shown] for path in paths]
+            passed = (columns[0], columns[1]) if all(np.isin(c, (0, 1)).all() for c in columns) else None
+        figures.before_after(
+            before, after, [self.fixed.text[k] for k in shown], passed, self.folder / "before_after.png", title
+        )
+
+    @property
+    def tracker(self) -> trackers.Trackers:
+        if not hasattr(self, "_tracker"):
+            self._tracker = trackers.Trackers(list(self.config.output.trackers), self.folder / "trackers", self.config)
+        return self._tracker
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C finish the update, save, and leave with 143 and 130."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.stop_code = 128 + number
+            self.reporter.say("stopping after this update")
+
+        old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)

@@ -1,0 +1,222 @@
+"""The one update: plan, sample, score, credit, backward, step. No rule's name appears here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.randomness import numpy_generator
+from diffalign.rewards.base import Reward, check_media, evaluate
+from diffalign.types import (
+    Credit,
+    Fault,
+    Media,
+    Plan,
+    Prompts,
+    RewardFunction,
+    Rollout,
+    Rows,
+    Scores,
+    Term,
+    TrainablePolicy,
+    UpdateRule,
+    chunks,
+)
+
+Metrics = dict[str, float]
+EXACT_GAP, CLOSE_GAP = 0.0, 1e-3  # largest |log-ratio| of a first pass: float32 on the CPU, and anything else
+
+
+@dataclass
+class Clock:
+    """Seconds by phase."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[phase] += time.perf_counter() - started
+
+
+class Trainer:
+    """Runs a rule on a policy.
+
+    Args:
+        draw: update -> the prompts of that update.
+        rewards, weights: what is maximised.
+        optimizer: over the policy's parameters; one step per `Plan.updates` entry.
+    """
+
+    def __init__(
+        self,
+        rule: UpdateRule,
+        policy: TrainablePolicy,
+        rewards: dict[str, Reward],
+        weights: dict[str, float],
+        optimizer: torch.optim.Optimizer,
+        draw: Callable[[int], Prompts],
+        *,
+        micro_batch: int,
+        max_grad_norm: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.rule, self.policy, self.optimizer, self.draw = rule, policy, optimizer, draw
+        self.rewards, self.weights = rewards, weights
+        self.micro_batch, self.max_grad_norm, self.seed = micro_batch, max_grad_norm, seed
+        self.nonfinite_in_a_row = 0
+        policy.add_shadows(rule.needs.shadows)
+
+    def update(self, index: int) -> Metrics:
+        """Update number `index` (0 is the first); returns what there is to log.
+
+        Raises:
+            Fault: if sampling and training disagree, or a reward fails.
+        """
+        clock = Clock(next(iter(self.policy.parameters.values())).device)
+        started, forward, backward = time.perf_counter(), self.policy.rows_forward, self.policy.rows_backward
+        prompts = self.draw(index)
+        plan = self.rule.plan(self.policy.schedule, index, numpy_generator(self.seed, 15, index))
+        with clock("sample"):
+            rollout = self.policy.rollout(prompts, plan)
+        metrics: Metrics = {}
+        credit: Credit | None = None
+        if plan.stop == self.policy.schedule.steps:
+            scores = self.score(rollout, clock)
+            metrics |= describe(scores, rollout)
+            credit = self.rule.credit(rollout.tree, scores, prompts)
+        if credit is not None and not any(np.any(edges) for edges in credit):
+            metrics["skipped_flat"] = 1.0
+        else:
+            with clock("train"):
+                metrics |= self._train(plan, rollout, credit, index)
+        self.policy.follow(self.rule.needs.shadows)
+        if hasattr(self.rule, "after_update"):
+            self.rule.after_update(metrics)
+        metrics |= {f"seconds/{phase}": value for phase, value in clock.seconds.items()}
+        metrics["seconds/total"] = time.perf_counter() - started
+        metrics["nfe"] = float(self.policy.rows_forward - forward)
+        metrics["nfe_backward"] = float(self.policy.rows_backward - backward)
+        return metrics
+
+    def score(self, rollout: Rollout, clock: Clock) -> Scores:
+        """Decode and score the leaves, a micro-batch at a time."""
+        parts: list[Scores] = []
+        for rows in chunks(len(rollout.prompts), self.micro_batch):
+            part = rollout.select(rows)
+            with clock("decode"), torch.no_grad():
+                media = check_media(self.policy.decode(part, part.x[-1])) if self.rewards else None
+            with clock("reward"), torch.no_grad():
+                assert media is not None
+                parts.append(evaluate(self.rewards, self.weights, media, part.at(-1)))
+        return Scores(
+            {name: np.concatenate([part.by_name[name] for part in parts]) for name in self.rewards},
+            np.concatenate([part.total for part in parts]),
+            np.concatenate([part.valid for part in parts]),
+        )
+
+    def _train(self, plan: Plan, rollout: Rollout, credit: Credit | None, index: int) -> Metrics:
+        """The optimiser steps of one update; metrics are averaged over them."""
+        sums: dict[str, list[float]] = defaultdict(list)
+        for number, terms in enumerate(plan.updates):
+            self.optimizer.zero_grad(set_to_none=True)
+            values = self.accumulate(terms, rollout, credit, first=number == 0, where=f"update {index}")
+            norm = self._step()
+            for name, value in {**values, **norm}.items():
+                sums[name].append(value)
+        return {name: float(np.mean(values)) for name, values in sums.items()}
+
+    def accumulate(
+        self, terms: tuple[Term, ...], rollout: Rollout, credit: Credit | None, *, first: bool, where: str = ""
+    ) -> Metrics:
+        """Add the gradient of a sum of terms to the parameters, freeing each term's graph before the next.
+
+        A part of n of N samples weighs n / N, so the cut into micro-batches does not change the gradient.
+        """
+        sums: dict[str, float] = defaultdict(float)
+        weights: dict[str, float] = defaultdict(float)
+        for rows in chunks(len(rollout.prompts), self.micro_batch):
+            part = rollout.select(rows)
+            part_credit = select_credit(credit, rollout, rows)
+            reward = self._bound_reward(part)
+            share = len(rows) / len(rollout.prompts)
+            for term in terms:
+                loss = self.rule.loss(term, self.policy, part, part_credit, reward)
+                if first and loss.gap is not None:
+                    self._check_gap(float(loss.gap), where, term)
+                (loss.value * (term.weight * share)).backward()
+                for name, value in loss.metrics.items():
+                    sums[name] += share * float(value)
+                    weights[name] += share
+        return {name: value / weights[name] for name, value in sums.items()}
+
+    def _check_gap(self, gap: float, where: str, term: Term) -> None:
+        allowed = EXACT_GAP if self.policy.exact else CLOSE_GAP
+        if not gap <= allowed:
+            raise Fault(
+                f"{where}, step {term.start}: the replayed log-probability differs from the rollout's by {gap:.3g} "
+                f"(allowed {allowed:g}): sampling and training do not see the same latents or network"
+            )
+
+    def _bound_reward(self, part: Rollout) -> RewardFunction:
+        prompts = part.at(-1)
+
+        def reward(media: Media) -> Tensor:
+            total = media.pixels.new_zeros(len(prompts))
+            for name, function in self.rewards.items():
+                value = function(check_media(media), prompts)
+                if not isinstance(value, Tensor) or not value.requires_grad:
+                    raise Fault(f"reward {name}: has no gradient to the pictures")
+                total = total + self.weights[name] * value
+            return total
+
+        return reward
+
+    def _step(self) -> Metrics:
+        """Clip and step, unless the gradient is not finite: then skip and count."""
+        parameters = list(self.policy.parameters.values())
+        for parameter in parameters:
+            if parameter.grad is None:  # a part of the model that no term touched
+                parameter.grad = torch.zeros_like(parameter)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.nonfinite_in_a_row = 0
+            return {"grad_norm": norm, "skipped_nonfinite": 0.0}
+        self.nonfinite_in_a_row += 1
+        return {"skipped_nonfinite": 1.0}
+
+
+def select_credit(credit: Credit | None, rollout: Rollout, rows: Rows) -> Credit | None:
+    """The credit of the edges that grow from some roots."""
+    if credit is None:
+        return None
+    kept = rollout.tree.nodes(rows)
+    return [edges[kept[t + 1]] for t, edges in enumerate(credit)]
+
+
+def describe(scores: Scores, rollout: Rollout) -> Metrics:
+    """Mean of every reward over valid samples, their share, and the share of groups without spread."""
+    valid = scores.valid
+    metrics = {"reward/valid": float(valid.mean())}
+    if valid.any():
+        metrics |= {f"reward/{name}": float(values[valid].mean()) for name, values in scores.by_name.items()}
+        metrics["reward/total"] = float(scores.total[valid].mean())
+    group = rollout.prompts.group[rollout.tree.leaf_root]
+    spread = [np.ptp(scores.total[(group == g) & valid]) if ((group == g) & valid).any() else 0.0 for g in set(group)]
+    metrics["groups_flat"] = float(np.mean(np.asarray(spread) == 0))
+    return metrics

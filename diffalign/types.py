@@ -1,0 +1,324 @@
+"""The data that flow through one update, and the protocols between its parts. Needs no torch to import.
+
+Prompts -> Plan -> Rollout -> Media -> Scores -> Credit -> Loss per Term -> optimiser step.
+
+Legend for shapes: N samples (roots), T steps, F frames, D... a latent's shape, N_t nodes at level t of a forest. Step t leads
+from level t to level t + 1; level 0 is pure noise and level T the finished latent. Roots index prompts and seeds, the leaves
+at level T index scores. A chain is a forest that never branches: N_t = N everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Rows = Sequence[int] | Integers
+
+
+class UserError(Exception):
+    """Mistakes of the user, all of them together: one line each, exit code 2."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Fault(Exception):
+    """Something outside the user's input stopped the run; the last good state is kept: exit code 3."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What to draw: one entry a sample.
+
+    text (N) strings; group (N,) integer ids of samples whose rewards are compared; seed (N,) keys of all noise of a sample;
+    group_seed (N,) keys a group shares; metadata (N) dicts for the rewards.
+    """
+
+    text: list[str]
+    group: Integers
+    seed: Integers
+    group_seed: Integers
+    metadata: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def select(self, rows: Rows) -> Prompts:
+        """The prompts of some rows, in the given order, with repeats if asked for."""
+        picked = np.asarray(rows, dtype=np.int64)
+        return Prompts(
+            [self.text[k] for k in picked],
+            self.group[picked],
+            self.seed[picked],
+            self.group_seed[picked],
+            [self.metadata[k] for k in picked],
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The sampler as configured, float64.
+
+    timestep (T,) what the network is told; alpha, sigma (T+1,) with x_t = alpha x_0 + sigma noise; std (T,) of the noise each
+    step injects when its noise is on (0: deterministic); gain (T,) = |d mean / d prediction| of each step, noise on.
+    """
+
+    timestep: Floats
+    alpha: Floats
+    sigma: Floats
+    std: Floats
+    gain: Floats
+
+    @property
+    def steps(self) -> int:
+        return len(self.timestep)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One piece of a loss: steps [start, stop) seen through the reward's gradient, log-probs, or the forward process."""
+
+    start: int
+    stop: int
+    through: Literal["reward", "log_prob", "forward"]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one update does, as data.
+
+    stop: level to sample to (T: to the end); noise (T): which steps inject noise; updates: the optimiser steps, each a tuple
+    of terms; branch (T): children of every node at a step; correlation: of siblings' noise, in [0, 1]; shared_start: one
+    initial noise per group; keep_mean: store each step's mean.
+    """
+
+    stop: int
+    noise: tuple[bool, ...]
+    updates: tuple[tuple[Term, ...], ...]
+    branch: tuple[int, ...] = ()
+    correlation: float = 0.0
+    shared_start: bool = False
+    keep_mean: bool = False
+
+    def __post_init__(self) -> None:
+        steps = len(self.noise)
+        if not self.branch:
+            object.__setattr__(self, "branch", (1,) * steps)
+        if not 0 <= self.stop <= steps or len(self.branch) != steps:
+            raise ValueError(f"plan: stop {self.stop} and {len(self.branch)} branch factors do not fit {steps} steps")
+        for index, (children, noisy) in enumerate(zip(self.branch, self.noise, strict=True)):
+            if children > 1 and not noisy:
+                raise ValueError(f"plan: step {index} branches without noise, its children would be equal")
+        for term in (term for terms in self.updates for term in terms):
+            if not 0 <= term.start <= term.stop <= steps:
+                raise ValueError(f"plan: term [{term.start}, {term.stop}) lies outside {steps} steps")
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A forest: root[t] (N_t,) is the root of each node, parent[t] (N_{t+1},) its parent's index at level t."""
+
+    root: list[Integers]
+    parent: list[Integers]
+
+    @classmethod
+    def grow(cls, roots: int, branch: Sequence[int]) -> Tree:
+        """`branch[t]` children for every node of level t; siblings are neighbours."""
+        root, parent = [np.arange(roots)], []
+        for children in branch:
+            parent.append(np.repeat(np.arange(len(root[-1])), children))
+            root.append(root[-1][parent[-1]])
+        return cls(root, parent)
+
+    @property
+    def leaf_root(self) -> Integers:
+        """(N_T,) root of every leaf."""
+        return self.root[-1]
+
+    def nodes(self, roots: Rows) -> list[Integers]:
+        """Indices, level by level, of the nodes that grow from some roots, in those roots' order."""
+        order = np.asarray(roots, dtype=np.int64)
+        if len(self.root[0]) == len(self.leaf_root):
+            return [order] * len(self.root)
+        return [np.concatenate([np.flatnonzero(level == root) for root in order]) for level in self.root]
+
+    def select(self, roots: Rows) -> Tree:
+        """The part of the forest that grows from some roots, renumbered."""
+        kept = self.nodes(roots)
+        place = [np.full(len(level), -1) for level in self.root]
+        for level, indices in zip(place, kept, strict=True):
+            level[indices] = np.arange(len(indices))
+        parent = [place[t][self.parent[t][kept[t + 1]]] for t in range(len(self.parent))]
+        root = [place[0][self.root[t][kept[t]]] for t in range(len(self.root))]
+        return Tree(root, parent)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled trajectories up to level `plan.stop`.
+
+    x[t] (N_t, D...) latents; eps[t] (N_{t+1}, D...) the noise injected at step t, None where off; mean[t] (N_t, D...) if the
+    plan keeps it; std[t] the noise's standard deviation; log_prob[t] (N_{t+1},) log density of x[t+1], averaged over latent
+    dimensions, None where the step is deterministic.
+    """
+
+    prompts: Prompts
+    plan: Plan
+    tree: Tree
+    x: list[Tensor]
+    eps: list[Tensor | None]
+    mean: list[Tensor | None]
+    std: list[float]
+    log_prob: list[Tensor | None]
+
+    def select(self, roots: Rows) -> Rollout:
+        """The trajectories that grow from some roots."""
+        kept = self.tree.nodes(roots)
+
+        def rows(values: list[Tensor | None], level: int) -> list[Tensor | None]:
+            return [None if v is None else v[kept[t + level]] for t, v in enumerate(values)]
+
+        return replace(
+            self,
+            prompts=self.prompts.select(roots),
+            tree=self.tree.select(roots),
+            x=[x[kept[t]] for t, x in enumerate(self.x)],
+            eps=rows(self.eps, 1),
+            mean=rows(self.mean, 0),
+            log_prob=rows(self.log_prob, 1),
+        )
+
+    def at(self, level: int) -> Prompts:
+        """The prompts of the nodes of a level."""
+        return self.prompts.select(self.tree.root[level])
+
+
+@dataclass(frozen=True)
+class Media:
+    """Finished pictures or videos: pixels (N, F, 3, H, W) float in [0, 1]; F = 1 for pictures; frames per second."""
+
+    pixels: Tensor
+    fps: float = 8.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of N_T media: by_name and total (N_T,) float64; valid (N_T,) False where a reward had no score."""
+
+    by_name: dict[str, Floats]
+    total: Floats
+    valid: NDArray[np.bool_]
+
+
+Credit = list[Floats]  # per step t, (N_{t+1},): how much better than expected each edge was
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar to minimise and detached numbers for the log; `gap` is max |log-ratio| where it ought to be 0."""
+
+    value: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    gap: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One step at stored latents: prediction and mean (N_t, D...), the noise's standard deviation."""
+
+    prediction: Tensor
+    mean: Tensor
+    std: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A replayed span: x after it, and mean and std of its last step (x = mean + std * eps)."""
+
+    x: Tensor
+    mean: Tensor
+    std: float
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a rule cannot do without; checked before any weight is loaded. shadows: name -> decay per update."""
+
+    differentiable_reward: bool = False
+    stochastic_sampler: bool = False
+    reference: bool = False
+    shadows: dict[str, float] = field(default_factory=dict)
+
+
+class Policy(Protocol):
+    """A sampler with trainable parameters: all that a rule may call. Gradients reach the parameters unless in a context."""
+
+    schedule: Schedule
+
+    def rollout(self, prompts: Prompts, plan: Plan) -> Rollout: ...
+    def transition(self, part: Rollout, step: int) -> Transition: ...
+    def replay(self, part: Rollout, start: int, stop: int) -> Replay: ...
+    def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor: ...
+    def decode(self, part: Rollout, x: Tensor) -> Media: ...
+    def reference(self) -> AbstractContextManager[None]: ...
+    def shadow(self, name: str) -> AbstractContextManager[None]: ...
+
+
+class TrainablePolicy(Policy, Protocol):
+    """What the trainer needs besides."""
+
+    parameters: dict[str, Tensor]
+    shadows: dict[str, dict[str, Tensor]]
+    rows_forward: int
+    rows_backward: int
+    exact: bool
+
+    def add_shadows(self, decays: dict[str, float]) -> None: ...
+    def follow(self, decays: dict[str, float]) -> None: ...
+
+
+RewardFunction = Callable[[Media], "Tensor"]
+
+
+class UpdateRule(Protocol):
+    """Three hooks. A rule that learns on the way also has `after_update`, `state_dict` and `load_state_dict`.
+
+    Noise a loss needs is drawn with `randomness.normal(part.prompts.seed, shape, ...)`, so that it depends on the sample
+    and the update alone, not on how a batch is cut.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def needs(self) -> Needs: ...
+    def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan: ...
+    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit | None: ...
+    def loss(
+        self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction
+    ) -> Loss: ...
+
+
+class StatefulRule(UpdateRule, Protocol):
+    """A rule with state that is checkpointed: JSON-serialisable."""
+
+    def after_update(self, metrics: dict[str, float]) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def chunks(count: int, size: int) -> Iterator[range]:
+    """Consecutive ranges of at most `size` that cover range(count)."""
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))

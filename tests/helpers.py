@@ -1,0 +1,55 @@
+"""What several tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign import prompts
+from diffalign.backends.toy import ToyPolicy
+from diffalign.trainer import Trainer
+from diffalign.types import Media, Prompts, UpdateRule
+
+WEIGHT = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
+
+
+def toy_reward(media: Media, given: Prompts) -> Tensor:
+    """Smooth, not linear in the pixels, so that every order of the chain matters."""
+    pixels = media.pixels.flatten(1)
+    return pixels @ WEIGHT - (pixels[:, 0] - 0.3) ** 2
+
+
+def toy_prompts(groups: int, group_size: int, seed: int = 0, update: int = 0) -> Prompts:
+    return prompts.draw([{"prompt": "a"}], groups, group_size, seed, update)
+
+
+def toy_trainer(
+    rule: UpdateRule, policy: ToyPolicy, groups: int = 4, group_size: int = 8, lr: float = 0.05, micro_batch: int = 0
+) -> Trainer:
+    return Trainer(
+        rule,
+        policy,
+        {"toy": toy_reward},
+        {"toy": 1.0},
+        torch.optim.Adam(policy.parameters.values(), lr=lr),
+        lambda update: toy_prompts(groups, group_size, 0, update),
+        micro_batch=micro_batch or groups * group_size,
+    )
+
+
+def gradient(rule: UpdateRule, policy: ToyPolicy, given: Prompts, micro_batch: int | None = None) -> np.ndarray:
+    """The rule's gradient of the loss on some prompts, through the trainer's own path."""
+    trainer = toy_trainer(rule, policy, micro_batch=micro_batch or len(given))
+    plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
+    rollout = policy.rollout(given, plan)
+    credit = None
+    if plan.stop == policy.schedule.steps:
+        from diffalign.trainer import Clock
+
+        scores = trainer.score(rollout, Clock(torch.device("cpu")))
+        credit = rule.credit(rollout.tree, scores, given)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.accumulate(plan.updates[0], rollout, credit, first=True)
+    assert policy.delta.grad is not None
+    return policy.delta.grad.numpy().copy()
