@@ -209,11 +209,12 @@ def _check_rule(rule: Any, found: list[str]) -> BaseModel | None:
         found.append(f"rule.name: got {name!r}, allowed are {', '.join(RULES)}{_near(str(name), RULES)}")
         return None
     settings = RULES[name].Settings
+    given = {str(k): v for k, v in rule.items() if k != "name"}
     try:
-        return settings(**{str(k): v for k, v in rule.items() if k != "name"})
+        return settings(**given)
     except ValidationError as error:
         found += [_explain(item, settings, "rule.") for item in error.errors()]
-        return None
+        return settings(**_without(given, [item["loc"] for item in error.errors()]))
 
 
 def _without(raw: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
@@ -284,11 +285,12 @@ def _check_together(config: Config, settings: Any) -> list[str]:
     """Combinations that cannot work, each with the way out."""
     problems: list[str] = []
     sampler, name = config.sampler, config.rule["name"]
+    needs = RULES[name](settings).needs
     stochastic = ", ".join(key for key, process in PROCESSES.items() if process.stochastic)
     if sampler.process not in PROCESSES:
         near = _near(sampler.process, PROCESSES)
         problems.append(f"sampler.process: got {sampler.process!r}, allowed are {', '.join(PROCESSES)}{near}")
-    elif config.make_rule().needs.stochastic_sampler and not (
+    elif needs.stochastic_sampler and not (
         PROCESSES[sampler.process].stochastic and sampler.noise_level > 0
     ):
         given = f"{sampler.process} with noise_level {sampler.noise_level:g}"
@@ -302,9 +304,9 @@ def _check_together(config: Config, settings: Any) -> list[str]:
             f"optimizer.micro_batch: got {config.optimizer.micro_batch}, allowed are divisors of "
             f"prompts.groups * prompts.group_size = {config.samples_per_update}, so that replay and rollout agree"
         )
-    if config.prompts.group_size < 2 and not config.make_rule().needs.differentiable_reward:
+    if config.prompts.group_size < 2 and not needs.differentiable_reward:
         problems.append("prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more")
-    if config.make_rule().needs.differentiable_reward:
+    if needs.differentiable_reward:
         problems += _differentiable(config)
     return problems
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,26 @@ TARGETS = (
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, notices or warnings from the libraries while files load: here they are known to be harmless."""
+    from diffusers.utils import logging as ours
+    from transformers.utils import logging as theirs
+
+    levels = [(module, module.get_verbosity()) for module in (ours, theirs)]
+    for module, _ in levels:
+        module.set_verbosity_error()
+        module.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for module, level in levels:
+            module.set_verbosity(level)
+            module.enable_progress_bar()
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
@@ -98,7 +119,8 @@ def verify(pipe: Any, folder: Path) -> None:
     Raises:
         Fault: if anything differs; a bad file loads nothing, silently.
     """
-    pipe.load_lora_weights(folder, adapter_name="saved")
+    with quiet():
+        pipe.load_lora_weights(folder, adapter_name="saved")
     try:
         loaded = pipe.get_list_adapters()
         for component, module in denoisers(pipe).items():
@@ -108,7 +130,8 @@ def verify(pipe: Any, folder: Path) -> None:
                 if isinstance(layer, BaseTunerLayer) and "default" in getattr(layer, "lora_A", {}):
                     _compare(name, layer, folder)
     finally:
-        pipe.delete_adapters("saved")
+        with quiet():
+            pipe.delete_adapters("saved")
 
 
 def _compare(name: str, layer: Any, folder: Path) -> None:

@@ -32,7 +32,7 @@ def load(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
 
     folder = models.path(model) or model
     try:
-        with _quiet():
+        with adapters.quiet():
             pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"model: cannot load {model!r}: {str(error).strip().splitlines()[0]}") from error
@@ -41,24 +41,6 @@ def load(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     return pipe.to(device)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars or notices while weights load: AutoencoderTiny in a slot typed AutoencoderKL warns, harmlessly."""
-    from diffusers.utils import logging as ours
-    from transformers.utils import logging as theirs
-
-    levels = [(module, module.get_verbosity()) for module in (ours, theirs)]
-    for module, _ in levels:
-        module.set_verbosity_error()
-        module.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for module, level in levels:
-            module.set_verbosity(level)
-            module.enable_progress_bar()
 
 
 class DiffusersPolicy(ChainPolicy):

@@ -133,7 +133,10 @@ def _place_related(kinds: list[tuple[str, str]], relation: str, rng: np.random.G
 
 
 def _turned(placed: Scene, relation: str, dx: float, dy: float) -> Scene | None:
-    """The scene if its clear relation is the wanted one; with the two places exchanged if it is the opposite one."""
+    """The scene if its clear relation is the wanted one; with the two places exchanged if it is the opposite one.
+
+    Objects of unequal size come nearer by the exchange: 1.5 % of position scenes have a gap under 2 pixels, and 0.2 % touch.
+    """
     across = abs(dx) > abs(dy)
     found = ("left of" if dx < 0 else "right of") if across else ("above" if dy < 0 else "below")
     if found == relation:

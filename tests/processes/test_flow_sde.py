@@ -19,7 +19,8 @@ def shifted(steps: int, shift: float = 3.0) -> np.ndarray:
 
 def test_T1_standard_deviations_of_the_published_schedule():
     std = [0.7, 0.742964, 0.536152, 0.445897, 0.391794, 0.352797, 0.319070, 0.282007, 0.225360, 0.006278]
-    np.testing.assert_allclose(table(SD3, 0.7).std, std, rtol=2e-5)  # the levels above are rounded to 6 digits
+    # The levels above are rounded to 6 digits: 5e-7 of them is 6e-5 of the last, smallest one.
+    np.testing.assert_allclose(table(SD3, 0.7).std, std, rtol=1e-4)
     dance = dance_table(shifted(16), 0.3).std
     np.testing.assert_allclose(dance[[0, -1]], [0.04423, 0.12247], rtol=1e-4)
 

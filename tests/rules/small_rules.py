@@ -38,9 +38,14 @@ class FullTruncatedBP(TruncatedBP):
 
     name: ClassVar[str] = "small_bp"
 
+    def __init__(self, depth: int, noisy: int | None = None) -> None:
+        super().__init__(depth)
+        self.noisy = noisy
+
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         T = schedule.steps
-        return Plan(T, (True,) * (T - 1) + (False,), ((Term(T - self.depth, T, "reward"),),))
+        noisy = T - 1 if self.noisy is None else self.noisy
+        return Plan(T, (True,) * noisy + (False,) * (T - noisy), ((Term(T - self.depth, T, "reward"),),))
 
 
 class Reinforce:
@@ -49,9 +54,14 @@ class Reinforce:
     name: ClassVar[str] = "small_reinforce"
     needs = Needs(stochastic_sampler=True)
 
+    def __init__(self, noisy: int | None = None) -> None:
+        self.noisy = noisy  # steps with noise; None: all but the last
+
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         T = schedule.steps
-        return Plan(T, (True,) * (T - 1) + (False,), (tuple(Term(k, k + 1, "log_prob") for k in range(T - 1)),))
+        noisy = T - 1 if self.noisy is None else self.noisy
+        terms = tuple(Term(k, k + 1, "log_prob") for k in range(noisy))
+        return Plan(T, (True,) * noisy + (False,) * (T - noisy), (terms,))
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         advantage = advantages.leave_one_out(scores.total, prompts.group[tree.leaf_root], scores.valid)
@@ -73,6 +83,7 @@ class RLR(Reinforce):
     needs = Needs(stochastic_sampler=True, differentiable_reward=True)
 
     def __init__(self, h: int = 2, cover: bool = True) -> None:
+        super().__init__()
         self.h, self.cover = h, cover
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:

@@ -72,6 +72,13 @@ def evaluate(
     return scores, pictures
 
 
+def compute_in_float32(folder: Path) -> None:
+    """Make transformers load the half-precision files as float32, as diffusers does: a plain load is then of one dtype."""
+    for path in folder.glob("text_encoder*/config.json"):
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diffalign.shapes.pretrain", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the pipeline to")
@@ -107,6 +114,7 @@ def main() -> None:
     rows = [np.concatenate(pictures[k * args.images : k * args.images + 12], 1) for k in range(len(captions.TASKS))]
     Image.fromarray(np.concatenate(rows)).save(args.out / "samples.png")
     pipe.to(torch.float16).save_pretrained(args.out)
+    compute_in_float32(args.out)
     report["seconds"] = round(time.perf_counter() - started)
     (args.out / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.out / "pretrain.log").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,159 @@
+import numpy as np
+import pytest
+import torch
+
+from diffalign.backends.toy import ToyPolicy
+from diffalign.rules import FlowGRPO
+from diffalign.trainer import Clock
+from diffalign.types import Fault, Scores, Term, Tree
+from tests.helpers import gradient, toy_prompts, toy_trainer
+
+S = FlowGRPO.Settings
+
+
+def rolled(rule: FlowGRPO, policy: ToyPolicy, groups: int = 2, size: int = 8):
+    given = toy_prompts(groups, size)
+    plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
+    part = policy.rollout(given, plan)
+    scores = toy_trainer(rule, policy, groups, size).score(part, Clock(torch.device("cpu")))
+    return plan, part, rule.credit(part.tree, scores, given)
+
+
+def test_plan_has_noise_in_the_window_and_never_on_the_last_step():
+    schedule = ToyPolicy(steps=6).schedule
+    plan = FlowGRPO().plan(schedule, 0, np.random.default_rng(0))
+    assert plan.noise == (True,) * 5 + (False,)
+    assert [term.start for term in plan.updates[0]] == [0, 1, 2, 3, 4]
+    plan = FlowGRPO(S(window=(1, 3), inner_updates=2)).plan(schedule, 0, np.random.default_rng(0))
+    assert plan.noise == (False, True, True, False, False, False)
+    assert plan.stop == 6
+    assert len(plan.updates) == 2
+
+
+def test_term_weights_average_to_one_over_the_steps():
+    schedule = ToyPolicy(steps=6).schedule
+    for weight in ("none", "equal"):
+        terms = FlowGRPO(S(step_weight=weight)).plan(schedule, 0, np.random.default_rng(0)).updates[0]
+        assert sum(term.weight for term in terms) == pytest.approx(1.0)
+
+
+def test_equal_step_weight_gives_every_step_the_same_gradient_on_the_prediction():
+    policy, rule = ToyPolicy(steps=6, dim=3), FlowGRPO(S(step_weight="equal"))
+    plan, part, _ = rolled(rule, policy)
+    norms = []
+    for term in plan.updates[0]:
+        std, gain = policy.schedule.std[term.start], policy.schedule.gain[term.start]
+        # d log_prob_mean / d prediction = gain / (std D) eps
+        norms.append(term.weight * gain / std)
+    np.testing.assert_allclose(norms, norms[0], rtol=1e-12)
+
+
+def test_T16_gradient_is_minus_advantage_times_score():
+    policy, rule = ToyPolicy(), FlowGRPO(S(scale="none"))
+    plan, part, credit = rolled(rule, policy)
+    found = gradient(rule, policy, toy_prompts(2, 8))
+    delta = torch.zeros_like(policy.base).requires_grad_()
+    total = 0.0
+    for term in plan.updates[0]:
+        k, x = term.start, part.x[term.start]
+        time = torch.full((len(x), 1), float(policy.schedule.sigma[k]), dtype=x.dtype)
+        v = torch.cat([x, time, torch.ones_like(time)], 1) @ (policy.base + delta).T
+        mean = float(policy.noisy.x[k]) * x + float(policy.noisy.prediction[k]) * v
+        log_prob = torch.distributions.Normal(mean, part.std[k]).log_prob(part.x[k + 1]).mean(1)
+        total = total - (torch.from_numpy(credit[k]) * log_prob).mean() / 3
+    total.backward()
+    np.testing.assert_allclose(found, delta.grad.numpy(), atol=1e-12)
+
+
+def test_T12_first_pass_ratio_is_exactly_one():
+    policy, rule = ToyPolicy(), FlowGRPO()
+    plan, part, credit = rolled(rule, policy)
+    for term in plan.updates[0]:
+        loss = rule.loss(term, policy, part, credit, lambda media: media.pixels)
+        assert loss.gap.item() == 0.0
+        assert loss.metrics["ratio"].item() == 1.0
+
+
+def test_off_policy_the_ratio_moves_and_only_the_first_pass_is_held_to_one():
+    policy = ToyPolicy()
+    trainer = toy_trainer(FlowGRPO(S(inner_updates=3, clip=1e-3)), policy)
+    metrics = trainer.update(0)
+    assert metrics["ratio"] != 1.0
+    assert metrics["clip_low"] + metrics["clip_high"] > 0
+
+
+@pytest.mark.parametrize("what", ["x", "log_prob"])
+def test_a_changed_rollout_is_caught(what):
+    policy, rule = ToyPolicy(), FlowGRPO()
+    plan, part, credit = rolled(rule, policy)
+    getattr(part, what)[1][3] += 1e-6
+    trainer = toy_trainer(rule, policy, 2, 8)
+    with pytest.raises(Fault, match="differs from the rollout's"):
+        trainer.accumulate(plan.updates[0], part, credit, first=True)
+    trainer.accumulate(plan.updates[0], part, credit, first=False)
+
+
+def test_T40_kl_is_zero_with_zero_gradient_at_the_reference_and_pulls_back_from_elsewhere():
+    policy, rule = ToyPolicy(), FlowGRPO(S(kl=0.5))
+    plan, part, credit = rolled(rule, policy)
+    flat = [np.zeros_like(edges) for edges in credit]
+    trainer = toy_trainer(rule, policy, 2, 8)
+    metrics = trainer.accumulate(plan.updates[0], part, flat, first=True)
+    assert metrics["kl"] == 0
+    assert policy.delta.grad.abs().max() == 0
+    with torch.no_grad():
+        policy.delta.add_(0.1)
+    plan, part, _ = rolled(rule, policy)
+    trainer.optimizer.zero_grad()
+    trainer.accumulate(plan.updates[0], part, flat, first=True)
+    # L = kl mean_{steps, samples, dims} (delta [x, t, 1])^2, by hand
+    delta = policy.delta.detach().clone().requires_grad_()
+    total = 0.0
+    for term in plan.updates[0]:
+        x = part.x[term.start]
+        time = torch.full((len(x), 1), float(policy.schedule.sigma[term.start]), dtype=x.dtype)
+        total = total + 0.5 * ((torch.cat([x, time, torch.ones_like(time)], 1) @ delta.T) ** 2).mean() / 3
+    total.backward()
+    torch.testing.assert_close(policy.delta.grad, delta.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_kl_weight_does_not_depend_on_step_weights():
+    grads = []
+    for weight in ("none", "equal"):
+        policy, rule = ToyPolicy(), FlowGRPO(S(kl=0.5, step_weight=weight))
+        with torch.no_grad():
+            policy.delta.add_(0.1)
+        plan, part, credit = rolled(rule, policy)
+        flat = [np.zeros_like(edges) for edges in credit]
+        toy_trainer(rule, policy, 2, 8).accumulate(plan.updates[0], part, flat, first=True)
+        grads.append(policy.delta.grad.clone())
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-14)
+
+
+def test_credit_is_the_leafs_advantage_on_every_edge():
+    tree, given = Tree.grow(6, (1, 1, 1)), toy_prompts(2, 3)
+    scores = Scores({}, np.array([0.0, 1.0, 2.0, 5.0, 5.0, 5.0]), np.ones(6, bool))
+    credit = FlowGRPO().credit(tree, scores, given)
+    assert len(credit) == 3
+    for edges in credit:
+        np.testing.assert_allclose(edges, [-1.22459489, 0, 1.22459489, 0, 0, 0], atol=1e-6)
+
+
+def test_shared_start_gives_a_group_one_initial_noise_and_members_their_own_path():
+    policy, rule = ToyPolicy(), FlowGRPO(S(shared_start=True))
+    _, part, _ = rolled(rule, policy)
+    assert (part.x[0][:8] == part.x[0][0]).all()
+    assert not torch.equal(part.x[0][0], part.x[0][8])
+    assert not torch.equal(part.x[1][0], part.x[1][1])
+
+
+def test_a_window_outside_the_sampler_is_refused():
+    assert S(window=(2, 9)).problems(8) == ["rule.window: got [2, 9], allowed is 0 <= first < stop <= sampler.steps (8)"]
+    assert not S(window=(0, 8)).problems(8)
+
+
+def test_terms_outside_the_chain_are_refused():
+    from diffalign.types import Plan
+
+    with pytest.raises(ValueError, match="outside"):
+        Plan(3, (True, True, False), ((Term(2, 4, "log_prob"),),))

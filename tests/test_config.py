@@ -1,0 +1,112 @@
+import pytest
+import yaml
+
+from diffalign import config
+from diffalign.types import UserError
+
+NAME = "flow_grpo/shapes-sd3"
+CONFIGS = sorted((config.folders()[0]).rglob("*.yaml"))
+
+
+def problems(*overrides: str, name: str = NAME) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        config.load(name, overrides)
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_begins_with_its_command(path):
+    settings = config.load(str(path))
+    assert config.validate(yaml.safe_load(config.dump(settings))) == settings
+    assert path.read_text().startswith(f"# diffalign train configs/{path.parent.name}/{path.name}\n")
+
+
+def test_a_config_is_found_by_path_and_by_name():
+    assert config.load(NAME) == config.load(str(config.find(NAME))) == config.load("configs/" + NAME + ".yaml")
+
+
+def test_overrides_set_values_and_mappings_replace():
+    settings = config.load(NAME, ["optimizer.lr=1e-5", "rewards={jpeg_compressibility: 2}", "seed=3", "rule.window=null"])
+    assert settings.optimizer.lr == 1e-5
+    assert settings.rewards == {"jpeg_compressibility": 2.0}
+    assert settings.seed == 3
+    assert settings.make_rule().settings.window is None
+
+
+def test_all_mistakes_come_at_once_each_names_its_field():
+    found = problems("upates=3", "optimizer.lr=fast", "rule.clp=1", "rewards={nothing: 1}", "sampler.process=ode")
+    assert len(found) == 5
+    for start in ("upates:", "optimizer.lr:", "rule.clp:", "rewards: nothing:", "sampler.process:"):
+        assert any(line.startswith(start) for line in found), start
+    assert "did you mean updates?" in " ".join(found)
+    assert "did you mean clip?" in " ".join(found)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("rule={name: flow_grp}", "rule.name: got 'flow_grp', allowed are flow_grpo; did you mean flow_grpo?"),
+        ("rule=flow_grpo", "rule: got 'flow_grpo', expected a mapping"),
+        ("rule={}", "rule.name: got None"),
+        ("rule.window=[3, 20]", "rule.window: got [3, 20], allowed is 0 <= first < stop <= sampler.steps (10)"),
+        ("rule.clip=-1", "rule.clip: got -1, allowed is greater than 0"),
+        ("sampler.noise_level=0", "flow_grpo needs a stochastic sampler, flow_sde with noise_level 0 has no noise"),
+        ("sampler.process=flowsde", "sampler.process: got 'flowsde', allowed are flow_sde, dance_sde, ode; did you mean flow_sde?"),
+        ("optimizer.micro_batch=7", "optimizer.micro_batch: got 7, allowed are divisors of"),
+        ("prompts.group_size=1", "prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more"),
+        ("prompts.source=nowhere.txt", "prompts.source: no file 'nowhere.txt'"),
+        ("prompts.tasks=[spelling]", "prompts.tasks.0: got 'spelling'"),
+        ("rewards={shapes_geneval: 0}", "rewards: got only zero weights"),
+        ("eval_rewards=[pikscore]", "eval_rewards: pikscore: unknown reward"),
+        ("updates", "override: got 'updates', expected key=value"),
+        ("seed.x=3", "override: seed.x: seed is not a section"),
+        ("model=null", "model: got None"),
+        ("updates=[1", "config: override updates line 1: not YAML"),
+        ("updates=0", "updates: got 0, allowed is greater than or equal to 1"),
+    ],
+)
+def test_a_mistake_names_the_field_what_was_given_and_what_is_allowed(override, expected):
+    assert any(expected in line for line in problems(override)), problems(override)
+
+
+def test_an_unknown_config_offers_the_nearest():
+    assert problems(name="flow_grpo/shape-sd3") == ["config: no file 'flow_grpo/shape-sd3'; did you mean flow_grpo/shapes-sd3?"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"prompt": "a"}\nnot json\n{"caption": "b"}\n', ["line 2: not JSON", "line 3: expected an object"]),
+        ("\n", ["holds no prompt"]),
+    ],
+)
+def test_broken_prompt_lines_are_all_named(tmp_path, text, line):
+    path = tmp_path / "p.jsonl"
+    path.write_text(text)
+    found = problems(f"prompts.source={path}", "rewards={jpeg_compressibility: 1}", "eval_rewards=[]")
+    assert len(found) == len(line)
+    assert all(part in whole for part, whole in zip(line, found, strict=True))
+
+
+def test_a_reward_that_needs_metadata_refuses_prompts_without(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("a photo of a cat\n")
+    assert any("needs 'include' in every prompt's metadata" in line for line in problems(f"prompts.source={path}"))
+
+
+def test_a_rule_that_needs_gradients_refuses_a_black_box_reward(monkeypatch):
+    from diffalign.rules import FlowGRPO
+    from diffalign.types import Needs
+
+    monkeypatch.setattr(FlowGRPO, "needs", Needs(differentiable_reward=True))
+    assert any("flow_grpo needs a differentiable reward, shapes_geneval_partial is not" in line for line in problems())
+
+
+def test_broken_yaml_names_the_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: a\n  rule: [\n")
+    assert "line 2: not YAML" in problems(name=str(path))[0]
+
+
+def test_differences_show_both_sides():
+    assert config.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2 -> 3"]
