@@ -30,26 +30,21 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
     from diffalign.runfolder import open_run
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("WORLD_SIZE: got more than one process, this version trains in one; start it without a launcher")
+        raise UserError(
+            "WORLD_SIZE: got more than one process, this version trains in one; start it without a launcher"
+        )
     settings = configs.load(config, overrides)
-    folder = open_run(settings, fresh)
-    from diffalign.progress import Reporter
-    from diffalign.session import Interrupted, Session
+    open_run(settings, fresh).close()  # refused before torch is imported
+    from diffalign import session
 
-    reporter = Reporter(quiet)
     try:
-        summary = Session(settings, folder, reporter).run()
-    except Interrupted as error:
-        reporter.close()
-        click.echo(str(error), err=True)
-        sys.exit(error.code)
-    finally:
-        reporter.close()
-        folder.close()
+        summary = session.train(settings, quiet=quiet)
+    except session.Interrupted as error:
+        fail(error.code, str(error))
     for name in (k for k in summary if k.endswith("_gain")):
         low, high = summary[f"{name}_lo"], summary[f"{name}_hi"]
         click.echo(f"{name.removesuffix('_gain')}: gain {summary[name]:+.3f}, 95 % [{low:+.3f}, {high:+.3f}]")
-    click.echo(f"{folder.path / 'adapter' / 'pytorch_lora_weights.safetensors'}")
+    click.echo(f"{Path(settings.run_dir) / 'adapter' / 'pytorch_lora_weights.safetensors'}")
 
 
 @app.command()
@@ -60,7 +55,9 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps [default: as trained].")
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance scale [default: as trained].")
-@click.option("--out", type=click.Path(file_okay=False), default="samples", show_default=True, help="Folder to write to.")
+@click.option(
+    "--out", type=click.Path(file_okay=False), default="samples", show_default=True, help="Folder to write to."
+)
 def sample(
     target: str,
     prompts: tuple[str, ...],
@@ -165,4 +162,3 @@ def fail(code: int, *lines: str) -> NoReturn:
     for line in lines:
         click.echo(f"diffalign: {line}" if not line.startswith("  ") else line, err=True)
     sys.exit(code)
-

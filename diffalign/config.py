@@ -19,7 +19,7 @@ from diffalign.types import UpdateRule, UserError
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 Split = Literal["train", "validation", "test"]
-assert Task.__args__ == TASKS and Split.__args__ == SPLITS  # type: ignore[attr-defined]
+assert (Task.__args__, Split.__args__) == (TASKS, SPLITS)  # type: ignore[attr-defined]
 
 
 class _Section(BaseModel):
@@ -27,6 +27,8 @@ class _Section(BaseModel):
 
 
 class PromptsConfig(_Section):
+    """What is drawn in training."""
+
     source: str = Field("shapes", description="'shapes', or a .txt or .jsonl file")
     tasks: list[Task] = Field([], description="of the shapes world; empty: all six")
     split: Split = Field("train", description="of the shapes world; splits share no combination")
@@ -35,29 +37,40 @@ class PromptsConfig(_Section):
 
 
 class SamplerConfig(_Section):
+    """How trajectories are sampled, in training and evaluation."""
+
     process: str = Field("flow_sde", description="how a step follows from a prediction")
     noise_level: float = Field(0.7, ge=0, description="a of flow_sde, eta of dance_sde")
     steps: int = Field(10, ge=2)
     guidance_scale: float = Field(1.0, ge=0)
     sigmas: Literal["pipeline", "linear"] = Field("pipeline", description="noise levels: the scheduler's, or even")
-    pipeline_args: dict[str, Any] = Field({}, description="further arguments of the pipeline's call: height, width, ...")
+    pipeline_args: dict[str, Any] = Field(
+        {}, description="further arguments of the pipeline's call: height, width, ..."
+    )
 
 
 class LoraSection(_Section):
+    """What is trained."""
+
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     targets: list[str] | None = Field(None, description="layer names; null: attention and feed-forward")
 
 
 class OptimizerConfig(_Section):
+    """AdamW and what surrounds its step."""
+
     lr: float = Field(3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    ema: float | None = Field(None, ge=0, lt=1, description="decay per update of averaged weights: evaluated and saved")
     micro_batch: int = Field(16, ge=1, description="samples per forward pass, in sampling and training alike")
 
 
 class EvaluationConfig(_Section):
+    """The fixed set that is scored before and after, with the same noises."""
+
     source: str | None = Field(None, description="null: prompts.source")
     tasks: list[Task] | None = Field(None, description="null: prompts.tasks")
     split: Split = "test"
@@ -68,6 +81,8 @@ class EvaluationConfig(_Section):
 
 
 class OutputConfig(_Section):
+    """What is kept, and how often."""
+
     checkpoint_every: int = Field(10, ge=1, description="updates")
     keep: int = Field(2, ge=1, description="checkpoints kept")
     sample_every: int = Field(50, ge=1, description="updates between sample grids")
@@ -275,7 +290,9 @@ def _check_names(config: Config) -> list[str]:
                 continue
             for key in entry.needs:
                 if any(key not in prompt for part in entries for prompt in part):
-                    problems.append(f"{section}: {name} needs {key!r} in every prompt's metadata; use prompts.source: shapes")
+                    problems.append(
+                        f"{section}: {name} needs {key!r} in every prompt's metadata; use prompts.source: shapes"
+                    )
     if config.rewards and not any(config.rewards.values()):
         problems.append(f"rewards: got only zero weights {config.rewards}, allowed is at least one other")
     return problems
@@ -290,9 +307,7 @@ def _check_together(config: Config, settings: Any) -> list[str]:
     if sampler.process not in PROCESSES:
         near = _near(sampler.process, PROCESSES)
         problems.append(f"sampler.process: got {sampler.process!r}, allowed are {', '.join(PROCESSES)}{near}")
-    elif needs.stochastic_sampler and not (
-        PROCESSES[sampler.process].stochastic and sampler.noise_level > 0
-    ):
+    elif needs.stochastic_sampler and not (PROCESSES[sampler.process].stochastic and sampler.noise_level > 0):
         given = f"{sampler.process} with noise_level {sampler.noise_level:g}"
         problems.append(
             f"sampler.process: {name} needs a stochastic sampler, {given} has no noise; "
@@ -321,7 +336,9 @@ def _differentiable(config: Config) -> list[str]:
             continue
         if not differentiable:
             rule = config.rule["name"]
-            problems.append(f"rewards: {rule} needs a differentiable reward, {name} is not; differentiable here: {able}")
+            problems.append(
+                f"rewards: {rule} needs a differentiable reward, {name} is not; differentiable here: {able}"
+            )
     return problems
 
 

@@ -96,8 +96,11 @@ def _component(folder: Path, library: str, kind: str) -> Any:
             shape = cls.from_config(config)
         _check_size(shape, folder)
         made = cls.from_config(config)
-    elif hasattr(cls, "config_class") and cls.config_class is not None and hasattr(cls, "from_pretrained") and issubclass(
-        cls, torch.nn.Module
+    elif (
+        hasattr(cls, "config_class")
+        and cls.config_class is not None
+        and hasattr(cls, "from_pretrained")
+        and issubclass(cls, torch.nn.Module)
     ):
         made = cls(cls.config_class.from_pretrained(folder))
         _check_size(made, folder)

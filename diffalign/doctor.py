@@ -7,7 +7,18 @@ import importlib.util
 import platform
 from dataclasses import dataclass
 
-CORE = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "scipy", "pillow", "pydantic")
+CORE = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pillow",
+    "pydantic",
+)
 OPTIONAL = {
     "open_clip": ("open_clip_torch", "rewards"),
     "torchvision": ("torchvision", "rewards"),
@@ -52,7 +63,9 @@ def _import(module: str, package: str, extra: str) -> Finding:
         importlib.import_module(module)
     except Exception as error:  # any failure of a third party's import is what is to be reported
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return Finding(package, f"{version}, does not import: {line}", f"pip install -U 'diffalign[{extra}]'", broken=True)
+        return Finding(
+            package, f"{version}, does not import: {line}", f"pip install -U 'diffalign[{extra}]'", broken=True
+        )
     return Finding(package, version)
 
 

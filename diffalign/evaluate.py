@@ -73,7 +73,8 @@ def interval(values: Floats, group: Integers, seed: int = 0) -> Interval:
         return Interval(float("nan"), float("nan"), float("nan"))
     names, index = np.unique(group, return_inverse=True)
     if len(names) >= FEW:
-        sums, counts = np.bincount(index, values), np.bincount(index)
+        sums: Floats = np.bincount(index, values).astype(np.float64)
+        counts: Floats = np.bincount(index).astype(np.float64)
     else:
         sums, counts = values, np.ones(len(values))
     mean = float(values.mean())

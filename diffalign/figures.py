@@ -59,7 +59,7 @@ def before_after(
             if side == 0:
                 axis.set_title(caption.removeprefix("a photo of "), fontsize=7, loc="left", pad=2)
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout(pad=0.4)
+    figure.tight_layout(pad=0.4, rect=(0, 0, 1, 1 - 0.1 / rows))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -75,7 +75,7 @@ def curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     evals = sorted({k for row in rows for k in row if k.startswith("eval/") and f"{k}_lo" in row and "_gain" not in k})
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for name in names:
-        x = [row["update"] for row in rows if name in row]
+        x = np.array([row["update"] for row in rows if name in row])
         y = np.array([row[name] for row in rows if name in row])
         (line,) = axes[0].plot(x, y, alpha=0.3, linewidth=0.8)
         width = min(10, len(y))

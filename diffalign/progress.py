@@ -56,7 +56,12 @@ class Reporter:
 
     def _advance(self, index: int, total: int, reward: str) -> None:
         if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
             self._bar.start()
             self._task = self._bar.add_task("training", total=total, completed=index, note="")

@@ -18,7 +18,17 @@ from diffalign.types import Fault, UserError
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 MAY_CHANGE = {"updates", "run_dir"}
-OURS = (CONFIG, METRICS, "checkpoints", "samples", "evaluation", "adapter", "trackers", "curves.png", "before_after.png")
+OURS = (
+    CONFIG,
+    METRICS,
+    "checkpoints",
+    "samples",
+    "evaluation",
+    "adapter",
+    "trackers",
+    "curves.png",
+    "before_after.png",
+)
 
 
 class RunFolder:
@@ -84,7 +94,9 @@ def open_run(config: configs.Config, fresh: bool) -> RunFolder:
         (path / METRICS).open("a").close()
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"run_dir: got {str(path)!r}, cannot write there ({reason}); allowed is a folder you own") from error
+        raise UserError(
+            f"run_dir: got {str(path)!r}, cannot write there ({reason}); allowed is a folder you own"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -42,7 +42,9 @@ def resolve(target: str) -> Source:
         return Source(target, None, call)
     if path.exists() or target.count("/") != 1:
         known = ", ".join(models.names())
-        raise UserError(f"sample: got {target!r}, which is no run, adapter, model folder or hub id; embedded are {known}")
+        raise UserError(
+            f"sample: got {target!r}, which is no run, adapter, model folder or hub id; embedded are {known}"
+        )
     return Source(target, None, {})
 
 

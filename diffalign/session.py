@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -17,7 +17,7 @@ from diffalign.build import Parts, build
 from diffalign.card import write_adapter
 from diffalign.config import Config
 from diffalign.progress import Reporter
-from diffalign.runfolder import RunFolder
+from diffalign.runfolder import RunFolder, open_run
 from diffalign.trainer import Metrics, Trainer
 from diffalign.types import Fault
 
@@ -32,6 +32,23 @@ class Interrupted(Exception):
         self.code = code
 
 
+def train(config: Config, *, fresh: bool = False, quiet: bool = False) -> dict[str, float]:
+    """Train a config to its end, resuming what its run folder holds; returns the final evaluation's summary.
+
+    Raises:
+        UserError: if the run folder cannot be used, or the model or a reward cannot be loaded.
+        Fault: if something stopped the run; the last checkpoint is kept.
+        Interrupted: on SIGTERM or Ctrl-C, after saving.
+    """
+    folder = open_run(config, fresh)
+    reporter = Reporter(quiet)
+    try:
+        return Session(config, folder, reporter).run()
+    finally:
+        reporter.close()
+        folder.close()
+
+
 class Session:
     """A run: what to train, where it is kept, how far it is."""
 
@@ -43,6 +60,8 @@ class Session:
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters.values(), lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay
         )
+        self.averages = {} if optimizer.ema is None else {"ema": optimizer.ema}
+        self.policy.add_shadows(self.averages)
         entries = config.training_prompts()
         self.trainer = Trainer(
             self.rule,
@@ -90,7 +109,10 @@ class Session:
             for name, parameter in self.policy.parameters.items():
                 parameter.copy_(state.parameters[name])
         self.policy.shadows.update(
-            {name: {k: v.to(self.policy.parameters[k].device) for k, v in s.items()} for name, s in state.shadows.items()}
+            {
+                name: {k: v.to(self.policy.parameters[k].device) for k, v in s.items()}
+                for name, s in state.shadows.items()
+            }
         )
         self.optimizer.load_state_dict(state.optimizer)
         if hasattr(self.rule, "load_state_dict"):
@@ -124,6 +146,7 @@ class Session:
     def _update(self, index: int) -> Metrics:
         with self.reporter.update(index, self.config.updates) as shown:
             row = self.trainer.update(index)
+            self.policy.follow(self.averages)
             shown.update(row)
         self.done = index + 1
         if row.get("skipped_flat"):
@@ -150,6 +173,10 @@ class Session:
         if self.done % output.checkpoint_every == 0 or last:
             self.save()
 
+    def _published(self) -> AbstractContextManager[None]:
+        """The weights that are evaluated and saved: averaged ones if the config asks for them."""
+        return self.policy.shadow("ema") if self.averages else nullcontext()
+
     def _look(self, update: int) -> None:
         """Sample grid and evaluation."""
         self._samples(update)
@@ -161,7 +188,8 @@ class Session:
         return np.linspace(0, len(self.fixed) - 1, count).astype(np.int64)
 
     def _samples(self, update: int) -> None:
-        images = evaluate.pictures(self.policy, self.fixed.select(self._shown()), self.config.optimizer.micro_batch)
+        with self._published():
+            images = evaluate.pictures(self.policy, self.fixed.select(self._shown()), self.config.optimizer.micro_batch)
         path = self.folder / "samples"
         path.mkdir(exist_ok=True)
         figures.grid(images).save(path / f"update_{update:06d}.png")
@@ -173,7 +201,7 @@ class Session:
     def _evaluate(self, update: int) -> dict[str, float]:
         if not self.config.evaluation.enabled:
             return {}
-        with self.reporter.evaluation(len(self.fixed)) as advance:
+        with self._published(), self.reporter.evaluation(len(self.fixed)) as advance:
             found = evaluate.run(
                 self.policy, self.parts.eval_rewards, self.fixed, self.config.optimizer.micro_batch, update, advance
             )
@@ -197,7 +225,8 @@ class Session:
         title = f"{self.config.rule['name']} on {self.config.model}, seed {self.config.seed}"
         figures.curves(self.folder.rows(), self.folder / "curves.png", title)
         self._before_after(title)
-        write_adapter(self.config, self.policy, self.folder, summary)
+        with self._published():
+            write_adapter(self.config, self.policy, self.folder, summary)
         return summary
 
     def _before_after(self, title: str) -> None:

@@ -283,7 +283,9 @@ class TrainablePolicy(Policy, Protocol):
     shadows: dict[str, dict[str, Tensor]]
     rows_forward: int
     rows_backward: int
-    exact: bool
+
+    @property
+    def exact(self) -> bool: ...
 
     def add_shadows(self, decays: dict[str, float]) -> None: ...
     def follow(self, decays: dict[str, float]) -> None: ...

@@ -53,3 +53,22 @@ def gradient(rule: UpdateRule, policy: ToyPolicy, given: Prompts, micro_batch: i
     trainer.accumulate(plan.updates[0], rollout, credit, first=True)
     assert policy.delta.grad is not None
     return policy.delta.grad.numpy().copy()
+
+
+TINY = [
+    "prompts.groups=2",
+    "prompts.group_size=2",
+    "optimizer.micro_batch=4",
+    "sampler.steps=3",
+    "rule.window=null",
+    "evaluation.images_per_prompt=1",
+    "output.samples=4",
+    "updates=2",
+]
+
+
+def tiny_config(run_dir, *overrides: str):
+    """The quickstart's config with as little work as possible."""
+    from diffalign import config
+
+    return config.load("flow_grpo/shapes-sd3", [*TINY, f"run_dir={run_dir}", *overrides])

@@ -26,7 +26,9 @@ def test_a_config_is_found_by_path_and_by_name():
 
 
 def test_overrides_set_values_and_mappings_replace():
-    settings = config.load(NAME, ["optimizer.lr=1e-5", "rewards={jpeg_compressibility: 2}", "seed=3", "rule.window=null"])
+    settings = config.load(
+        NAME, ["optimizer.lr=1e-5", "rewards={jpeg_compressibility: 2}", "seed=3", "rule.window=null"]
+    )
     assert settings.optimizer.lr == 1e-5
     assert settings.rewards == {"jpeg_compressibility": 2.0}
     assert settings.seed == 3
@@ -51,9 +53,15 @@ def test_all_mistakes_come_at_once_each_names_its_field():
         ("rule.window=[3, 20]", "rule.window: got [3, 20], allowed is 0 <= first < stop <= sampler.steps (10)"),
         ("rule.clip=-1", "rule.clip: got -1, allowed is greater than 0"),
         ("sampler.noise_level=0", "flow_grpo needs a stochastic sampler, flow_sde with noise_level 0 has no noise"),
-        ("sampler.process=flowsde", "sampler.process: got 'flowsde', allowed are flow_sde, dance_sde, ode; did you mean flow_sde?"),
+        (
+            "sampler.process=flowsde",
+            "sampler.process: got 'flowsde', allowed are flow_sde, dance_sde, ode; did you mean flow_sde?",
+        ),
         ("optimizer.micro_batch=7", "optimizer.micro_batch: got 7, allowed are divisors of"),
-        ("prompts.group_size=1", "prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more"),
+        (
+            "prompts.group_size=1",
+            "prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more",
+        ),
         ("prompts.source=nowhere.txt", "prompts.source: no file 'nowhere.txt'"),
         ("prompts.tasks=[spelling]", "prompts.tasks.0: got 'spelling'"),
         ("rewards={shapes_geneval: 0}", "rewards: got only zero weights"),
@@ -70,7 +78,9 @@ def test_a_mistake_names_the_field_what_was_given_and_what_is_allowed(override, 
 
 
 def test_an_unknown_config_offers_the_nearest():
-    assert problems(name="flow_grpo/shape-sd3") == ["config: no file 'flow_grpo/shape-sd3'; did you mean flow_grpo/shapes-sd3?"]
+    assert problems(name="flow_grpo/shape-sd3") == [
+        "config: no file 'flow_grpo/shape-sd3'; did you mean flow_grpo/shapes-sd3?"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,12 @@ def test_only_the_command_line_reads_the_environment():
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("diffalign.rules", "diffusers"), ("diffalign.rules", "torch"), ("diffalign.config", "torch"), ("diffalign.cli", "torch")],
+    [
+        ("diffalign.rules", "diffusers"),
+        ("diffalign.rules", "torch"),
+        ("diffalign.config", "torch"),
+        ("diffalign.cli", "torch"),
+    ],
 )
 def test_light_modules_stay_light(module, absent):
     code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"
@@ -101,5 +106,11 @@ def test_the_backend_names_no_model_family():
         tree = ast.parse(path.read_text())
         words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        words |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and " " not in n.value}
-        assert not [word for word in words for family in families if family in word.lower() or word.lower().startswith("wan2")], path.name
+        words |= {
+            n.value
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Constant) and isinstance(n.value, str) and " " not in n.value
+        }
+        assert not [
+            word for word in words for family in families if family in word.lower() or word.lower().startswith("wan2")
+        ], path.name

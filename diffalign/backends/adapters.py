@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.types import Fault, UserError
 
@@ -46,7 +46,7 @@ def quiet() -> Iterator[None]:
             module.enable_progress_bar()
 
 
-def denoisers(pipe: Any) -> dict[str, nn.Module]:
+def denoisers(pipe: Any) -> dict[str, Any]:
     """The pipeline's denoising components by name."""
     found = {name: getattr(pipe, name, None) for name in DENOISERS}
     return {name: module for name, module in found.items() if module is not None}
@@ -153,4 +153,6 @@ def metadata(folder: Path) -> dict[str, str]:
 
 def notes(**values: Any) -> dict[str, str]:
     """Values as safetensors metadata: strings."""
-    return {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in values.items()}
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in values.items()
+    }

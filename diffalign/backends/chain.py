@@ -78,7 +78,9 @@ class ChainPolicy(ABC):
     @property
     def exact(self) -> bool:
         """Whether a replay must reproduce a rollout bit for bit (float32 or wider on the CPU)."""
-        return all(p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64) for p in self.parameters.values())
+        return all(
+            p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64) for p in self.parameters.values()
+        )
 
     # -- what follows from it
 
@@ -239,6 +241,4 @@ def concatenate(parts: list[Rollout], prompts: Prompts) -> Rollout:
         return [None if column[0] is None else torch.cat(column) for column in columns]
 
     tree = Tree.grow(len(prompts), first.plan.branch)
-    return Rollout(
-        prompts, first.plan, tree, joined("x"), joined("eps"), joined("mean"), first.std, joined("log_prob")
-    )
+    return Rollout(prompts, first.plan, tree, joined("x"), joined("eps"), joined("mean"), first.std, joined("log_prob"))

@@ -90,7 +90,9 @@ class DiffusersPolicy(ChainPolicy):
         """Timesteps (T,) and noise levels (T+1,) the pipeline would use, read off an empty run."""
         if getattr(self._recorder, "sigmas", None) is None or not hasattr(self._recorder.config, "shift"):
             name = type(self._own_scheduler).__name__
-            raise UserError(f"sampler.process: needs a flow-matching scheduler ({process.kind}), the pipeline has {name}")
+            raise UserError(
+                f"sampler.process: needs a flow-matching scheduler ({process.kind}), the pipeline has {name}"
+            )
         with torch.no_grad():
             self._run(["a"], None, (0, 0), None, [torch.Generator().manual_seed(0)], "latent")
         timestep = self._recorder.full_timesteps.double().cpu().numpy()

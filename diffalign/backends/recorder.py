@@ -71,7 +71,9 @@ def swap_first(output: Any, latent: Tensor) -> Any:
     """What `prepare_latents` returned, with its latents replaced, in the dtype and on the device they came in."""
     first = output[0] if isinstance(output, tuple) else output
     if first.shape != latent.shape:
-        raise RuntimeError(f"the pipeline prepares latents {tuple(first.shape)}, the rollout holds {tuple(latent.shape)}")
+        raise RuntimeError(
+            f"the pipeline prepares latents {tuple(first.shape)}, the rollout holds {tuple(latent.shape)}"
+        )
     latent = latent.to(device=first.device, dtype=first.dtype)
     return (latent, *output[1:]) if isinstance(output, tuple) else latent
 

@@ -69,11 +69,12 @@ def leave_one_out(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bo
 
 def average_to_parents(leaf: Floats, parent: list[NDArray[np.int64]]) -> list[Floats]:
     """Mean of the descendant leaves for every node: leaf (N_T,) to one array (N_t,) per level 0..T."""
-    levels = [np.asarray(leaf, np.float64)]
-    weights = [np.ones(len(leaf))]
+    levels: list[Floats] = [np.asarray(leaf, np.float64)]
+    weights: list[Floats] = [np.ones(len(leaf))]
     for index in reversed(parent):
         count = int(index.max()) + 1
-        weight = np.bincount(index, weights[0], minlength=count)
-        levels.insert(0, np.bincount(index, levels[0] * weights[0], minlength=count) / weight)
+        weight: Floats = np.bincount(index, weights[0], minlength=count).astype(np.float64)
+        total: Floats = np.bincount(index, levels[0] * weights[0], minlength=count).astype(np.float64)
+        levels.insert(0, np.divide(total, weight))
         weights.insert(0, weight)
     return levels

@@ -24,7 +24,7 @@ def check_media(media: Media) -> Media:
     if pixels.ndim != 5 or pixels.shape[2] != 3 or not pixels.is_floating_point():
         raise Fault(f"pictures: got {tuple(pixels.shape)} {pixels.dtype}, expected (N, F, 3, H, W) float")
     low, high = float(pixels.detach().amin()), float(pixels.detach().amax())
-    if not (-1e-3 <= low and high <= 1 + 1e-3):
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise Fault(f"pictures: values in [{low:.3g}, {high:.3g}], expected [0, 1]")
     return media
 

@@ -41,7 +41,8 @@ def _literal(path: Path, name: str) -> dict[str, dict[str, object]]:
 def builtin() -> dict[str, Entry]:
     """The rewards of `reward_models`, by name."""
     spec = importlib.util.find_spec("reward_models")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     found: dict[str, Entry] = {}
     for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
         for name, facts in _literal(path, "REWARDS").items():
@@ -81,7 +82,9 @@ def find(name: str) -> Entry:
             raise LookupError(f"{source} line {error.lineno}: {error.msg}") from error
         defined = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         if attribute not in defined:
-            raise LookupError(f"{source} defines no function {attribute!r}, it defines {', '.join(sorted(defined)) or 'none'}")
+            raise LookupError(
+                f"{source} defines no function {attribute!r}, it defines {', '.join(sorted(defined)) or 'none'}"
+            )
         return Entry(name, str(path.resolve()), attribute, bool(_literal(path, "DIFFERENTIABLE")))
     try:
         if importlib.util.find_spec(source) is None:

@@ -40,7 +40,8 @@ def _module(entry: Entry) -> Any:
         return importlib.import_module(entry.source)
     path = Path(entry.source)
     spec = importlib.util.spec_from_file_location(f"_diffalign_reward_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -9,8 +9,20 @@ from pydantic import Field
 
 from diffalign import ops
 from diffalign.rules.settings import Settings
-from diffalign.types import Credit, Loss, Needs, Plan, Policy, Prompts, RewardFunction, Rollout, Schedule, Scores, Term
-from diffalign.types import Tree
+from diffalign.types import (
+    Credit,
+    Loss,
+    Needs,
+    Plan,
+    Policy,
+    Prompts,
+    RewardFunction,
+    Rollout,
+    Schedule,
+    Scores,
+    Term,
+    Tree,
+)
 
 
 class FlowGRPO:
@@ -35,7 +47,9 @@ class FlowGRPO:
         def problems(self, steps: int) -> list[str]:
             """What is wrong with these settings for a sampler of `steps` steps."""
             if self.window and not 0 <= self.window[0] < self.window[1] <= steps:
-                return [f"rule.window: got {list(self.window)}, allowed is 0 <= first < stop <= sampler.steps ({steps})"]
+                return [
+                    f"rule.window: got {list(self.window)}, allowed is 0 <= first < stop <= sampler.steps ({steps})"
+                ]
             return []
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -49,9 +63,7 @@ class FlowGRPO:
         """Sample to the end with noise in the window; one log-prob term per noisy step. The last step is never noisy."""
         first, stop = self.settings.window or (0, schedule.steps)
         noisy = [
-            k
-            for k in range(schedule.steps)
-            if first <= k < stop and k < schedule.steps - 1 and schedule.std[k] > 0
+            k for k in range(schedule.steps) if first <= k < stop and k < schedule.steps - 1 and schedule.std[k] > 0
         ]
         weights = np.ones(len(noisy))
         if self.settings.step_weight == "equal":
@@ -77,9 +89,7 @@ class FlowGRPO:
         )
         return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
 
-    def loss(
-        self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction
-    ) -> Loss:
+    def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) + kl * mean (v - v_ref)^2 at the term's step, averaged over the part."""
         assert credit is not None
         step, s = term.start, self.settings

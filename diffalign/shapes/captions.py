@@ -77,16 +77,16 @@ def combinations(task: str) -> list[Combination]:
     if task == "colors":
         return [Combination(task, ((shape, colour),)) for shape in SHAPES for colour in COLOURS]
     if task == "counting":
-        options = itertools.product(SHAPES, (None, *COLOURS), NUMERALS)
-        return [Combination(task, ((shape, colour),), count=n) for shape, colour, n in options]
+        tints = (None, *COLOURS)
+        return [Combination(task, ((s, c),), count=n) for s, c, n in itertools.product(SHAPES, tints, NUMERALS)]
     if task == "two_object":
         return [Combination(task, ((a, None), (b, None))) for a, b in pairs]
     if task == "color_attr":
         return [Combination(task, ((a, c), (b, d))) for a, b in pairs for c, d in colours]
     if task == "position":
-        tints: list[tuple[str | None, str | None]] = [(None, None), *colours]
-        options = itertools.product(itertools.permutations(SHAPES, 2), ("left of", "above"), tints)
-        return [Combination(task, ((a, c), (b, d)), relation=relation) for (a, b), relation, (c, d) in options]
+        both: list[tuple[str | None, str | None]] = [(None, None), *colours]
+        ordered = itertools.product(itertools.permutations(SHAPES, 2), ("left of", "above"), both)
+        return [Combination(task, ((a, c), (b, d)), relation=relation) for (a, b), relation, (c, d) in ordered]
     raise ValueError(f"task: got {task!r}, allowed are {', '.join(TASKS)}")
 
 
@@ -104,7 +104,7 @@ def split(task: str, name: str) -> tuple[Combination, ...]:
 
 def captions(task: str, name: str) -> list[dict[str, Any]]:
     """All metadata of a task's split, both wordings where there are two, in a fixed order."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for combination, flip in itertools.product(split(task, name), (False, True)):
         metadata = caption(combination, flip)
         found.setdefault(metadata["prompt"], metadata)

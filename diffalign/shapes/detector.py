@@ -75,8 +75,8 @@ def _edges(profile: Floats) -> tuple[float, float]:
 
 def _fit(mask: Floats, box: tuple[float, float, float, float], corner: tuple[int, int]) -> tuple[str, float]:
     """Best shape and its soft IoU, sum(min) / sum(max), for a soft mask (h, w) whose pixel (0, 0) is at `corner` (x, y)."""
-    xs = corner[0] + np.arange(mask.shape[1])[None, :] + 0.5
-    ys = corner[1] + np.arange(mask.shape[0])[:, None] + 0.5
+    xs: Floats = corner[0] + np.arange(mask.shape[1], dtype=np.float64)[None, :] + 0.5
+    ys: Floats = corner[1] + np.arange(mask.shape[0], dtype=np.float64)[:, None] + 0.5
     centre = (float((mask * xs).sum() / mask.sum()), float((mask * ys).sum() / mask.sum()))
     best = ("", 0.0)
     for shape in SHAPES:

@@ -104,7 +104,7 @@ def render(scene: Scene, size: int = SIZE) -> NDArray[np.uint8]:
     """Draw a scene, later objects over earlier ones: (size, size, 3) uint8."""
     image = np.empty((size, size, 3))
     image[:] = BACKGROUND
-    centres = np.arange(size) + 0.5
+    centres: Floats = np.arange(size, dtype=np.float64) + 0.5
     for item in scene:
         left, top, right, bottom = item.box
         rows = slice(max(0, int(top) - 1), max(0, min(size, int(bottom) + 2)))

@@ -56,7 +56,9 @@ def test_fan_out_one_is_a_chain_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(chain.x, tree.x, strict=True))
 
 
-@pytest.mark.parametrize(("splits", "forwards", "edges"), [((0, 3, 6, 9), 203, 218), ((0, 4, 8, 12), 169, 184), ((0, 5, 10, 15), 135, 150)])
+@pytest.mark.parametrize(
+    ("splits", "forwards", "edges"), [((0, 3, 6, 9), 203, 218), ((0, 4, 8, 12), 169, 184), ((0, 5, 10, 15), 135, 150)]
+)
 def test_T32_rows_of_a_tree_siblings_share_their_parents_forward(splits, forwards, edges):
     policy = ToyPolicy(steps=20)
     branch = tuple(2 if t in splits else 1 for t in range(20))

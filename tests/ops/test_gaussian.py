@@ -7,8 +7,9 @@ from torch.distributions import Normal, kl_divergence
 from diffalign.ops import gaussian
 
 generator = torch.Generator().manual_seed(0)
-X, MEAN = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64), torch.randn(
-    4, 3, 5, generator=generator, dtype=torch.float64
+X, MEAN = (
+    torch.randn(4, 3, 5, generator=generator, dtype=torch.float64),
+    torch.randn(4, 3, 5, generator=generator, dtype=torch.float64),
 )
 
 

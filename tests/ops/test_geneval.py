@@ -107,9 +107,7 @@ def test_every_pair_must_stand_in_the_relation():
     assert not official([found[0], at("square", x=5), found[2]], wanted).correct
 
 
-@pytest.mark.parametrize(
-    ("n", "credit"), [(0, 0.0), (1, 1 / 3), (2, 2 / 3), (3, 1.0), (4, 2 / 3), (6, 0.0), (9, 0.0)]
-)
+@pytest.mark.parametrize(("n", "credit"), [(0, 0.0), (1, 1 / 3), (2, 2 / 3), (3, 1.0), (4, 2 / 3), (6, 0.0), (9, 0.0)])
 def test_partial_credit_of_counts_is_clipped(n, credit):
     assert partial([at("circle")] * n, THREE) == pytest.approx(credit)
 
@@ -138,8 +136,15 @@ def test_thresholds_are_strict_and_sixteen_of_a_class_are_kept():
 def test_verdicts_do_not_depend_on_the_order_of_detections():
     rng = np.random.default_rng(1)
     for _ in range(200):
-        found = [at(str(rng.choice(["circle", "square"])), str(rng.choice(["red", "blue"])), *rng.uniform(5, 60, 2),
-                    confidence=float(rng.uniform(0.8, 1))) for _ in range(int(rng.integers(0, 5)))]
+        found = [
+            at(
+                str(rng.choice(["circle", "square"])),
+                str(rng.choice(["red", "blue"])),
+                *rng.uniform(5, 60, 2),
+                confidence=float(rng.uniform(0.8, 1)),
+            )
+            for _ in range(int(rng.integers(0, 5)))
+        ]
         shuffled = [found[k] for k in rng.permutation(len(found))]
         for wanted in (THREE, meta(RED), positioned("above")):
             assert official(found, wanted) == official(shuffled, wanted)

@@ -37,9 +37,7 @@ def test_T2_one_family_equal_coefficients_where_the_diffusion_is_equal():
     sigma = np.array([0.6, 0.45])
     g = 0.7 * np.sqrt(0.6 / 0.4)
     ours, dance = table(sigma, 0.7), dance_table(sigma, g)
-    for a, b in zip(
-        (ours.x, ours.prediction, ours.std), (dance.x, dance.prediction, dance.std), strict=True
-    ):
+    for a, b in zip((ours.x, ours.prediction, ours.std), (dance.x, dance.prediction, dance.std), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 

@@ -54,8 +54,16 @@ def test_invariant_11_a_grey_picture_stays_grey():
     assert to_uint8(media).shape == (1, 1, 8, 8, 3)
 
 
-@pytest.mark.parametrize("pixels", [torch.full((1, 1, 3, 4, 4), -1.0), torch.rand(1, 3, 4, 4), torch.zeros(1, 1, 3, 4, 4).int(),
-                                    torch.full((1, 1, 3, 4, 4), float("nan")), torch.full((1, 1, 3, 4, 4), 255.0)])
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        torch.full((1, 1, 3, 4, 4), -1.0),
+        torch.rand(1, 3, 4, 4),
+        torch.zeros(1, 1, 3, 4, 4).int(),
+        torch.full((1, 1, 3, 4, 4), float("nan")),
+        torch.full((1, 1, 3, 4, 4), 255.0),
+    ],
+)
 def test_pictures_outside_the_contract_are_refused(pixels):
     with pytest.raises(Fault, match="expected"):
         check_media(Media(pixels))
@@ -69,7 +77,9 @@ def test_scores_add_up_by_weight_and_a_missing_score_is_invalid_not_a_number():
     assert scores.valid.tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize(("reward", "message"), [(lambda m, p: [1.0], "shape"), (lambda m, p: 1 / 0, "ZeroDivisionError")])
+@pytest.mark.parametrize(
+    ("reward", "message"), [(lambda m, p: [1.0], "shape"), (lambda m, p: 1 / 0, "ZeroDivisionError")]
+)
 def test_a_reward_that_fails_is_named(reward, message):
     media, prompts = scenes(count=3)
     with pytest.raises(Fault, match=f"reward mine: .*{message}"):

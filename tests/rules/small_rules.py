@@ -8,8 +8,20 @@ import numpy as np
 
 from diffalign.ops import advantages, gaussian, matching
 from diffalign.randomness import normal
-from diffalign.types import Credit, Loss, Needs, Plan, Policy, Prompts, RewardFunction, Rollout, Schedule, Scores, Term
-from diffalign.types import Tree
+from diffalign.types import (
+    Credit,
+    Loss,
+    Needs,
+    Plan,
+    Policy,
+    Prompts,
+    RewardFunction,
+    Rollout,
+    Schedule,
+    Scores,
+    Term,
+    Tree,
+)
 
 
 class TruncatedBP:

@@ -113,9 +113,7 @@ def worst_z(found: np.ndarray, truth: np.ndarray) -> float:
     return float(np.abs((found.mean(0) - truth.mean(0)) / error).max())
 
 
-@pytest.mark.parametrize(
-    "make", [RLR, lambda: RLR(h=3), lambda: RLR(h=1)], ids=["rlr_h2", "rlr_h3", "rlr_h1"]
-)
+@pytest.mark.parametrize("make", [RLR, lambda: RLR(h=3), lambda: RLR(h=1)], ids=["rlr_h2", "rlr_h3", "rlr_h1"])
 def test_unbiased_rules_agree_with_full_backpropagation(make, known):
     # 15 coordinates: |z| above 4.5 happens once in 10,000 fixed seeds by chance
     assert worst_z(batches(make, seed=200), known) < 4.5

@@ -22,9 +22,10 @@ def agreement(task, spoil=lambda image, rng: image, count=100):
         found = detect(image)
         wanted = captions.caption(combination, bool(k % 2))
         right += geneval.strict(found.objects, wanted, found.residue).correct
-        assert geneval.official(found.objects, wanted).correct or not geneval.strict(
-            found.objects, wanted, found.residue
-        ).correct
+        assert (
+            geneval.official(found.objects, wanted).correct
+            or not geneval.strict(found.objects, wanted, found.residue).correct
+        )
     return right / count
 
 
@@ -78,7 +79,10 @@ COUNTER_EXAMPLES = {
     "blank": (render(()), "expected 1 circle, found 0"),
     "uniform noise": (np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), "found 0"),
     "checkerboard": (paint(((X // 8 + Y // 8) % 2).astype(float)), "expected 1 circle, found 0"),
-    "smear": (np.minimum(render((circle,)), paint(((abs(X - 50) < 2) & (abs(Y - 40) < 7)).astype(float), "green")), "unexplained pixels"),
+    "smear": (
+        np.minimum(render((circle,)), paint(((abs(X - 50) < 2) & (abs(Y - 40) < 7)).astype(float), "green")),
+        "unexplained pixels",
+    ),
 }
 
 
@@ -93,7 +97,12 @@ def test_counter_examples_fail_for_their_reason(name):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("cropped", "edge"), ("ring", "hole"), ("turned square", "no shape fits"), ("same colour overlap", "no shape fits")],
+    [
+        ("cropped", "edge"),
+        ("ring", "hole"),
+        ("turned square", "no shape fits"),
+        ("same colour overlap", "no shape fits"),
+    ],
 )
 def test_rejected_components_say_why(name, reason):
     rejected = detect(COUNTER_EXAMPLES[name][0]).rejected
@@ -133,7 +142,9 @@ def test_mirroring_picture_and_caption_keeps_the_verdict():
         assert geneval.strict(found.objects, captions.caption(flipped), found.residue).correct
 
 
-@pytest.mark.parametrize("image", [np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3)), np.zeros((64, 64, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "image", [np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3)), np.zeros((64, 64, 4), np.uint8)]
+)
 def test_other_arrays_are_refused(image):
     with pytest.raises(ValueError, match="expected"):
         detect(image)

@@ -98,7 +98,9 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     scenes = data.build(args.scenes, args.seed)
-    log(f"data {len(scenes.prompts)} scenes, {len(set(scenes.prompts))} captions, {time.perf_counter() - started:.0f} s")
+    log(
+        f"data {len(scenes.prompts)} scenes, {len(set(scenes.prompts))} captions, {time.perf_counter() - started:.0f} s"
+    )
     autoencoder = vae.train(scenes.images, args.vae_steps, args.seed, log)
     latents = vae.encode(autoencoder, scenes.images)
     latents = (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor

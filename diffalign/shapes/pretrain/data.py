@@ -11,7 +11,14 @@ from diffalign.shapes import captions
 from diffalign.shapes.world import render
 
 # Share of scenes per task: the relations and counts are harder to learn than the colours.
-MIX = {"single_object": 0.06, "two_object": 0.10, "counting": 0.22, "colors": 0.12, "position": 0.28, "color_attr": 0.22}
+MIX = {
+    "single_object": 0.06,
+    "two_object": 0.10,
+    "counting": 0.22,
+    "colors": 0.12,
+    "position": 0.28,
+    "color_attr": 0.22,
+}
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ def embed(model: Model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def optimizers(model: Model) -> list[torch.optim.Optimizer]:
     """Muon on the blocks' attention and feed-forward matrices, AdamW on everything else."""
-    matrices, rest = [], []
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters():
             block = name.startswith("transformer_blocks") and parameter.ndim == 2 and ".norm" not in name

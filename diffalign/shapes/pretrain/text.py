@@ -30,7 +30,9 @@ def words() -> list[str]:
     """Every word a caption can contain."""
     plural = [shape + "s" for shape in SHAPES]
     relations = " ".join(captions.RELATIONS).split()
-    return sorted({"a", "an", "photo", "of", "and", *relations, *captions.NUMERALS.values(), *COLOURS, *SHAPES, *plural})
+    return sorted(
+        {"a", "an", "photo", "of", "and", *relations, *captions.NUMERALS.values(), *COLOURS, *SHAPES, *plural}
+    )
 
 
 def tokenizer() -> CLIPTokenizer:

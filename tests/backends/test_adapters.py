@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from diffalign.backends import adapters, diffusers
+from diffalign.shapes import models
+from diffalign.types import Fault, UserError
+
+CALL = {"num_inference_steps": 3, "guidance_scale": 1.0, "max_sequence_length": 1, "output_type": "pt"}
+
+
+def trained(rank=4, alpha=20.0):
+    pipe = diffusers.load("shapes-sd3")
+    for p in adapters.attach(pipe, rank, alpha, None, 0).values():
+        with torch.no_grad():
+            p.normal_(std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+    return pipe
+
+
+def picture(pipe):
+    return pipe("a photo of two stars", generator=torch.Generator().manual_seed(1), **CALL).images
+
+
+def test_plain_diffusers_loads_the_file_and_draws_the_training_pipelines_picture(tmp_path):
+    pipe = trained()  # alpha differs from rank: a lost alpha would show
+    adapters.save(pipe, tmp_path, adapters.notes(base_model="shapes-sd3", seed=3))
+    adapters.verify(pipe, tmp_path)
+    plain = DiffusionPipeline.from_pretrained(models.path("shapes-sd3"))
+    base = picture(plain)
+    plain.load_lora_weights(tmp_path)
+    assert plain.get_list_adapters()
+    assert (picture(plain) - picture(pipe)).abs().max() < 1e-5
+    assert (picture(plain) - base).abs().max() > 0.01
+    assert adapters.metadata(tmp_path)["seed"] == "3"
+
+
+def test_verify_leaves_the_trained_adapter_active_and_trainable(tmp_path):
+    pipe = trained()
+    before = picture(pipe)
+    adapters.save(pipe, tmp_path, {})
+    adapters.verify(pipe, tmp_path)
+    assert pipe.get_list_adapters() == {"transformer": ["default"]}
+    assert all(p.requires_grad for n, p in pipe.transformer.named_parameters() if "lora_" in n)
+    assert torch.equal(picture(pipe), before)
+
+
+def test_a_damaged_file_is_caught(tmp_path):
+    pipe = trained()
+    path = adapters.save(pipe, tmp_path, {})
+    tensors, metadata = load_file(path), adapters.metadata(tmp_path)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] + 1e-3
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(Fault, match="differs from what was trained"):
+        adapters.verify(pipe, tmp_path)
+
+
+def test_a_file_without_its_alpha_is_caught(tmp_path):
+    pipe = trained()
+    path = adapters.save(pipe, tmp_path, {})
+    save_file(load_file(path), path, metadata={"format": "pt"})
+    with pytest.raises(Fault, match="differs from what was trained"):
+        adapters.verify(pipe, tmp_path)
+
+
+def test_targets_that_do_not_exist_are_refused():
+    with pytest.raises(UserError, match="lora.targets: no layer of transformer is named to_nowhere"):
+        adapters.attach(diffusers.load("shapes-sd3"), 4, 4, ("to_q", "to_nowhere"), 0)
+
+
+def test_initial_weights_follow_the_seed():
+    one, again, other = (adapters.attach(diffusers.load("shapes-sd3"), 4, 4, ("to_q",), seed) for seed in (0, 0, 1))
+    assert all(torch.equal(one[k], again[k]) for k in one)
+    assert any(not torch.equal(one[k], other[k]) for k in one)
+    assert {p.dtype for p in one.values()} == {torch.float32}
+    assert sum(p.numel() for p in one.values()) == 4 * 4 * (96 + 96)
+
+
+def test_only_the_adapter_is_trainable():
+    pipe = diffusers.load("shapes-sd3")
+    names = set(adapters.attach(pipe, 4, 4, None, 0))
+    found = {f"transformer.{n}" for n, p in pipe.transformer.named_parameters() if p.requires_grad}
+    assert names == found
+    assert not any(p.requires_grad for p in (*pipe.vae.parameters(), *pipe.text_encoder.parameters()))
+    assert np.prod([len(names)]) > 0

@@ -1,0 +1,209 @@
+"""The command line as a user meets it: what it prints, what it leaves, and how it refuses."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers import TINY
+
+ROOT = Path(__file__).parent.parent
+
+# A reward that tells any two pictures apart, so that two updates really train; alpha differs from rank.
+TRAINED = ["rewards={jpeg_compressibility: 1}", "lora.rank=4", "lora.alpha=20", "optimizer.lr=0.02"]
+
+
+def run(*arguments: str, cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "diffalign", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    done = run("train", "flow_grpo/shapes-sd3", *TINY, *TRAINED, f"run_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert "eval/shapes_geneval: gain" in done.stdout
+    assert done.stdout.strip().endswith("pytorch_lora_weights.safetensors")
+    assert "update 2/2" in done.stderr
+    return folder
+
+
+def test_sample_writes_pictures_and_a_grid(trained, tmp_path):
+    prompt = "a photo of a red circle left of a blue square"
+    done = run("sample", str(trained), "--prompt", prompt, "-n", "8", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"grid.png", *(f"000_seed{k}.png" for k in range(8))}
+    assert Image.open(tmp_path / "out" / "grid.png").size[0] > 8 * 64
+
+
+def test_five_lines_of_diffusers_draw_the_training_pipelines_picture(trained, tmp_path):
+    """alpha differs from rank; the five lines import diffusers, torch and numpy only."""
+    from diffalign import build, config, prompts
+    from diffalign.backends import diffusers as backend
+    from diffalign.evaluate import quiet_plan
+    from diffalign.shapes import models
+
+    folder, out = models.path("shapes-sd3"), tmp_path / "image.npy"
+    script = f"""
+import numpy, torch, diffusers
+pipe = diffusers.DiffusionPipeline.from_pretrained({str(folder)!r})
+pipe.load_lora_weights({str(trained / "adapter")!r})
+call = dict(num_inference_steps=3, sigmas=[1, 2 / 3, 1 / 3], guidance_scale=1.0, max_sequence_length=1, output_type="np")
+numpy.save({str(out)!r}, pipe("a photo of two stars", generator=torch.Generator().manual_seed(7), **call).images[0])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    settings = config.load("flow_grpo/shapes-sd3", [*TINY, *TRAINED, f"run_dir={trained}"])
+    parts = build.build(settings)
+    from diffalign import checkpoint
+
+    state = checkpoint.load(checkpoint.complete(trained / "checkpoints")[-1])
+    with torch.no_grad():
+        for name, parameter in parts.policy.parameters.items():
+            parameter.copy_(state.parameters[name])
+    keys = np.array([7])
+    one = prompts.Prompts(["a photo of two stars"], np.array([0]), keys, keys, [{}])
+    part = parts.policy.rollout(one, quiet_plan(3))
+    ours = parts.policy.decode(part, part.x[-1]).pixels[0, 0].permute(1, 2, 0).numpy()
+    assert np.abs(np.load(out) - ours).max() < 1e-5
+    base = build.policy(settings, backend.load("shapes-sd3"))
+    assert (
+        np.abs(
+            base.decode(part, base.rollout(one, quiet_plan(3)).x[-1]).pixels[0, 0].permute(1, 2, 0).numpy() - ours
+        ).max()
+        > 1e-3
+    )
+
+
+def test_sample_from_a_model_a_prompt_file_and_other_settings(tmp_path):
+    (tmp_path / "p.txt").write_text("a photo of a star\na photo of two circles\n")
+    done = run(
+        "sample",
+        "shapes-sd3",
+        "--prompts",
+        str(tmp_path / "p.txt"),
+        "-n",
+        "1",
+        "--steps",
+        "2",
+        "--guidance",
+        "3",
+        "--out",
+        str(tmp_path / "o"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {"000_seed0.png", "001_seed0.png", "grid.png"}
+
+
+def test_plan_says_what_an_update_does_without_loading_weights(tmp_path):
+    done = run("plan", "flow_grpo/shapes-sd3")
+    assert done.returncode == 0, done.stderr
+    # 64 samples: 10 steps of sampling and 5 trained ones
+    assert f"rows        {64 * 15} forward, of them {64 * 5} with backward" in done.stdout
+    assert "noise on steps [0, 1, 2, 3, 4]" in done.stdout
+    assert "bound here" in done.stdout
+
+
+def test_plan_counts_the_rows_that_training_uses(trained):
+    from diffalign.runfolder import read_rows
+
+    row = next(row for row in read_rows(trained) if "nfe" in row and not row.get("skipped_flat"))
+    done = run("plan", "flow_grpo/shapes-sd3", *TINY, *TRAINED)
+    assert f"rows        {row['nfe']:.0f} forward, of them {row['nfe_backward']:.0f} with backward" in done.stdout
+
+
+def test_rewards_are_listed_and_checked(tmp_path):
+    listed = run("rewards")
+    assert listed.returncode == 0
+    assert "shapes_geneval " in listed.stdout
+    assert run("rewards", "check", "jpeg_compressibility").stdout.strip().endswith("ok")
+    (tmp_path / "dead.py").write_text("def f(media, prompts):\n    return [0.0] * len(prompts)\n")
+    dead = run("rewards", "check", f"{tmp_path}/dead.py:f")
+    assert dead.returncode == 3
+    assert "cannot tell them apart" in dead.stderr
+
+
+def test_a_users_own_reward_from_one_file(tmp_path):
+    (tmp_path / "mine.py").write_text("def brightness(media, prompts):\n    return media.pixels.mean((1, 2, 3, 4))\n")
+    done = run(
+        "train",
+        "flow_grpo/shapes-sd3",
+        *TINY,
+        "rewards={./mine.py:brightness: 1.0}",
+        "evaluation.enabled=false",
+        f"run_dir={tmp_path}/run",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "reward/./mine.py:brightness" in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_doctor_names_versions_and_mends():
+    done = run("doctor")
+    assert "torch" in done.stdout
+    assert "pip install 'diffalign[hpsv2]'" in done.stdout or "hpsv2" in done.stdout
+    assert done.returncode in (0, 3)
+
+
+BAD = [
+    (["train", "flow_grpo/shapes-sd3", "upates=3"], ["upates: unknown key; did you mean updates?"]),
+    (["train", "flow_grpo/shapes-sd3", "updates=many", "lora.rnk=2"], ["updates: got 'many'", "lora.rnk: unknown key"]),
+    (["train", "flow_grpo/shapes-sd3", "sampler.process=ode"], ["flow_grpo needs a stochastic sampler"]),
+    (["train", "nowhere.yaml"], ["config: no file 'nowhere.yaml'"]),
+    (["train", "flow_grpo/shapes-sd3", "prompts.source={broken}"], ["broken.jsonl line 2: not JSON"]),
+    (["train", "flow_grpo/shapes-sd3", "run_dir=/proc/nowhere"], ["run_dir: got '/proc/nowhere', cannot write there"]),
+    (["train"], ["Missing argument 'CONFIG'"]),
+    (["trian"], ["No such command 'trian'"]),
+    (["train", "flow_grpo/shapes-sd3", "--frsh"], ["No such option"]),
+    (["sample", "shapes-sd3"], ["sample: no caption; give --prompt TEXT or --prompts FILE"]),
+    (["sample", "nowhere", "--prompt", "a"], ["sample: got 'nowhere', which is no run"]),
+    (["sample", "shapes-sd3", "--prompt", "a", "-n", "0"], ["Invalid value for '-n'"]),
+    (["sample", "shapes-sd3", "--prompts", "nowhere.txt"], ["no file 'nowhere.txt'"]),
+    (["rewards", "check", "shapes_genevil"], ["did you mean shapes_geneval"]),
+    (["plan", "flow_grpo/shape-sd3"], ["did you mean flow_grpo/shapes-sd3?"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "lines"), BAD, ids=lambda v: v[-1] if isinstance(v, list) else v)
+def test_bad_input_is_one_line_a_mistake_exit_code_2_and_fast(arguments, lines, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a", "include": []}\n{"prompt": \n')
+    given = [a.format(broken=broken) if "{broken}" in a else a for a in arguments]
+    started = time.perf_counter()
+    done = run(*given)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for line in lines:
+        assert sum(line in got for got in done.stderr.splitlines()) == 1, done.stderr
+    assert len(done.stderr.splitlines()) == len(lines)
+    assert seconds < 4  # 0.6 s where nothing else runs; the bound leaves room for a busy machine
+
+
+def test_a_fault_is_exit_code_3_and_keeps_what_was_there(trained, tmp_path):
+    (tmp_path / "bad.py").write_text("def f(media, prompts):\n    raise ConnectionError('reward server is down')\n")
+    done = run(
+        "train",
+        "flow_grpo/shapes-sd3",
+        *TINY,
+        f"rewards={{{tmp_path}/bad.py:f: 1}}",
+        "evaluation.enabled=false",
+        f"run_dir={tmp_path}/r",
+    )
+    assert done.returncode == 3
+    assert "ConnectionError: reward server is down" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_several_processes_are_refused_not_ignored(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run("train", "flow_grpo/shapes-sd3")
+    assert done.returncode == 2
+    assert "more than one process" in done.stderr

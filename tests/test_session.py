@@ -1,0 +1,226 @@
+"""Whole runs on the shipped pipeline, with as little work as possible."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffalign import checkpoint, session
+from diffalign.progress import Reporter
+from diffalign.runfolder import RunFolder, open_run, read_rows
+from diffalign.session import Interrupted, Session
+from diffalign.types import Fault, UserError
+from tests.helpers import TINY, tiny_config
+
+
+def start(run_dir, *overrides: str, fresh: bool = False) -> Session:
+    settings = tiny_config(run_dir, *overrides)
+    return Session(settings, open_run(settings, fresh), Reporter(quiet=True))
+
+
+def finish(made: Session) -> dict[str, torch.Tensor]:
+    made.run()
+    made.folder.close()
+    return load_file(made.folder / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Four updates without a stop, in float32 on the CPU."""
+    made = start(tmp_path_factory.mktemp("whole") / "run", "updates=4", "evaluation.every=2")
+    return made.folder.path, finish(made)
+
+
+def test_a_run_leaves_everything_a_user_needs(whole):
+    folder, adapter = whole
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "curves.png",
+        "before_after.png",
+        "adapter/README.md",
+        "adapter/curves.png",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert {p.name for p in (folder / "samples").glob("*.png")} == {"update_000000.png", "update_000004.png"}
+    assert {p.name for p in (folder / "evaluation").iterdir()} == {f"update_{k:06d}.json" for k in (0, 2, 4)}
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name or "lora.up" in name)
+    rows = read_rows(folder)
+    updates = [row for row in rows if "seconds/total" in row]
+    assert [row["update"] for row in updates] == [1, 2, 3, 4]
+    keys = {
+        "reward/shapes_geneval_partial",
+        "ratio",
+        "advantage",
+        "grad_norm",
+        "nfe",
+        "seconds/sample",
+        "seconds/train",
+    }
+    learned = [row for row in updates if "ratio" in row]
+    assert learned
+    assert all(keys <= row.keys() and row["ratio"] == 1.0 for row in learned)
+    last = [row for row in rows if "eval/shapes_geneval_gain_lo" in row][-1]
+    assert last["eval/n"] == len(tiny_config("x").evaluation_prompts())
+    assert (
+        last["eval/shapes_geneval_gain_lo"] <= last["eval/shapes_geneval_gain"] <= last["eval/shapes_geneval_gain_hi"]
+    )
+
+
+def test_resume_equals_never_stopping(whole, tmp_path):
+    _, expected = whole
+    finish(start(tmp_path / "run", "updates=2", "evaluation.every=2"))
+    resumed = finish(start(tmp_path / "run", "updates=4", "evaluation.every=2"))
+    assert same(resumed, expected)
+    assert [r["update"] for r in read_rows(tmp_path / "run") if "seconds/total" in r] == [1, 2, 3, 4]
+    ours, theirs = (
+        [r.get("reward/total") for r in read_rows(f) if "seconds/total" in r] for f in (tmp_path / "run", whole[0])
+    )
+    assert ours == theirs
+
+
+def test_another_seed_gives_another_adapter(whole, tmp_path):
+    assert not same(finish(start(tmp_path / "run", "updates=4", "seed=1", "evaluation.enabled=false")), whole[1])
+
+
+def test_a_finished_run_can_be_asked_for_again(whole):
+    folder, expected = whole
+    assert same(finish(start(folder, "updates=4", "evaluation.every=2")), expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_update_saves_and_leaves_its_code(tmp_path, monkeypatch, number):
+    made = start(tmp_path / "run", "updates=50", "evaluation.enabled=false", "output.checkpoint_every=40")
+    update = made.trainer.update
+    monkeypatch.setattr(made.trainer, "update", lambda index: (os.kill(os.getpid(), number), update(index))[1])
+    with pytest.raises(Interrupted) as caught:
+        made.run()
+    assert caught.value.code == 128 + number
+    assert checkpoint.load(checkpoint.complete(tmp_path / "run" / "checkpoints")[-1]).update == 1
+    assert signal.getsignal(number) is not made
+
+
+def test_kill_9_loses_at_most_the_updates_since_the_last_checkpoint(whole, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "diffalign", "train", "flow_grpo/shapes-sd3", *TINY, f"run_dir={folder}"]
+    command += ["updates=4", "evaluation.every=2", "output.checkpoint_every=1", "evaluation.enabled=true"]
+    for updates in (1, 3):  # killed after the first and the third checkpoint, at whatever it is doing then
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len([r for r in read_rows(folder) if "seconds/total" in r]) < updates and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        saved = checkpoint.complete(folder / "checkpoints")
+        assert int(saved[-1].name[-6:]) >= updates - 1 if saved else updates == 1
+    assert same(finish(start(folder, "updates=4", "evaluation.every=2", "output.checkpoint_every=1")), whole[1])
+
+
+def test_a_planted_change_of_one_stored_latent_stops_the_run_and_says_so(tmp_path, monkeypatch):
+    made = start(tmp_path / "run", "evaluation.enabled=false", "rewards={jpeg_compressibility: 1}")
+    rollout = made.policy.rollout
+
+    def planted(prompts, plan):
+        found = rollout(prompts, plan)
+        if any(plan.noise):
+            found.x[1][0, 0, 0, 0] += 1e-3
+        return found
+
+    monkeypatch.setattr(made.policy, "rollout", planted)
+    with pytest.raises(Fault, match="update 0, step 0: the replayed log-probability differs"):
+        made.run()
+
+
+def test_equal_rewards_skip_the_update_and_say_so(tmp_path, monkeypatch):
+    made = start(tmp_path / "run", "evaluation.enabled=false")
+    said: list[str] = []
+    monkeypatch.setattr(made.reporter, "say", said.append)
+    made.trainer.rewards = {"shapes_geneval_partial": lambda media, prompts: [0.25] * len(prompts)}
+    before = {name: p.detach().clone() for name, p in made.policy.parameters.items()}
+    made.run()
+    assert any("every group has equal rewards" in line for line in said)
+    assert all(torch.equal(before[name], p) for name, p in made.policy.parameters.items())
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_a_fault(tmp_path, monkeypatch):
+    made = start(tmp_path / "run", "evaluation.enabled=false", "updates=20", "rewards={jpeg_compressibility: 1}")
+    before = {name: p.detach().clone() for name, p in made.policy.parameters.items()}
+    loss = made.rule.loss
+
+    def broken(*args):
+        found = loss(*args)
+        return type(found)(found.value * float("nan"), found.metrics, found.gap)
+
+    monkeypatch.setattr(made.rule, "loss", broken)
+    with pytest.raises(Fault, match=f"{session.NONFINITE_LIMIT} gradients in a row were not finite"):
+        made.run()
+    assert made.skipped == session.NONFINITE_LIMIT
+    assert all(torch.equal(before[name], p) for name, p in made.policy.parameters.items())
+
+
+def test_a_run_with_other_settings_is_refused_with_the_difference(whole):
+    with pytest.raises(UserError) as caught:
+        start(whole[0], "updates=4", "evaluation.every=2", "optimizer.lr=0.5")
+    assert "  optimizer.lr: 0.0006 -> 0.5" in caught.value.problems
+    assert "--fresh" in caught.value.problems[0]
+
+
+def test_fresh_starts_over_and_leaves_other_files_alone(tmp_path):
+    folder = tmp_path / "run"
+    finish(start(folder, "evaluation.enabled=false", "updates=1"))
+    (folder / "notes.txt").write_text("mine")
+    made = start(folder, "evaluation.enabled=false", "updates=1", "optimizer.lr=0.1", fresh=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not checkpoint.complete(folder / "checkpoints")
+    made.folder.close()
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    settings = tiny_config(tmp_path / "run")
+    held = open_run(settings, False)
+    with pytest.raises(UserError, match="in use by another process"):
+        open_run(settings, False)
+    held.close()
+    open_run(settings, False).close()
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/run", "{file}/run"])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="run_dir: got .* cannot write there"):
+        open_run(tiny_config(place.format(file=tmp_path / "file")), False)
+
+
+def test_rows_cut_short_by_a_kill_are_left_out_and_rewound(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"update": 1}\n{"update": 2}\n{"upd')
+    folder = RunFolder(tmp_path, (tmp_path / ".lock").open("w"))
+    assert [row["update"] for row in folder.rows()] == [1, 2]
+    folder.rewind(1)
+    folder.append({"update": 2, "x": 1})
+    assert [json.loads(line)["update"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    finish(start(tmp_path / "run", "evaluation.enabled=false", "output.trackers=[tensorboard]"))
+    assert list((tmp_path / "run" / "trackers").rglob("events*"))
+
+
+def test_the_evaluation_compares_the_same_images(whole):
+    before, after = (json.loads((whole[0] / "evaluation" / f"update_{k:06d}.json").read_text()) for k in (0, 4))
+    assert before["prompts"] == after["prompts"]
+    assert before["seed"] == after["seed"]
+    assert before["group"] == after["group"]
+    grids = [np.load(whole[0] / "samples" / f"update_{k:06d}.npz")["images"] for k in (0, 4)]
+    assert grids[0].shape == grids[1].shape == (4, 64, 64, 3)
+    assert (grids[0] != grids[1]).any()
