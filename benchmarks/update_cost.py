@@ -1,0 +1,85 @@
+"""What one update costs over the network alone: python benchmarks/update_cost.py [CONFIG] [key=value ...]
+
+In one process, at equal micro-batch and threads, updates and pure network passes take turns. The pure passes call the denoiser
+on the same numbers of rows with fixed inputs: forward without graph for sampling, forward and backward for training.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffalign import config as configs
+from diffalign.backends import adapters
+from diffalign.progress import Reporter
+from diffalign.runfolder import open_run
+from diffalign.session import Session
+
+ROUNDS = 12
+
+
+def captured_call(session: Session) -> tuple[Any, dict[str, Any]]:
+    """The denoiser and the arguments of one of its calls on a full micro-batch."""
+    (module,) = adapters.denoisers(session.parts.pipe).values()
+    seen: list[dict[str, Any]] = []
+    handle = module.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    prompts = session.trainer.draw(0)
+    plan = session.rule.plan(session.policy.schedule, 0, np.random.default_rng(0))
+    session.policy.rollout(prompts, plan)
+    handle.remove()
+    return module, seen[-1]
+
+
+def main() -> None:
+    """Measure, print, and keep the result with device and date."""
+    name, *overrides = sys.argv[1:] or ["flow_grpo/shapes-sd3"]
+    folder = tempfile.mkdtemp()
+    settings = configs.load(name, [*overrides, f"run_dir={folder}", "evaluation.enabled=false"])
+    session = Session(settings, open_run(settings, True), Reporter(quiet=True))
+    module, call = captured_call(session)
+    size = settings.optimizer.micro_batch
+    counts = session.trainer.update(0)
+    forward, backward = (int(counts[key]) // size for key in ("nfe", "nfe_backward"))
+    rows: list[dict[str, float]] = []
+    for index in range(1, ROUNDS + 1):
+        metrics = session.trainer.update(index)
+        if metrics.get("skipped_flat"):
+            continue
+        started = time.perf_counter()
+        with torch.no_grad():
+            for _ in range(forward - backward):
+                module(**call)
+        for _ in range(backward):
+            module(**call)[0].mean().backward()
+        network = time.perf_counter() - started
+        core = metrics["seconds/sample"] + metrics["seconds/train"]
+        rows.append({"core": core / network, "whole": metrics["seconds/total"] / network, "network_seconds": network})
+    result = {
+        "config": name,
+        "overrides": overrides,
+        "device": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads",
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "rounds": len(rows),
+        "rows_forward": forward * size,
+        "rows_backward": backward * size,
+        "median": {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]},
+        "all": rows,
+    }
+    print(json.dumps({k: v for k, v in result.items() if k != "all"}, indent=1))
+    out = Path(__file__).parent / "results" / "update_cost.json"
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Twenty deliberate mistakes in ops, processes and rules. Each must be killed by a test; see test_mutations.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replace `old` (which occurs once) by `new` in `file`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+GAUSSIAN, SURROGATE = "diffalign/ops/gaussian.py", "diffalign/ops/surrogate.py"
+ADVANTAGES, MATCHING = "diffalign/ops/advantages.py", "diffalign/ops/matching.py"
+FLOW, GRPO, GENEVAL = (
+    "diffalign/processes/flow_sde.py",
+    "diffalign/rules/policy_gradient.py",
+    "diffalign/ops/geneval.py",
+)
+
+MUTATIONS = [
+    Mutation("log-prob sign", GAUSSIAN, "per_dim = -((x - mean) ** 2)", "per_dim = ((x - mean) ** 2)"),
+    Mutation("log-prob factor two", GAUSSIAN, "(2 * std**2) - math.log(std)", "(std**2) - math.log(std)"),
+    Mutation("mean becomes sum", GAUSSIAN, "return flat.mean(1)", "return flat.sum(1)"),
+    Mutation("score over variance", GAUSSIAN, "(eps / std).detach()", "(eps / std**2).detach()"),
+    Mutation("surrogate min for max", SURROGATE, "torch.maximum", "torch.minimum"),
+    Mutation("surrogate advantage sign", SURROGATE, "-advantage * ratio, ", "advantage * ratio, "),
+    Mutation("clip one side only", SURROGATE, "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(1 - clip, None)"),
+    Mutation("group mean forgotten", ADVANTAGES, "centred[rows] = values[rows] - mean", "centred[rows] = values[rows]"),
+    Mutation("leave-one-out off by one", ADVANTAGES, "/ (len(rows) - 1)", "/ len(rows)"),
+    Mutation("flat groups not masked", ADVANTAGES, "return np.where(alive, ", "return np.where(valid, "),
+    Mutation("tree average unweighted", ADVANTAGES, "weights.insert(0, weight)", "weights.insert(0, np.ones(count))"),
+    Mutation("velocity sign", MATCHING, "return noise - x0", "return x0 - noise"),
+    Mutation("drift factor two", FLOW, "x=1 + g**2 * dt / (2 * t)", "x=1 + g**2 * dt / t"),
+    Mutation("score term sign", FLOW, "prediction=(1 + g**2", "prediction=(1 - g**2"),
+    Mutation("std without root", FLOW, "std=g * np.sqrt(-dt)", "std=g * -dt"),
+    Mutation("first step singular", FLOW, "np.where(t == 1, sigma[1], t)", "np.where(t == 1, sigma[2], t)"),
+    Mutation("last step trained", GRPO, "k < schedule.steps - 1 and", "k < schedule.steps and"),
+    Mutation(
+        "KL detached", GRPO, "kl = ((now.prediction - base) ** 2)", "kl = ((now.prediction.detach() - base) ** 2)"
+    ),
+    Mutation(
+        "credit of the wrong level",
+        GRPO,
+        "average_to_parents(advantage, tree.parent)[1:]",
+        "average_to_parents(-advantage, tree.parent)[1:]",
+    ),
+    Mutation(
+        "step weight inverted",
+        GRPO,
+        "schedule.std[noisy] / schedule.gain[noisy]",
+        "schedule.gain[noisy] / schedule.std[noisy]",
+    ),
+    Mutation("loss summed over the part", GRPO, "s.clip).mean()\n", "s.clip).sum()\n"),
+    Mutation("exclude off by one", GENEVAL, "if len(found) >= clause", "if len(found) > clause"),
+]
