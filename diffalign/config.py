@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from diffalign import prompts as prompt_files
 from diffalign.processes import PROCESSES
 from diffalign.rewards import catalog
 from diffalign.rules import RULES
+from diffalign.shapes import models
 from diffalign.shapes.captions import SPLITS, TASKS
 from diffalign.types import UpdateRule, UserError
 
@@ -273,8 +275,17 @@ def _explain(item: Any, model: Any, prefix: str = "") -> str:
     return f"{where}: got {item['input']!r}, {message.replace('input should be', 'allowed is')}"
 
 
+def _check_model(name: str) -> list[str]:
+    """An embedded name, a folder that diffusers wrote, or something that can be a hub id."""
+    if models.path(name) or (Path(name) / "model_index.json").is_file() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return []
+    known = ", ".join(models.names())
+    allowed = f"allowed are embedded pipelines ({known}), folders with a model_index.json, hub ids (owner/name)"
+    return [f"model: got {name!r}, {allowed}{_near(name, models.names())}"]
+
+
 def _check_names(config: Config) -> list[str]:
-    problems = []
+    problems = _check_model(config.model)
     entries: list[list[prompt_files.Entry]] = []
     for read in (config.training_prompts, config.evaluation_prompts):
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -48,7 +49,8 @@ class RunFolder:
         self._lock.close()
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one object to `metrics.jsonl`."""
+        """Add one object to `metrics.jsonl`; numbers that are not finite have no place in JSON and are left out."""
+        row = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
         try:
             with (self.path / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

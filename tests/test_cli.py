@@ -67,7 +67,7 @@ numpy.save({str(out)!r}, pipe("a photo of two stars", generator=torch.Generator(
     state = checkpoint.load(checkpoint.complete(trained / "checkpoints")[-1])
     with torch.no_grad():
         for name, parameter in parts.policy.parameters.items():
-            parameter.copy_(state.parameters[name])
+            parameter.copy_(state.shadows.get("ema", state.parameters)[name])
     keys = np.array([7])
     one = prompts.Prompts(["a photo of two stars"], np.array([0]), keys, keys, [{}])
     part = parts.policy.rollout(one, quiet_plan(3))

@@ -69,6 +69,8 @@ def test_all_mistakes_come_at_once_each_names_its_field():
         ("updates", "override: got 'updates', expected key=value"),
         ("seed.x=3", "override: seed.x: seed is not a section"),
         ("model=null", "model: got None"),
+        ("model=shapes-sd", "model: got 'shapes-sd', allowed are embedded pipelines (shapes-sd3), folders"),
+        ("model=./no/such/folder", "model: got './no/such/folder', allowed are"),
         ("updates=[1", "config: override updates line 1: not YAML"),
         ("updates=0", "updates: got 0, allowed is greater than or equal to 1"),
     ],

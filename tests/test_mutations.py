@@ -47,4 +47,4 @@ def test_every_mutation_is_killed(mutation, tmp_path):
         check=False,
     )
     assert done.returncode == 1, f"{mutation.name} survived\n{done.stdout[-2000:]}"
-    assert "failed" in done.stdout
+    assert "FAILED" in done.stdout

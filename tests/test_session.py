@@ -207,7 +207,8 @@ def test_rows_cut_short_by_a_kill_are_left_out_and_rewound(tmp_path):
     folder = RunFolder(tmp_path, (tmp_path / ".lock").open("w"))
     assert [row["update"] for row in folder.rows()] == [1, 2]
     folder.rewind(1)
-    folder.append({"update": 2, "x": 1})
+    folder.append({"update": 2, "x": 1, "y": float("nan")})
+    assert folder.rows()[-1] == {"update": 2, "x": 1}
     assert [json.loads(line)["update"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 

@@ -1,0 +1,128 @@
+"""What the README shows is run, shortened; and what users install is built, installed aside and used."""
+
+import os
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import TINY
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands() -> list[str]:
+    """Lines of the README that call the tool, without comments and continued lines joined."""
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    found = [line.split(" #")[0].strip() for line in text.splitlines()]
+    return [line for line in found if line.startswith(("diffalign ", "python train.py", "python sample.py"))]
+
+
+def shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=cwd, capture_output=True, text=True, check=False, env=environment, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder that looks like a checkout and holds a short finished run where the README expects one."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("configs", "train.py", "sample.py", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    done = shell(f"diffalign train configs/flow_grpo/shapes-sd3.yaml {shortened()}", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def shortened() -> str:
+    return " ".join(f"'{override}'" for override in TINY)
+
+
+def test_the_readme_begins_with_the_two_commands():
+    assert blocks("bash")[0].splitlines() == [
+        "pip install -e . && diffalign train configs/flow_grpo/shapes-sd3.yaml",
+        "pip install -e '.[rewards,dev]' && pytest",
+    ]
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands()))
+def test_every_command_of_the_readme_runs(command, place):
+    if " train" in command or " plan " in command or "train.py" in command:
+        command += f" {shortened()} run_dir=runs/other" if "mine.py" in command else f" {shortened()}"
+    done = shell(command, place)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_every_python_example_of_the_readme_runs(number, place, monkeypatch):
+    code = blocks("python")[number].replace('["seed=0"]', repr(TINY))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_in_the_readme_exist():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert targets
+    for target in targets:
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_a_built_wheel_installed_elsewhere_trains(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for part in (
+        "reward_models/shapes_geneval.py",
+        "diffalign/_configs/flow_grpo/shapes-sd3.yaml",
+        "diffalign/shapes/weights/shapes-sd3/transformer/diffusion_pytorch_model.safetensors",
+    ):
+        assert part in names
+    assert not [name for name in names if name.startswith("tests/")]
+    assert wheel.stat().st_size < 5e6
+    # A bare environment with the wheel alone; its dependencies are borrowed through the path.
+    environment = tmp_path / "env"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    (site,) = (environment / "lib").glob("python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    borrowed = [path for path in sys.path if path.endswith("site-packages")]
+    code = f"import sys; sys.path += {borrowed!r}; from diffalign.cli import main; main(sys.argv[1:])"
+    run_dir = tmp_path / "run"
+    done = subprocess.run(
+        [str(python), "-c", code, "train", "flow_grpo/shapes-sd3", *TINY, f"run_dir={run_dir}", "updates=1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (run_dir / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+    where = subprocess.run(
+        [str(python), "-c", f"import sys; sys.path += {borrowed!r}; import diffalign; print(diffalign.__file__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert where.stdout.startswith(str(environment))
