@@ -46,11 +46,13 @@ class FlowGRPO:
 
         def problems(self, steps: int) -> list[str]:
             """What is wrong with these settings for a sampler of `steps` steps."""
-            if self.window and not 0 <= self.window[0] < self.window[1] <= steps:
-                return [
-                    f"rule.window: got {list(self.window)}, allowed is 0 <= first < stop <= sampler.steps ({steps})"
-                ]
-            return []
+            first, stop = self.window or (0, steps)
+            if 0 <= first < stop <= steps and first < steps - 1:
+                return []
+            given, rule = [first, stop], "0 <= first < stop <= sampler.steps"
+            return [
+                f"rule.window: got {given}, allowed is {rule} ({steps}), first before the last step, which has no noise"
+            ]
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or self.Settings()
@@ -113,11 +115,7 @@ class FlowGRPO:
                 base = policy.transition(part, step).prediction
             # The subtraction stays outside the reference context: its gradient is the point.
             kl = ((now.prediction - base) ** 2).mean()
-            # The step weight belongs to the surrogate alone.
-            value = value + s.kl * kl / max(term.weight * self._steps(part), 1e-12)
+            # The step weight belongs to the surrogate alone: undone here, every step weighs 1 / steps.
+            value = value + s.kl * kl / (term.weight * sum(part.plan.noise))
             metrics["kl"] = kl.detach()
         return Loss(value, metrics, gap=log_ratio.detach().abs().max())
-
-    @staticmethod
-    def _steps(part: Rollout) -> int:
-        return sum(part.plan.noise)
