@@ -12,7 +12,7 @@ from diffalign.config import Config
 from diffalign.processes import PROCESSES
 from diffalign.rewards.base import Reward
 from diffalign.rewards.load import load as load_reward
-from diffalign.types import Fault, UserError
+from diffalign.types import Fault, UserError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -79,6 +79,6 @@ def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None
             parameters=parameters,
         )
     except (TypeError, ValueError) as error:
-        raise UserError(f"sampler: {type(pipe).__name__} does not accept these settings: {error}") from error
+        raise UserError(f"sampler: {type(pipe).__name__} does not accept these settings: {one_line(error)}") from error
     except RuntimeError as error:
-        raise Fault(f"{type(pipe).__name__} cannot sample with these settings: {error}") from error
+        raise Fault(f"{type(pipe).__name__} cannot sample with these settings: {one_line(error)}") from error

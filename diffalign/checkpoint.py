@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.files import sync, write_text
-from diffalign.types import Fault
+from diffalign.types import Fault, one_line
 
 STATE = "state.json"
 
@@ -66,8 +67,8 @@ def save(folder: Path, state: State, keep: int) -> Path:
             shutil.rmtree(final)
         aside.rename(final)
         sync(folder)
-    except OSError as error:
-        raise Fault(f"checkpoint: cannot write {final}: {error}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        raise Fault(f"checkpoint: cannot write {final}: {one_line(error)}") from error
     for old in complete(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final

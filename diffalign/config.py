@@ -17,7 +17,7 @@ from diffalign.rewards import catalog
 from diffalign.rules import RULES
 from diffalign.shapes import models
 from diffalign.shapes.captions import SPLITS, TASKS
-from diffalign.types import UpdateRule, UserError
+from diffalign.types import UpdateRule, UserError, one_line
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 Split = Literal["train", "validation", "test"]
@@ -158,7 +158,11 @@ def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
         UserError: with every mistake found.
     """
     path = find(name)
-    raw = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config: cannot read {path}: {one_line(error)}") from error
+    raw = _parse(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"config: {path} holds {type(raw).__name__}, expected keys and values")
     raw.setdefault("run_dir", f"runs/{path.parent.name}/{path.stem}")

@@ -15,7 +15,7 @@ from scipy import stats
 
 from diffalign.files import write_text
 from diffalign.rewards.base import Reward, check_media, evaluate, to_uint8
-from diffalign.types import Integers, Plan, Policy, Prompts, chunks
+from diffalign.types import Fault, Integers, Plan, Policy, Prompts, chunks, one_line
 
 Floats = NDArray[np.float64]
 FEW = 8  # with fewer prompts than this, images are resampled instead of prompts
@@ -60,9 +60,17 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        scores = {name: np.asarray(values, np.float64) for name, values in data["scores"].items()}
-        return cls(data["update"], scores, np.asarray(data["group"]))
+        """Read what `save` wrote.
+
+        Raises:
+            Fault: if the file is damaged.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            scores = {name: np.asarray(values, np.float64) for name, values in data["scores"].items()}
+            return cls(data["update"], scores, np.asarray(data["group"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Fault(f"{path}: damaged ({one_line(error)}); delete it to go on without it") from error
 
 
 def interval(values: Floats, group: Integers, seed: int = 0) -> Interval:

@@ -58,11 +58,12 @@ class Reporter:
         if self._bar is None:
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=30),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
             )
-            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+            clock = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            self._bar = Progress(*columns, *clock, console=self.console)
             self._bar.start()
             self._task = self._bar.add_task("training", total=total, completed=index, note="")
         self._bar.update(self._task, completed=index + 1, note=f"reward {reward}")

@@ -14,7 +14,7 @@ import yaml
 
 from diffalign import config as configs
 from diffalign.files import write_text
-from diffalign.types import Fault, UserError
+from diffalign.types import Fault, UserError, one_line
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -74,12 +74,15 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.is_file():
         return []
-    rows = []
+    rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break  # killed while it was written; nothing after it can be trusted
+        if not isinstance(row, dict) or not isinstance(row.get("update"), int):
+            break
+        rows.append(row)
     return rows
 
 
@@ -108,14 +111,22 @@ def open_run(config: configs.Config, fresh: bool) -> RunFolder:
             target = path / name
             shutil.rmtree(target, ignore_errors=True) if target.is_dir() else target.unlink(missing_ok=True)
     _check_same(path, config)
-    write_text(path / CONFIG, configs.dump(config))
+    try:
+        write_text(path / CONFIG, configs.dump(config))
+    except OSError as error:
+        raise UserError(f"run_dir: got {str(path)!r}, cannot write there ({error.strerror or error})") from error
     return RunFolder(path, lock)
 
 
 def _check_same(path: Path, config: configs.Config) -> None:
     if not (path / CONFIG).is_file():
         return
-    old = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")) or {}
+    try:
+        old = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(old, dict):
+            raise ValueError("it holds no keys and values")
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"run_dir: {path / CONFIG} is damaged ({one_line(error)}); --fresh starts over") from error
     changed = configs.differences(old, config.model_dump(mode="json"))
     fixed = [line for line in changed if line.split(":")[0] not in MAY_CHANGE]
     if fixed:

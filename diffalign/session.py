@@ -44,6 +44,10 @@ def train(config: Config, *, fresh: bool = False, quiet: bool = False) -> dict[s
     reporter = Reporter(quiet)
     try:
         return Session(config, folder, reporter).run()
+    except OSError as error:
+        raise Fault(
+            f"{error.filename or config.run_dir}: {error.strerror or error}; the last checkpoint is kept"
+        ) from error
     finally:
         reporter.close()
         folder.close()
@@ -139,6 +143,7 @@ class Session:
                     self.save()
                     raise Interrupted(self.stop_code)
             self.save()
+            self.reporter.close()
             summary = self._finish()
         self.reporter.say(f"done: {self.done} updates, {time.perf_counter() - started:.0f} s, {self.folder.path}")
         return summary
@@ -198,6 +203,11 @@ class Session:
     def _evaluation_path(self, update: int) -> Any:
         return self.folder / "evaluation" / f"update_{update:06d}.json"
 
+    def _baseline(self) -> evaluate.Evaluation | None:
+        """What gains are measured against: the evaluation before training, None if it is gone."""
+        path = self._evaluation_path(0)
+        return evaluate.Evaluation.read(path) if path.is_file() else None
+
     def _evaluate(self, update: int) -> dict[str, float]:
         if not self.config.evaluation.enabled:
             return {}
@@ -206,9 +216,7 @@ class Session:
                 self.policy, self.parts.eval_rewards, self.fixed, self.config.optimizer.micro_batch, update, advance
             )
         found.save(self._evaluation_path(update), seed=self.config.evaluation.seed, prompts=self.fixed.text)
-        first = self._evaluation_path(0)
-        before = evaluate.Evaluation.read(first) if update and first.is_file() else None
-        summary = found.summary(before)
+        summary = found.summary(self._baseline() if update else None)
         self.folder.append({"update": update, **summary})
         self.tracker.log(summary, update)
         self.reporter.evaluated(update, summary)
@@ -217,8 +225,7 @@ class Session:
     def _finish(self) -> dict[str, float]:
         path = self._evaluation_path(self.done)
         if path.is_file():
-            first = evaluate.Evaluation.read(self._evaluation_path(0))
-            summary = evaluate.Evaluation.read(path).summary(first)
+            summary = evaluate.Evaluation.read(path).summary(self._baseline())
         else:
             self._samples(self.done)
             summary = self._evaluate(self.done)

@@ -33,6 +33,12 @@ class UserError(Exception):
         self.problems = problems
 
 
+def one_line(error: BaseException) -> str:
+    """An exception as one line: its type and the first line of its message."""
+    message = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
+
+
 class Fault(Exception):
     """Something outside the user's input stopped the run; the last good state is kept: exit code 3."""
 

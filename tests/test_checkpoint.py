@@ -71,11 +71,12 @@ def test_a_stop_in_the_middle_leaves_the_last_one(tmp_path, monkeypatch, moment)
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["update_000002"]
 
 
-def test_a_full_disk_is_a_fault_and_the_last_one_stays(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, RuntimeError, checkpoint.SafetensorError])
+def test_a_full_disk_is_a_fault_and_the_last_one_stays(tmp_path, monkeypatch, kind):
     checkpoint.save(tmp_path, state(1), keep=1)
 
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise kind("No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(Fault, match="No space left"):

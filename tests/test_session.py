@@ -172,7 +172,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_a_fault
 def test_a_run_with_other_settings_is_refused_with_the_difference(whole):
     with pytest.raises(UserError) as caught:
         start(whole[0], "updates=4", "evaluation.every=2", "optimizer.lr=0.5")
-    assert "  optimizer.lr: 0.0006 -> 0.5" in caught.value.problems
+    assert "  optimizer.lr: 0.001 -> 0.5" in caught.value.problems
     assert "--fresh" in caught.value.problems[0]
 
 
@@ -200,6 +200,31 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, place):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run_dir: got .* cannot write there"):
         open_run(tiny_config(place.format(file=tmp_path / "file")), False)
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path):
+    folder = tmp_path / "run"
+    finish(start(folder, "updates=1"))
+    (folder / "evaluation" / "update_000000.json").write_text("{")
+    made = start(folder, "updates=2")
+    with pytest.raises(Fault, match=r"update_000000.json: damaged .* delete it"):
+        made.run()
+    made.folder.close()
+    (folder / "evaluation" / "update_000000.json").unlink()
+    finish(start(folder, "updates=2"))
+    (folder / "config.yaml").write_text("[")
+    with pytest.raises(UserError, match=r"config.yaml is damaged .* --fresh starts over"):
+        start(folder, "updates=2")
+
+
+def test_a_full_disk_outside_checkpoints_is_a_fault_too(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "curves.png")
+
+    monkeypatch.setattr(session.figures, "curves", full)
+    with pytest.raises(Fault, match="curves.png: No space left on device; the last checkpoint is kept"):
+        session.train(tiny_config(tmp_path / "run", "evaluation.enabled=false"), quiet=True)
+    assert checkpoint.complete(tmp_path / "run" / "checkpoints")
 
 
 def test_rows_cut_short_by_a_kill_are_left_out_and_rewound(tmp_path):

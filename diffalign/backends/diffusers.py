@@ -15,7 +15,7 @@ from torch import Tensor
 from diffalign.backends import adapters, recorder
 from diffalign.backends.chain import ChainPolicy, OnStep
 from diffalign.processes import Process
-from diffalign.types import Media, Prompts, Rollout, UserError
+from diffalign.types import Media, Prompts, Rollout, UserError, one_line
 
 EMBEDDINGS_KEPT = 64  # encoded batches kept in memory
 
@@ -34,8 +34,8 @@ def load(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
     try:
         with adapters.quiet():
             pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: cannot load {model!r}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # a missing hub, a gated id, a damaged file: each library has its own
+        raise UserError(f"model: cannot load {model!r}: {one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.types import Fault, Media, Prompts, Scores
+from diffalign.types import Fault, Media, Prompts, Scores, one_line
 
 Reward = Callable[[Media, Prompts], "Tensor | Sequence[float]"]
 
@@ -45,12 +45,12 @@ def evaluate(rewards: dict[str, Reward], weights: dict[str, float], media: Media
     for name, reward in rewards.items():
         try:
             output = reward(media, prompts)
-        except Exception as error:
-            raise Fault(f"reward {name}: {type(error).__name__}: {error}") from error
-        values = output.detach().cpu().numpy() if isinstance(output, Tensor) else np.asarray(output)
+            values = output.detach().cpu().double().numpy() if isinstance(output, Tensor) else np.asarray(output, float)
+        except Exception as error:  # whatever a user's function does
+            raise Fault(f"reward {name}: {one_line(error)}") from error
         if values.shape != (len(prompts),):
             raise Fault(f"reward {name}: returned shape {values.shape} for {len(prompts)} samples")
-        by_name[name] = values.astype(np.float64)
+        by_name[name] = values
     total = sum((weights[name] * values for name, values in by_name.items()), np.zeros(len(prompts)))
     valid = np.isfinite(total)
     return Scores(by_name, np.where(valid, total, 0.0), valid)

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import Entry, find
-from diffalign.types import UserError
+from diffalign.types import UserError, one_line
 
 
 def load(name: str) -> Reward:
@@ -26,8 +26,8 @@ def load(name: str) -> Reward:
         raise UserError(f"rewards: {name}: {error}") from error
     try:
         module = _module(entry)
-    except ImportError as error:
-        raise UserError(f"rewards: {name}: {error}") from error
+    except Exception as error:  # whatever a user's file does while it is imported
+        raise UserError(f"rewards: {name}: cannot be imported: {one_line(error)}") from error
     found = getattr(module, entry.attribute, None)
     if not callable(found):
         raise UserError(f"rewards: {name}: {entry.source} has no function {entry.attribute!r}")

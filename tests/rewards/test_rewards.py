@@ -78,12 +78,26 @@ def test_scores_add_up_by_weight_and_a_missing_score_is_invalid_not_a_number():
 
 
 @pytest.mark.parametrize(
-    ("reward", "message"), [(lambda m, p: [1.0], "shape"), (lambda m, p: 1 / 0, "ZeroDivisionError")]
+    ("reward", "message"),
+    [
+        (lambda m, p: [1.0], "shape"),
+        (lambda m, p: 1 / 0, "ZeroDivisionError"),
+        (lambda m, p: ["a", "b", "c"], "ValueError"),
+    ],
 )
 def test_a_reward_that_fails_is_named(reward, message):
     media, prompts = scenes(count=3)
     with pytest.raises(Fault, match=f"reward mine: .*{message}"):
         evaluate({"mine": reward}, {"mine": 1.0}, media, prompts)
+
+
+@pytest.mark.parametrize("body", ["import nothing_of_that_name", "x = 1 / 0", "raise SystemError('no')"])
+def test_a_file_that_cannot_be_imported_is_the_users_mistake(tmp_path, body):
+    path = tmp_path / "broken.py"
+    path.write_text(f"{body}\n\ndef f(media, prompts):\n    return []\n")
+    with pytest.raises(UserError, match=r"rewards: .*broken.py:f: cannot be imported: \w+Error") as caught:
+        load(f"{path}:f")
+    assert "\n" not in caught.value.problems[0]
 
 
 def test_any_python_function_by_path(tmp_path):
