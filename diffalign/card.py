@@ -29,8 +29,8 @@ LoRA rank {rank}, alpha {alpha:g}, trained by diffalign {version} for {updates} 
 import numpy as np, torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({folder!r}, torch_dtype=torch.float32)
-pipe.load_lora_weights("adapter")  # this folder
+pipe = DiffusionPipeline.from_pretrained({folder!r})
+pipe.load_lora_weights({adapter!r})
 image = pipe({prompt!r}, {arguments}generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
@@ -92,6 +92,7 @@ def _card(config: Config, summary: dict[str, float]) -> str:
     return CARD.format(
         model=config.model,
         folder=str(models.path(config.model) or config.model),
+        adapter=str(Path(config.run_dir) / "adapter"),
         rule=config.rule["name"],
         rank=config.lora.rank,
         alpha=config.lora.alpha,

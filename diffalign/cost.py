@@ -127,7 +127,8 @@ def count(config: Config) -> Cost:
         raise UserError(
             f"model: got {config.model!r}; plan reads embedded pipelines ({', '.join(models.names())}) and local folders"
         )
-    pipe = random_pipeline(folder)
+    with adapters.quiet():
+        pipe = random_pipeline(folder)
     lora = config.lora
     trained = adapters.attach(pipe, lora.rank, lora.alpha, tuple(lora.targets) if lora.targets else None, config.seed)
     policy = build.policy(config, pipe, trained)

@@ -62,12 +62,13 @@ def sample(
     import numpy as np
     import torch
 
-    from diffalign.backends import diffusers
+    from diffalign.backends import adapters, diffusers
     from diffalign.figures import grid
 
     pipe = diffusers.load(source.model, device="cuda" if torch.cuda.is_available() else "cpu")
     if source.adapter is not None:
-        pipe.load_lora_weights(source.adapter)
+        with adapters.quiet():
+            pipe.load_lora_weights(source.adapter)
         if not pipe.get_active_adapters():
             raise UserError(f"sample: {source.adapter} loads nothing into {source.model}")
     call = dict(source.call)

@@ -34,25 +34,22 @@ def group_relative(
     The standard deviation is the population's, of the group, or of all centred rewards (`batch`), or 1 (`none`). Groups
     without spread and invalid rewards get exactly 0.
     """
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale: got {scale!r}, allowed are group, batch, none")
     values = _check(reward, group, valid)
-    centred = np.zeros_like(values)
-    spread = np.ones_like(values)
-    alive = np.zeros(len(values), bool)
+    centred, spread = np.zeros_like(values), np.ones_like(values)
     for name in np.unique(group[valid]):
         rows = np.flatnonzero((group == name) & valid)
         mean = values[rows].mean()
-        if np.ptp(values[rows]) <= FLAT * max(1.0, abs(mean)):
-            continue
-        alive[rows] = True
-        centred[rows] = values[rows] - mean
-        spread[rows] = values[rows].std()
-    if scale == "batch" and alive.any():
-        spread[:] = np.sqrt((centred[valid] ** 2).mean())
-    elif scale == "none":
+        # Rounding gives equal rewards a tiny spread, and dividing by it would give them full-size advantages.
+        if np.ptp(values[rows]) > FLAT * max(1.0, abs(mean)):
+            centred[rows] = values[rows] - mean
+            spread[rows] = values[rows].std()
+    if scale == "none":
         return np.clip(centred, -limit, limit)
-    elif scale not in ("group", "batch"):
-        raise ValueError(f"scale: got {scale!r}, allowed are group, batch, none")
-    return np.where(alive, np.clip(centred / (spread + eps), -limit, limit), 0.0)
+    if scale == "batch" and centred.any():
+        spread[:] = np.sqrt((centred[valid] ** 2).mean())
+    return np.clip(centred / (spread + eps), -limit, limit)
 
 
 def leave_one_out(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bool_]) -> Floats:
