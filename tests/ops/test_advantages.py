@@ -20,6 +20,8 @@ def test_T23_constant_float32_groups_get_exactly_nothing():
         np.repeat(rewards, 24).astype(np.float64) / 3, np.repeat(np.arange(2000), 24), np.ones(48000, bool)
     )
     assert (found == 0).all()
+    jitter = 0.1 + 1e-9 * np.random.default_rng(1).normal(size=24)  # a spread of rounding alone
+    assert (advantages.group_relative(jitter, np.zeros(24, int), np.ones(24, bool)) == 0).all()
     tenths = advantages.group_relative(np.full(24, 0.1), np.zeros(24, int), np.ones(24, bool), scale="none")
     assert (tenths == 0).all()
 
