@@ -154,6 +154,9 @@ class Session:
             self.policy.follow(self.averages)
             shown.update(row)
         self.done = index + 1
+        if row.get("reward/valid", 1.0) < 1:
+            missing = round((1 - row["reward/valid"]) * self.config.samples_per_update)
+            self.reporter.say(f"update {index}: {missing} samples have no score and carry no weight")
         if row.get("skipped_flat"):
             self.reporter.say(f"update {index}: every group has equal rewards, nothing to learn; skipped")
         if row.get("skipped_nonfinite"):

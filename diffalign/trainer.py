@@ -99,6 +99,9 @@ class Trainer:
         credit: Credit | None = None
         if plan.stop == self.policy.schedule.steps:
             scores = self.score(rollout, clock)
+            if not scores.valid.any():
+                dead = [name for name, values in scores.by_name.items() if not np.isfinite(values).all()]
+                raise Fault(f"update {index}: no sample got a score; not finite: {', '.join(dead)}")
             metrics |= describe(scores, rollout)
             credit = self.rule.credit(rollout.tree, scores, prompts)
         if credit is not None and not any(np.any(edges) for edges in credit):
@@ -214,10 +217,8 @@ def select_credit(credit: Credit | None, rollout: Rollout, rows: Rows) -> Credit
 def describe(scores: Scores, rollout: Rollout) -> Metrics:
     """Mean of every reward over valid samples, their share, and the share of groups without spread."""
     valid = scores.valid
-    metrics = {"reward/valid": float(valid.mean())}
-    if valid.any():
-        metrics |= {f"reward/{name}": float(values[valid].mean()) for name, values in scores.by_name.items()}
-        metrics["reward/total"] = float(scores.total[valid].mean())
+    metrics = {"reward/valid": float(valid.mean()), "reward/total": float(scores.total[valid].mean())}
+    metrics |= {f"reward/{name}": float(values[valid].mean()) for name, values in scores.by_name.items()}
     group = rollout.prompts.group[rollout.tree.leaf_root]
     spread = [np.ptp(scores.total[(group == g) & valid]) if ((group == g) & valid).any() else 0.0 for g in set(group)]
     metrics["groups_flat"] = float(np.mean(np.asarray(spread) == 0))

@@ -33,7 +33,9 @@ MUTATIONS = [
     Mutation("clip one side only", SURROGATE, "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(1 - clip, None)"),
     Mutation("group mean forgotten", ADVANTAGES, "centred[rows] = values[rows] - mean", "centred[rows] = values[rows]"),
     Mutation("leave-one-out off by one", ADVANTAGES, "/ (len(rows) - 1)", "/ len(rows)"),
-    Mutation("flat groups not masked", ADVANTAGES, "if np.ptp(values[rows]) > FLAT *", "if np.ptp(values[rows]) > 0.0 *"),
+    Mutation(
+        "flat groups not masked", ADVANTAGES, "if np.ptp(values[rows]) > FLAT *", "if np.ptp(values[rows]) > 0.0 *"
+    ),
     Mutation("tree average unweighted", ADVANTAGES, "weights.insert(0, weight)", "weights.insert(0, np.ones(count))"),
     Mutation("velocity sign", MATCHING, "return noise - x0", "return x0 - noise"),
     Mutation("drift factor two", FLOW, "x=1 + g**2 * dt / (2 * t)", "x=1 + g**2 * dt / t"),

@@ -153,6 +153,20 @@ def test_equal_rewards_skip_the_update_and_say_so(tmp_path, monkeypatch):
     assert all(torch.equal(before[name], p) for name, p in made.policy.parameters.items())
 
 
+def test_samples_without_a_score_are_counted_and_none_at_all_is_a_fault(tmp_path, monkeypatch):
+    made = start(tmp_path / "run", "evaluation.enabled=false", "updates=1")
+    said: list[str] = []
+    monkeypatch.setattr(made.reporter, "say", said.append)
+    made.trainer.rewards = {"shapes_geneval_partial": lambda media, prompts: [float("nan"), 0.0, 1.0, 0.5]}
+    made.run()
+    assert "update 0: 1 samples have no score and carry no weight" in said
+    made.folder.close()
+    made = start(tmp_path / "other", "evaluation.enabled=false")
+    made.trainer.rewards = {"shapes_geneval_partial": lambda media, prompts: [float("nan")] * 4}
+    with pytest.raises(Fault, match="update 0: no sample got a score; not finite: shapes_geneval_partial"):
+        made.run()
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_a_fault(tmp_path, monkeypatch):
     made = start(tmp_path / "run", "evaluation.enabled=false", "updates=20", "rewards={jpeg_compressibility: 1}")
     before = {name: p.detach().clone() for name, p in made.policy.parameters.items()}
