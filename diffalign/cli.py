@@ -78,12 +78,7 @@ def sample(
     if not texts:
         raise UserError("sample: no caption; give --prompt TEXT or --prompts FILE")
     source = sampling.resolve(target)
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: got {out!r}, cannot write there ({error.strerror})") from error
-    for path in sampling.sample(source, texts, count, seed, folder, steps, guidance):
+    for path in sampling.sample(source, texts, count, seed, out, steps, guidance):
         click.echo(str(path))
 
 

@@ -56,9 +56,24 @@ def _notes(folder: Path) -> dict[str, str]:
 
 
 def sample(
-    source: Source, prompts: Sequence[str], n: int, seed: int, out: Path, steps: int | None, guidance: float | None
+    source: Source,
+    prompts: Sequence[str],
+    n: int = 4,
+    seed: int = 0,
+    out: Path | str = "samples",
+    steps: int | None = None,
+    guidance: float | None = None,
 ) -> list[Path]:
-    """Write `n` pictures a prompt and a grid; picture k of a prompt uses `manual_seed(seed + k)`."""
+    """Write `n` pictures a prompt and a grid; picture k of a prompt uses `manual_seed(seed + k)`.
+
+    Raises:
+        UserError: if `out` cannot be written, or the model or adapter does not load.
+    """
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: got {str(out)!r}, cannot write there ({error.strerror})") from error
     import numpy as np
     import torch
 
