@@ -129,6 +129,9 @@ def _check_same(path: Path, config: configs.Config) -> None:
         raise UserError(f"run_dir: {path / CONFIG} is damaged ({one_line(error)}); --fresh starts over") from error
     changed = configs.differences(old, config.model_dump(mode="json"))
     fixed = [line for line in changed if line.split(":")[0] not in MAY_CHANGE]
+    done = max((int(p.name.removeprefix("update_")) for p in (path / "checkpoints").glob("update_*")), default=0)
+    if config.updates < done:
+        raise UserError(f"updates: got {config.updates}, {path} has done {done}; allowed is {done} or more, or --fresh")
     if fixed:
         lines = [f"run_dir: {path} holds a run with other settings; choose another run_dir, or --fresh to start over"]
         raise UserError(*lines, *(f"  {line}" for line in fixed))

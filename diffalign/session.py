@@ -105,7 +105,11 @@ class Session:
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one."""
         whole = checkpoint.complete(self.folder / "checkpoints")
+        for damaged in sorted(set((self.folder / "checkpoints").glob("update_*")) - set(whole)):
+            self.reporter.say(f"{damaged} is damaged and passed over")
         if not whole:
+            if self.folder.rows():
+                self.reporter.say("no whole checkpoint: starting from the beginning")
             self.folder.rewind(-1)
             return
         state = checkpoint.load(whole[-1])

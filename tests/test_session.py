@@ -190,6 +190,25 @@ def test_a_run_with_other_settings_is_refused_with_the_difference(whole):
     assert "--fresh" in caught.value.problems[0]
 
 
+def test_fewer_updates_than_done_are_refused(whole):
+    with pytest.raises(UserError, match="updates: got 3, .* has done 4; allowed is 4 or more"):
+        start(whole[0], "updates=3", "evaluation.every=2")
+
+
+def test_damaged_checkpoints_are_named_and_the_one_before_is_taken(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    overrides = ("evaluation.every=2", "output.checkpoint_every=1")
+    finish(start(folder, "updates=3", *overrides))
+    newest = checkpoint.complete(folder / "checkpoints")[-1]
+    (newest / "optimizer.pt").write_bytes(b"")
+    made = start(folder, "updates=4", *overrides)
+    said: list[str] = []
+    monkeypatch.setattr(made.reporter, "say", said.append)
+    assert same(finish(made), whole[1])
+    assert f"{newest} is damaged and passed over" in said
+    assert any(line.startswith("resuming after update 2") for line in said)
+
+
 def test_fresh_starts_over_and_leaves_other_files_alone(tmp_path):
     folder = tmp_path / "run"
     finish(start(folder, "evaluation.enabled=false", "updates=1"))

@@ -11,8 +11,8 @@ from diffalign.types import Fault, UserError
 CALL = {"num_inference_steps": 3, "guidance_scale": 1.0, "max_sequence_length": 1, "output_type": "pt"}
 
 
-def trained(rank=4, alpha=20.0):
-    pipe = diffusers.load("shapes-sd3")
+def trained(rank=4, alpha=20.0, dtype=torch.float32):
+    pipe = diffusers.load("shapes-sd3", dtype)
     for p in adapters.attach(pipe, rank, alpha, None, 0).values():
         with torch.no_grad():
             p.normal_(std=0.1, generator=torch.Generator().manual_seed(p.numel()))
@@ -44,6 +44,13 @@ def test_verify_leaves_the_trained_adapter_active_and_trainable(tmp_path):
     assert pipe.get_list_adapters() == {"transformer": ["default"]}
     assert all(p.requires_grad for n, p in pipe.transformer.named_parameters() if "lora_" in n)
     assert torch.equal(picture(pipe), before)
+
+
+def test_a_half_precision_pipeline_verifies_its_file_too(tmp_path):
+    pipe = trained(dtype=torch.bfloat16)
+    path = adapters.save(pipe, tmp_path, {})
+    adapters.verify(pipe, tmp_path)
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
 
 
 def test_a_damaged_file_is_caught(tmp_path):
