@@ -94,28 +94,40 @@ def open_run(config: configs.Config, fresh: bool) -> RunFolder:
     """
     path = Path(config.run_dir)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w", encoding="utf-8")
-        (path / METRICS).open("a").close()
+        lock = _lock(path)
+        try:
+            if fresh:
+                _clear(path)
+            _check_same(path, config)
+            write_text(path / CONFIG, configs.dump(config))
+            (path / METRICS).open("a").close()
+        except BaseException:
+            lock.close()
+            raise
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
             f"run_dir: got {str(path)!r}, cannot write there ({reason}); allowed is a folder you own"
         ) from error
+    return RunFolder(path, lock)
+
+
+def _lock(path: Path) -> IO[str]:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / ".lock").open("w", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
+        lock.close()
         raise UserError(f"run_dir: {path} is in use by another process; choose another run_dir") from error
-    if fresh:
-        for name in OURS:
-            target = path / name
-            shutil.rmtree(target, ignore_errors=True) if target.is_dir() else target.unlink(missing_ok=True)
-    _check_same(path, config)
-    try:
-        write_text(path / CONFIG, configs.dump(config))
-    except OSError as error:
-        raise UserError(f"run_dir: got {str(path)!r}, cannot write there ({error.strerror or error})") from error
-    return RunFolder(path, lock)
+    return lock
+
+
+def _clear(path: Path) -> None:
+    """Delete what earlier runs wrote; other files stay."""
+    for name in OURS:
+        target = path / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
 
 
 def _check_same(path: Path, config: configs.Config) -> None:
