@@ -124,7 +124,9 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _clear(path: Path) -> None:
-    """Delete what earlier runs wrote; other files stay."""
+    """Delete what an earlier run wrote; other files stay, and a folder that holds no run stays as it is."""
+    if not ((path / CONFIG).is_file() and (path / METRICS).is_file()):
+        return
     for name in OURS:
         target = path / name
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)

@@ -219,6 +219,13 @@ def test_fresh_starts_over_and_leaves_other_files_alone(tmp_path):
     made.folder.close()
 
 
+def test_fresh_deletes_nothing_where_there_is_no_run(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "mine.png").write_text("mine")
+    open_run(tiny_config(tmp_path), True).close()
+    assert (tmp_path / "samples" / "mine.png").read_text() == "mine"
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     settings = tiny_config(tmp_path / "run")
     held = open_run(settings, False)
