@@ -93,6 +93,16 @@ def test_a_changed_rollout_is_caught(what):
     trainer.accumulate(plan.updates[0], part, credit, first=False)
 
 
+def test_T12_rounding_latents_for_storage_after_their_log_prob_is_caught_off_the_cpu_too():
+    from diffalign.trainer import CLOSE_GAP
+
+    policy, rule = ToyPolicy(process="dance_sde", noise_level=0.3, steps=10), FlowGRPO()
+    plan, part, credit = rolled(rule, policy)
+    part.x[:] = [x.bfloat16().double() for x in part.x]
+    gaps = [float(rule.loss(t, policy, part, credit, lambda media: media.pixels).gap) for t in plan.updates[0]]
+    assert min(gaps) > CLOSE_GAP
+
+
 def test_T40_kl_is_zero_with_zero_gradient_at_the_reference_and_pulls_back_from_elsewhere():
     policy, rule = ToyPolicy(), FlowGRPO(S(kl=0.5))
     plan, part, credit = rolled(rule, policy)
