@@ -29,7 +29,7 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
     from diffalign import config as configs
     from diffalign.runfolder import open_run
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise UserError(
             "WORLD_SIZE: got more than one process, this version trains in one; start it without a launcher"
         )
@@ -38,7 +38,7 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
     from diffalign import session
 
     try:
-        summary = session.train(settings, quiet=quiet)
+        summary = session.train(settings, fresh=fresh, quiet=quiet)
     except session.Interrupted as error:
         fail(error.code, str(error))
     for name in (k for k in summary if k.endswith("_gain")):
@@ -51,10 +51,10 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
 @click.argument("target", metavar="RUN|ADAPTER|MODEL")
 @click.option("--prompt", "prompts", multiple=True, help="A caption; may be given several times.")
 @click.option("--prompts", "file", type=click.Path(), help="A file of captions, one a line, or JSON lines.")
-@click.option("-n", "count", type=click.IntRange(1), default=4, show_default=True, help="Pictures a caption.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--steps", type=click.IntRange(1), help="Sampling steps [default: as trained].")
-@click.option("--guidance", type=click.FloatRange(0), help="Guidance scale [default: as trained].")
+@click.option("-n", "count", type=click.IntRange(1, 10_000), default=4, show_default=True, help="Pictures a caption.")
+@click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True)
+@click.option("--steps", type=click.IntRange(1, 1000), help="Sampling steps [default: as trained].")
+@click.option("--guidance", type=click.FloatRange(0, 1000), help="Guidance scale [default: as trained].")
 @click.option(
     "--out", type=click.Path(file_okay=False), default="samples", show_default=True, help="Folder to write to."
 )
@@ -74,7 +74,7 @@ def sample(
 
     texts = list(prompts)
     if file is not None:
-        texts += [entry["prompt"] for entry in prompt_files.read(file, (), "test")]
+        texts += [entry["prompt"] for entry in prompt_files.read(file, (), "test", "--prompts")]
     if not texts:
         raise UserError("sample: no caption; give --prompt TEXT or --prompts FILE")
     source = sampling.resolve(target)
@@ -154,6 +154,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def fail(code: int, *lines: str) -> NoReturn:
     """Print one line a problem and leave."""
-    for line in lines:
+    for line in (" ".join(line.splitlines()) for line in lines):
         click.echo(f"diffalign: {line}" if not line.startswith("  ") else line, err=True)
     sys.exit(code)

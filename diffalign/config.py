@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import difflib
+import itertools
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffalign import prompts as prompt_files
+from diffalign.files import is_file
 from diffalign.processes import PROCESSES
 from diffalign.rewards import catalog
 from diffalign.rules import RULES
@@ -24,8 +26,11 @@ Split = Literal["train", "validation", "test"]
 assert (Task.__args__, Split.__args__) == (TASKS, SPLITS)  # type: ignore[attr-defined]
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PromptsConfig(_Section):
@@ -43,7 +48,7 @@ class SamplerConfig(_Section):
 
     process: str = Field("flow_sde", description="how a step follows from a prediction")
     noise_level: float = Field(0.7, ge=0, description="a of flow_sde, eta of dance_sde")
-    steps: int = Field(10, ge=2)
+    steps: int = Field(10, ge=2, le=1000)
     guidance_scale: float = Field(1.0, ge=0)
     sigmas: Literal["pipeline", "linear"] = Field("pipeline", description="noise levels: the scheduler's, or even")
     pipeline_args: dict[str, Any] = Field(
@@ -56,14 +61,14 @@ class LoraSection(_Section):
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
-    targets: list[str] | None = Field(None, description="layer names; null: attention and feed-forward")
+    targets: list[str] | None = Field(None, min_length=1, description="layer names; null: attention and feed-forward")
 
 
 class OptimizerConfig(_Section):
     """AdamW and what surrounds its step."""
 
     lr: float = Field(3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     ema: float | None = Field(None, ge=0, lt=1, description="decay per update of averaged weights: evaluated and saved")
@@ -106,8 +111,8 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
     output: OutputConfig = OutputConfig()  # type: ignore[call-arg]
     updates: int = Field(100, ge=1)
-    seed: int = Field(0, ge=0)
-    run_dir: str
+    seed: int = Field(0, ge=0, lt=2**63)
+    run_dir: str = Field(min_length=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen base model")
 
@@ -143,7 +148,7 @@ def find(name: str) -> Path:
     """
     inside = name.removeprefix("configs/").removesuffix(".yaml") + ".yaml"
     for path in (Path(name), *(folder / inside for folder in folders())):
-        if path.is_file():
+        if is_file(path):
             return path
     known = sorted(str(p.relative_to(f).with_suffix("")) for f in folders() for p in f.rglob("*.yaml"))
     near = difflib.get_close_matches(inside.removesuffix(".yaml"), known, 1)
@@ -165,6 +170,8 @@ def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     raw = _parse(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"config: {path} holds {type(raw).__name__}, expected keys and values")
+    if strange := [key for key in raw if not isinstance(key, str)]:
+        raise UserError(f"config: {path}: keys must be words, got {', '.join(map(repr, strange))}")
     raw.setdefault("run_dir", f"runs/{path.parent.name}/{path.stem}")
     problems = [problem for override in overrides if (problem := _override(raw, override))]
     return validate(raw, problems)
@@ -182,7 +189,7 @@ def _parse(text: str, where: str) -> Any:
 def _override(raw: dict[str, Any], text: str) -> str | None:
     """Apply one `section.key=value`; a mapping replaces, it does not merge."""
     name, equals, value = text.partition("=")
-    if not equals:
+    if not equals or not all(name.split(".")):
         return f"override: got {text!r}, expected key=value"
     *sections, last = name.split(".")
     place = raw
@@ -206,7 +213,8 @@ def validate(raw: dict[str, Any], problems: list[str] | None = None) -> Config:
     try:
         config = Config(**raw)
     except ValidationError as error:
-        found += [_explain(item, Config) for item in error.errors()]
+        own = [item for item in error.errors() if item["loc"][0] != "rule" or rule is None]
+        found += [_explain(item, Config) for item in own]
         # Look at the rest with the broken keys at their defaults, so that all mistakes come at once.
         try:
             config = Config(**_without(raw, [item["loc"] for item in error.errors()]))
@@ -226,7 +234,7 @@ def _check_rule(rule: Any, found: list[str]) -> BaseModel | None:
             found.append(f"rule: got {rule!r}, expected a mapping with a name, such as {{name: flow_grpo}}")
         return None
     name = rule.get("name")
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         found.append(f"rule.name: got {name!r}, allowed are {', '.join(RULES)}{_near(str(name), RULES)}")
         return None
     settings = RULES[name].Settings
@@ -242,13 +250,13 @@ def _without(raw: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str,
     """A copy of nested data that lacks the values at some places."""
     copied = copy.deepcopy(raw)
     for location in locations:
+        # One wrong entry spoils its whole list.
+        names = list(itertools.takewhile(lambda part: isinstance(part, str), location))
         place: Any = copied
-        for part in location[:-1]:
-            place = place[part] if isinstance(place, (dict, list)) and part in place else {}
+        for part in names[:-1]:
+            place = place.get(part) if isinstance(place, dict) else None
         if isinstance(place, dict):
-            place.pop(location[-1], None)
-        elif isinstance(place, list):
-            place.clear()
+            place.pop(names[-1], None)
     return copied
 
 
@@ -281,7 +289,7 @@ def _explain(item: Any, model: Any, prefix: str = "") -> str:
 
 def _check_model(name: str) -> list[str]:
     """An embedded name, a folder that diffusers wrote, or something that can be a hub id."""
-    if models.path(name) or (Path(name) / "model_index.json").is_file() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if models.path(name) or is_file(Path(name) / "model_index.json") or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return []
     known = ", ".join(models.names())
     allowed = f"allowed are embedded pipelines ({known}), folders with a model_index.json, hub ids (owner/name)"

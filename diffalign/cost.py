@@ -25,7 +25,7 @@ from diffalign.evaluate import quiet_plan
 from diffalign.randomness import numpy_generator
 from diffalign.shapes import models
 from diffalign.trainer import Trainer
-from diffalign.types import Media, Plan, Prompts, Schedule, UserError
+from diffalign.types import Media, Plan, Prompts, Schedule, UserError, one_line
 
 LARGEST = 200_000_000  # parameters that are built to be counted
 
@@ -127,8 +127,13 @@ def count(config: Config) -> Cost:
         raise UserError(
             f"model: got {config.model!r}; plan reads embedded pipelines ({', '.join(models.names())}) and local folders"
         )
-    with adapters.quiet():
-        pipe = random_pipeline(folder)
+    try:
+        with adapters.quiet():
+            pipe = random_pipeline(folder)
+    except UserError:
+        raise
+    except Exception as error:  # a folder that diffusers did not write, or a class it does not have
+        raise UserError(f"model: cannot build {config.model!r}: {one_line(error)}") from error
     lora = config.lora
     trained = adapters.attach(pipe, lora.rank, lora.alpha, tuple(lora.targets) if lora.targets else None, config.seed)
     policy = build.policy(config, pipe, trained)

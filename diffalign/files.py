@@ -16,6 +16,14 @@ def write_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path names a file; a name that no file system takes names none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from diffalign.files import is_file
 from diffalign.types import Prompts, UserError
 
 Entry = dict[str, Any]
 
 
-def read(source: str, tasks: Sequence[str], split: str) -> list[Entry]:
-    """Prompt entries, each with at least `prompt`.
+def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.source") -> list[Entry]:
+    """Prompt entries, each with at least `prompt`; `field` is what the user set, for messages.
 
     Raises:
         UserError: naming the file and every broken line.
@@ -28,12 +29,12 @@ def read(source: str, tasks: Sequence[str], split: str) -> list[Entry]:
 
         return [entry for task in tasks or captions.TASKS for entry in captions.captions(task, split)]
     path = Path(source)
-    if not path.is_file():
-        raise UserError(f"prompts.source: no file {source!r}; allowed are 'shapes', a .txt or a .jsonl file")
+    if not is_file(path):
+        raise UserError(f"{field}: no file {source!r}; allowed are 'shapes', a .txt or a .jsonl file")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"prompts.source: {source} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise UserError(f"{field}: {source} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     entries, problems = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -43,15 +44,15 @@ def read(source: str, tasks: Sequence[str], split: str) -> list[Entry]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
-            problems.append(f"prompts.source: {source} line {number}: not JSON ({error})")
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{field}: {source} line {number}: not JSON ({error})")
             continue
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-            problems.append(f"prompts.source: {source} line {number}: expected an object with a string 'prompt'")
+            problems.append(f"{field}: {source} line {number}: expected an object with a string 'prompt'")
             continue
         entries.append(entry)
     if not entries and not problems:
-        problems.append(f"prompts.source: {source} holds no prompt")
+        problems.append(f"{field}: {source} holds no prompt")
     if problems:
         raise UserError(*problems)
     return entries

@@ -38,12 +38,17 @@ class RunFolder:
     Held by one process at a time; a second one is refused.
     """
 
-    def __init__(self, path: Path, lock: IO[str]) -> None:
-        self.path = path
-        self._lock = lock
+    def __init__(self, path: Path, lock: IO[str], fresh: bool = False) -> None:
+        self.path, self._lock, self._fresh = path, lock, fresh
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    def begin(self, config: configs.Config) -> None:
+        """Write the resolved config; with `fresh`, delete the run that was here. Called once everything has loaded."""
+        if self._fresh:
+            _clear(self.path)
+        write_text(self.path / CONFIG, configs.dump(config))
 
     def close(self) -> None:
         self._lock.close()
@@ -64,9 +69,12 @@ class RunFolder:
         return read_rows(self.path)
 
     def rewind(self, update: int) -> None:
-        """Drop the rows after `update` updates: they will be made again."""
+        """Drop rows, evaluations and samples of more than `update` updates: they will be made again."""
         kept = [row for row in self.rows() if row["update"] <= update]
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        for path in (p for name in ("evaluation", "samples") for p in (self.path / name).glob("update_*")):
+            if int(path.stem.removeprefix("update_")) > update:
+                path.unlink()
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -75,7 +83,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
@@ -87,7 +95,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def open_run(config: configs.Config, fresh: bool) -> RunFolder:
-    """Create or take up the run folder of a config, and write the resolved config.
+    """Lock the run folder of a config and check that it can be used; nothing in it changes before `RunFolder.begin`.
 
     Raises:
         UserError: if it cannot be written, is in use, or holds a run with another config.
@@ -96,11 +104,11 @@ def open_run(config: configs.Config, fresh: bool) -> RunFolder:
     try:
         lock = _lock(path)
         try:
-            if fresh:
-                _clear(path)
-            _check_same(path, config)
-            write_text(path / CONFIG, configs.dump(config))
-            (path / METRICS).open("a").close()
+            if not fresh:
+                _check_same(path, config)
+            probe = path / ".write"
+            probe.write_text("x", encoding="utf-8")
+            probe.unlink()
         except BaseException:
             lock.close()
             raise
@@ -109,7 +117,7 @@ def open_run(config: configs.Config, fresh: bool) -> RunFolder:
         raise UserError(
             f"run_dir: got {str(path)!r}, cannot write there ({reason}); allowed is a folder you own"
         ) from error
-    return RunFolder(path, lock)
+    return RunFolder(path, lock, fresh)
 
 
 def _lock(path: Path) -> IO[str]:

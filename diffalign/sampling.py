@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.types import UserError
+from diffalign.types import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,13 @@ def resolve(target: str) -> Source:
 
 
 def _notes(folder: Path) -> dict[str, str]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(folder / "pytorch_lora_weights.safetensors", framework="np") as file:
-        return dict(file.metadata() or {})
+    try:
+        with safe_open(folder / "pytorch_lora_weights.safetensors", framework="np") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"sample: {folder} holds a damaged adapter: {one_line(error)}") from error
 
 
 def sample(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from diffalign.config import Config
 from diffalign.progress import Reporter
 from diffalign.runfolder import RunFolder, open_run
 from diffalign.trainer import Metrics, Trainer
-from diffalign.types import Fault
+from diffalign.types import Fault, UserError, one_line
 
 NONFINITE_LIMIT = 10  # updates in a row without a finite gradient that end a run
 
@@ -80,6 +82,8 @@ class Session:
         )
         settings = config.evaluation
         self.fixed = prompts.fixed(config.evaluation_prompts(), settings.images_per_prompt, settings.seed)
+        content = json.dumps([entries, self.fixed.text, self.fixed.metadata], sort_keys=True)
+        self.prompts_digest = hashlib.sha256(content.encode()).hexdigest()
         self.done = 0
         self.skipped = 0
         self.saved = -1
@@ -94,7 +98,7 @@ class Session:
             dict(self.policy.parameters),
             self.policy.shadows,
             self.optimizer.state_dict(),
-            {"rule": rule_state, "skipped": self.skipped},
+            {"rule": rule_state, "skipped": self.skipped, "prompts": self.prompts_digest},
         )
 
     def save(self) -> None:
@@ -113,6 +117,8 @@ class Session:
             self.folder.rewind(-1)
             return
         state = checkpoint.load(whole[-1])
+        if state.notes["prompts"] != self.prompts_digest:
+            raise UserError("prompts.source: the prompts are not those the run began with; restore them, or --fresh")
         with torch.no_grad():
             for name, parameter in self.policy.parameters.items():
                 parameter.copy_(state.parameters[name])
@@ -135,6 +141,7 @@ class Session:
     def run(self) -> dict[str, float]:
         """Train to `config.updates`, evaluate, and write the adapter; returns the final evaluation's summary."""
         started = time.perf_counter()
+        self.folder.begin(self.config)
         self.resume()
         with self._signals():
             if self.done == 0:
@@ -247,7 +254,10 @@ class Session:
         samples = [self.folder / "samples" / f"update_{update:06d}.npz" for update in (0, self.done)]
         if not all(path.is_file() for path in samples):
             return
-        before, after = (np.load(path)["images"] for path in samples)
+        try:
+            before, after = (np.load(path)["images"] for path in samples)
+        except (OSError, ValueError, KeyError) as error:
+            raise Fault(f"{samples[0].parent}: damaged ({one_line(error)}); delete it to go on without it") from error
         shown = self._shown()
         passed = None
         paths = [self._evaluation_path(update) for update in (0, self.done)]

@@ -72,6 +72,17 @@ def test_all_mistakes_come_at_once_each_names_its_field():
         ("model=shapes-sd", "model: got 'shapes-sd', allowed are embedded pipelines (shapes-sd3), folders"),
         ("model=./no/such/folder", "model: got './no/such/folder', allowed are"),
         ("updates=[1", "config: override updates line 1: not YAML"),
+        ("optimizer.lr=.inf", "optimizer.lr: got inf"),
+        ("rewards={shapes_geneval: .nan}", "rewards.shapes_geneval: got nan"),
+        ("optimizer.betas=[1.5, 2]", "optimizer.betas.0: got 1.5"),
+        ("sampler.steps=100000000000", "sampler.steps: got 100000000000"),
+        ("seed=99999999999999999999999", "seed: got 99999999999999999999999"),
+        ("lora.targets=[]", "lora.targets: got []"),
+        ("run_dir=''", "run_dir: got ''"),
+        ("rule.name=[]", "rule.name: got []"),
+        ("rule.window=[0, x]", "rule.window.1: got 'x'"),
+        ("=1", "override: got '=1', expected key=value"),
+        ("model=" + "x" * 5000, "model: got 'xxx"),
         ("updates=0", "updates: got 0, allowed is greater than or equal to 1"),
     ],
 )
@@ -118,6 +129,16 @@ def test_broken_yaml_names_the_line(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: a\n  rule: [\n")
     assert "line 2: not YAML" in problems(name=str(path))[0]
+
+
+def test_keys_that_are_no_words_are_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("1: 2\nnull: 3\n")
+    assert problems(name=str(path))[0].endswith("keys must be words, got 1, None")
+
+
+def test_a_mistake_is_reported_once():
+    assert len(problems("rule=flow_grpo")) == 1
 
 
 def test_differences_show_both_sides():

@@ -214,6 +214,7 @@ def test_fresh_starts_over_and_leaves_other_files_alone(tmp_path):
     finish(start(folder, "evaluation.enabled=false", "updates=1"))
     (folder / "notes.txt").write_text("mine")
     made = start(folder, "evaluation.enabled=false", "updates=1", "optimizer.lr=0.1", fresh=True)
+    made.folder.begin(made.config)
     assert (folder / "notes.txt").read_text() == "mine"
     assert not checkpoint.complete(folder / "checkpoints")
     made.folder.close()
@@ -222,8 +223,40 @@ def test_fresh_starts_over_and_leaves_other_files_alone(tmp_path):
 def test_fresh_deletes_nothing_where_there_is_no_run(tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "mine.png").write_text("mine")
-    open_run(tiny_config(tmp_path), True).close()
+    folder = open_run(tiny_config(tmp_path), True)
+    folder.begin(tiny_config(tmp_path))
+    folder.close()
     assert (tmp_path / "samples" / "mine.png").read_text() == "mine"
+
+
+def test_fresh_deletes_nothing_before_everything_has_loaded(tmp_path):
+    folder = tmp_path / "run"
+    kept = finish(start(folder, "evaluation.enabled=false"))
+    with pytest.raises(UserError, match="cannot load"):
+        session.train(tiny_config(folder, "model=owner/name"), fresh=True, quiet=True)
+    assert same(load_file(folder / "adapter" / "pytorch_lora_weights.safetensors"), kept)
+    assert checkpoint.complete(folder / "checkpoints")
+
+
+def test_changed_prompts_are_refused(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("a photo of a star\n")
+    overrides = (f"prompts.source={path}", "rewards={jpeg_compressibility: 1}", "eval_rewards=[]")
+    finish(start(tmp_path / "run", *overrides))
+    path.write_text("a photo of a circle\n")
+    made = start(tmp_path / "run", "updates=3", *overrides)
+    with pytest.raises(UserError, match=r"prompts.source: the prompts are not those the run began with"):
+        made.run()
+
+
+def test_starting_over_evaluates_again(tmp_path):
+    folder = tmp_path / "run"
+    finish(start(folder))
+    for path in checkpoint.complete(folder / "checkpoints"):
+        (path / "optimizer.pt").write_bytes(b"")
+    (folder / "evaluation" / "update_000002.json").write_text("{}")
+    finish(start(folder))
+    assert any(row["update"] == 2 and "eval/n" in row for row in read_rows(folder))
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

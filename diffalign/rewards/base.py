@@ -46,7 +46,7 @@ def evaluate(rewards: dict[str, Reward], weights: dict[str, float], media: Media
         try:
             output = reward(media, prompts)
             values = output.detach().cpu().double().numpy() if isinstance(output, Tensor) else np.asarray(output, float)
-        except Exception as error:  # whatever a user's function does
+        except (Exception, SystemExit) as error:  # whatever a user's function does
             raise Fault(f"reward {name}: {one_line(error)}") from error
         if values.shape != (len(prompts),):
             raise Fault(f"reward {name}: returned shape {values.shape} for {len(prompts)} samples")

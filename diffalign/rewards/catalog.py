@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from diffalign.files import is_file
+
 KEYS = {"object", "differentiable", "modality", "about"}
 
 
@@ -74,12 +76,14 @@ def find(name: str) -> Entry:
         raise LookupError(f"unknown reward{hint}; known are {', '.join(known)}; or ./file.py:function")
     if source.endswith(".py"):
         path = Path(source)
-        if not path.is_file():
+        if not is_file(path):
             raise LookupError(f"no file {source}")
         try:
             body = ast.parse(path.read_text(encoding="utf-8"), source).body
         except SyntaxError as error:
             raise LookupError(f"{source} line {error.lineno}: {error.msg}") from error
+        except ValueError as error:
+            raise LookupError(f"{source} is not Python text ({error})") from error
         defined = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         if attribute not in defined:
             raise LookupError(
@@ -89,6 +93,6 @@ def find(name: str) -> Entry:
     try:
         if importlib.util.find_spec(source) is None:
             raise LookupError(f"no module {source}")
-    except ModuleNotFoundError as error:
-        raise LookupError(f"no module {error.name}") from error
+    except (ImportError, ValueError) as error:
+        raise LookupError(f"no module {source} ({error})") from error
     return Entry(name, source, attribute)

@@ -26,12 +26,17 @@ def load(name: str) -> Reward:
         raise UserError(f"rewards: {name}: {error}") from error
     try:
         module = _module(entry)
-    except Exception as error:  # whatever a user's file does while it is imported
+    except (Exception, SystemExit) as error:  # whatever a user's file does while it is imported
         raise UserError(f"rewards: {name}: cannot be imported: {one_line(error)}") from error
     found = getattr(module, entry.attribute, None)
     if not callable(found):
         raise UserError(f"rewards: {name}: {entry.source} has no function {entry.attribute!r}")
-    reward: Any = found() if inspect.isclass(found) else found
+    if not inspect.isclass(found):
+        return found
+    try:
+        reward: Any = found()
+    except Exception as error:  # whatever a user's class does
+        raise UserError(f"rewards: {name}: cannot be created without arguments: {one_line(error)}") from error
     return reward
 
 
