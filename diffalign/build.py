@@ -46,9 +46,7 @@ def build(config: Config) -> Parts:
     """Load the pipeline, attach the LoRA, load the rewards."""
     pipe = diffusers.load(config.model, DTYPES[config.precision], device(config))
     lora = config.lora
-    parameters = adapters.attach(
-        pipe, lora.rank, lora.alpha, tuple(lora.targets) if lora.targets else None, config.seed
-    )
+    parameters = adapters.attach(pipe, lora.rank, lora.alpha, lora.targets, config.seed)
     names = dict.fromkeys([*config.rewards, *config.eval_rewards])
     loaded = {name: load_reward(name) for name in names}
     return Parts(

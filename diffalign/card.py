@@ -10,6 +10,8 @@ import diffalign
 from diffalign.backends import adapters
 from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.config import Config
+from diffalign.evaluate import judged
+from diffalign.processes import linear_sigmas
 from diffalign.runfolder import RunFolder
 
 CARD = """---
@@ -47,7 +49,7 @@ def call_arguments(config: Config) -> dict[str, object]:
         **sampler.pipeline_args,
     }
     if sampler.sigmas == "linear":
-        arguments["sigmas"] = [1 - k / sampler.steps for k in range(sampler.steps)]
+        arguments["sigmas"] = linear_sigmas(sampler.steps)
     return arguments
 
 
@@ -79,7 +81,7 @@ def _card(config: Config, summary: dict[str, float]) -> str:
     from diffalign.shapes import models
 
     lines = ["| evaluation | after | 95 % interval | paired gain | 95 % interval |", "|---|---|---|---|---|"]
-    for name in (k for k in summary if f"{k}_lo" in summary and not k.endswith("_gain")):
+    for name in judged(summary):
         cells = [f"{summary[name]:.3f}", f"{summary[name + '_lo']:.3f} to {summary[name + '_hi']:.3f}"]
         if f"{name}_gain" in summary:
             low, high = summary[f"{name}_gain_lo"], summary[f"{name}_gain_hi"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib.util
 import itertools
 import re
 from pathlib import Path
@@ -197,7 +198,10 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
         place = place.setdefault(section, {})
         if not isinstance(place, dict):
             return f"override: {name}: {section} is not a section"
-    place[last] = _parse(value, f"override {name}")
+    try:
+        place[last] = _parse(value, f"override {name}")
+    except UserError as error:
+        return error.problems[0]  # beside the other mistakes
     return None
 
 
@@ -316,6 +320,9 @@ def _check_names(config: Config) -> list[str]:
                     problems.append(
                         f"{section}: {name} needs {key!r} in every prompt's metadata; use prompts.source: shapes"
                     )
+    for name in config.output.trackers:
+        if importlib.util.find_spec(name) is None:
+            problems.append(f"output.trackers: {name} is not installed; pip install 'diffalign[trackers]'")
     if config.rewards and not any(config.rewards.values()):
         problems.append(f"rewards: got only zero weights {config.rewards}, allowed is at least one other")
     return problems
@@ -356,7 +363,7 @@ def _differentiable(config: Config) -> list[str]:
         try:
             differentiable = catalog.find(name).differentiable
         except LookupError:
-            continue
+            continue  # `_check_names` reports it
         if not differentiable:
             rule = config.rule["name"]
             problems.append(

@@ -135,7 +135,7 @@ def count(config: Config) -> Cost:
     except Exception as error:  # a folder that diffusers did not write, or a class it does not have
         raise UserError(f"model: cannot build {config.model!r}: {one_line(error)}") from error
     lora = config.lora
-    trained = adapters.attach(pipe, lora.rank, lora.alpha, tuple(lora.targets) if lora.targets else None, config.seed)
+    trained = adapters.attach(pipe, lora.rank, lora.alpha, lora.targets, config.seed)
     policy = build.policy(config, pipe, trained)
     rule = config.make_rule()
     plan = rule.plan(policy.schedule, 0, numpy_generator(config.seed, 15, 0))

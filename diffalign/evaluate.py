@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,12 @@ class Evaluation:
             raise Fault(f"{path}: damaged ({one_line(error)}); delete it to go on without it") from error
 
 
+def judged(keys: Iterable[str]) -> list[str]:
+    """The `eval/<name>` keys among those of a summary: those with an interval that are no gain."""
+    present = list(keys)
+    return [key for key in present if f"{key}_lo" in present and not key.endswith("_gain")]
+
+
 def interval(values: Floats, group: Integers, seed: int = 0) -> Interval:
     """Mean and 95 % percentile bootstrap over prompts (images where there are fewer than 8 prompts); NaN are left out."""
     finite = np.isfinite(values)
@@ -111,7 +117,6 @@ def run(
     prompts: Prompts,
     micro_batch: int,
     update: int,
-    on_progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Sample every prompt without noise and score it."""
     plan = quiet_plan(policy.schedule.steps)
@@ -122,7 +127,6 @@ def run(
         scores = evaluate(rewards, weights, check_media(policy.decode(part, part.x[-1])), part.prompts)
         for name, values in scores.by_name.items():
             columns[name].append(values)
-        on_progress(len(rows))
     return Evaluation(update, {name: np.concatenate(parts) for name, parts in columns.items()}, prompts.group)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffalign.evaluate import judged
+
 Pixels = NDArray[np.uint8]
 COLUMNS = 6
 
@@ -72,7 +74,7 @@ def curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib import pyplot as plt
 
     names = sorted({key for row in rows for key in row if key.startswith("reward/")} - {"reward/valid", "reward/total"})
-    evals = sorted({k for row in rows for k in row if k.startswith("eval/") and f"{k}_lo" in row and "_gain" not in k})
+    evals = sorted({name for row in rows for name in judged(row)})
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for name in names:
         x = np.array([row["update"] for row in rows if name in row])

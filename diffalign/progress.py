@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from diffalign.evaluate import judged
 
 LINES = 20  # lines a run prints where there is no terminal
 
@@ -68,15 +70,9 @@ class Reporter:
             self._task = self._bar.add_task("training", total=total, completed=index, note="")
         self._bar.update(self._task, completed=index + 1, note=f"reward {reward}")
 
-    @contextmanager
-    def evaluation(self, images: int) -> Iterator[Callable[[int], None]]:
-        """An evaluation of so many images; yields what is called with the number done."""
-        self.say(f"evaluating {images} images")
-        yield lambda done: None
-
     def evaluated(self, update: int, summary: dict[str, float]) -> None:
         """One line a reward, with intervals and, after the first, the paired gain."""
-        for name in (k for k in summary if f"{k}_lo" in summary and not k.endswith("_gain")):
+        for name in judged(summary):
             line = f"update {update}  {name} {summary[name]:.3f} [{summary[name + '_lo']:.3f}, {summary[name + '_hi']:.3f}]"
             if f"{name}_gain" in summary:
                 gain, low, high = (summary[f"{name}_gain{end}"] for end in ("", "_lo", "_hi"))

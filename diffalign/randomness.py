@@ -30,11 +30,6 @@ def numpy_generator(*parts: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key(*parts)))
 
 
-def torch_generator(*parts: int) -> torch.Generator:
-    """A CPU generator for code that insists on torch's."""
-    return torch.Generator().manual_seed(key(*parts))
-
-
 def normal(seeds: Sequence[int], shape: Sequence[int], *purpose: int, like: Tensor) -> Tensor:
     """Standard normal noise (len(seeds), *shape), row k drawn from (seeds[k], *purpose), on `like`'s device and dtype."""
     dtype = np.float64 if like.dtype == torch.float64 else np.float32

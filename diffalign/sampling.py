@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffalign.processes import linear_sigmas
 from diffalign.types import UserError, one_line
 
 
@@ -95,7 +96,7 @@ def sample(
     if steps is not None:
         call["num_inference_steps"] = steps
         if "sigmas" in call:
-            call["sigmas"] = [1 - k / steps for k in range(steps)]
+            call["sigmas"] = linear_sigmas(steps)
     shots, paths = [], []
     for number, prompt in enumerate(prompts):
         for start in range(0, n, 8):

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from diffalign import checkpoint, evaluate, figures, prompts, trackers
-from diffalign.build import Parts, build
+from diffalign.build import build
 from diffalign.card import write_adapter
 from diffalign.config import Config
 from diffalign.progress import Reporter
@@ -58,9 +59,9 @@ def train(config: Config, *, fresh: bool = False, quiet: bool = False) -> dict[s
 class Session:
     """A run: what to train, where it is kept, how far it is."""
 
-    def __init__(self, config: Config, folder: RunFolder, reporter: Reporter, parts: Parts | None = None) -> None:
+    def __init__(self, config: Config, folder: RunFolder, reporter: Reporter) -> None:
         self.config, self.folder, self.reporter = config, folder, reporter
-        self.parts = parts or build(config)
+        self.parts = build(config)
         self.policy, self.rule = self.parts.policy, config.make_rule()
         optimizer = config.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -225,9 +226,10 @@ class Session:
     def _evaluate(self, update: int) -> dict[str, float]:
         if not self.config.evaluation.enabled:
             return {}
-        with self._published(), self.reporter.evaluation(len(self.fixed)) as advance:
+        self.reporter.say(f"evaluating {len(self.fixed)} images")
+        with self._published():
             found = evaluate.run(
-                self.policy, self.parts.eval_rewards, self.fixed, self.config.optimizer.micro_batch, update, advance
+                self.policy, self.parts.eval_rewards, self.fixed, self.config.optimizer.micro_batch, update
             )
         found.save(self._evaluation_path(update), seed=self.config.evaluation.seed, prompts=self.fixed.text)
         summary = found.summary(self._baseline() if update else None)
@@ -269,11 +271,10 @@ class Session:
             before, after, [self.fixed.text[k] for k in shown], passed, self.folder / "before_after.png", title
         )
 
-    @property
+    @cached_property
     def tracker(self) -> trackers.Trackers:
-        if not hasattr(self, "_tracker"):
-            self._tracker = trackers.Trackers(list(self.config.output.trackers), self.folder / "trackers", self.config)
-        return self._tracker
+        """Opened at its first use, when the run folder is in its final state."""
+        return trackers.Trackers(list(self.config.output.trackers), self.folder / "trackers")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

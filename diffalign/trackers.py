@@ -5,32 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffalign.config import Config
-from diffalign.types import UserError
-
 
 class Trackers:
-    """Forwards numbers to the configured trackers.
+    """Forwards numbers to the configured trackers; the config's check has seen that they are installed."""
 
-    Raises:
-        UserError: if a tracker is not installed.
-    """
-
-    def __init__(self, names: list[str], folder: Path, config: Config) -> None:
+    def __init__(self, names: list[str], folder: Path) -> None:
         self._trackers: list[Any] = []
         if not names:
             return
         from accelerate import PartialState, tracking
 
         PartialState(cpu=True)
-        kinds: dict[str, tuple[Any, Any]] = {
-            "tensorboard": (tracking.is_tensorboard_available, tracking.TensorBoardTracker),
-            "wandb": (tracking.is_wandb_available, tracking.WandBTracker),
-        }
+        kinds: dict[str, Any] = {"tensorboard": tracking.TensorBoardTracker, "wandb": tracking.WandBTracker}
         for name in names:
-            available, kind = kinds[name]
-            if not available():
-                raise UserError(f"output.trackers: {name} is not installed; pip install 'diffalign[trackers]'")
+            kind = kinds[name]
             folder.mkdir(parents=True, exist_ok=True)
             tracker = kind("diffalign", folder) if name == "tensorboard" else kind("diffalign", dir=str(folder))
             if hasattr(tracker, "start"):

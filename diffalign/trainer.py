@@ -124,9 +124,8 @@ class Trainer:
         for rows in chunks(len(rollout.prompts), self.micro_batch):
             part = rollout.select(rows)
             with clock("decode"), torch.no_grad():
-                media = check_media(self.policy.decode(part, part.x[-1])) if self.rewards else None
+                media = check_media(self.policy.decode(part, part.x[-1]))
             with clock("reward"), torch.no_grad():
-                assert media is not None
                 parts.append(evaluate(self.rewards, self.weights, media, part.at(-1)))
         return Scores(
             {name: np.concatenate([part.by_name[name] for part in parts]) for name in self.rewards},

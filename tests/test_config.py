@@ -1,3 +1,5 @@
+import importlib.util
+
 import pytest
 import yaml
 
@@ -81,12 +83,15 @@ def test_all_mistakes_come_at_once_each_names_its_field():
         ("run_dir=''", "run_dir: got ''"),
         ("rule.name=[]", "rule.name: got []"),
         ("rule.window=[0, x]", "rule.window.1: got 'x'"),
+        ("output.trackers=[wandb]", "output.trackers: wandb is not installed; pip install 'diffalign[trackers]'"),
         ("=1", "override: got '=1', expected key=value"),
         ("model=" + "x" * 5000, "model: got 'xxx"),
         ("updates=0", "updates: got 0, allowed is greater than or equal to 1"),
     ],
 )
-def test_a_mistake_names_the_field_what_was_given_and_what_is_allowed(override, expected):
+def test_a_mistake_names_the_field_what_was_given_and_what_is_allowed(override, expected, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find_spec(name, *a))
     assert any(expected in line for line in problems(override)), problems(override)
 
 
@@ -135,6 +140,12 @@ def test_keys_that_are_no_words_are_refused(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("1: 2\nnull: 3\n")
     assert problems(name=str(path))[0].endswith("keys must be words, got 1, None")
+
+
+def test_a_value_that_is_not_yaml_hides_no_other_mistake():
+    found = problems("rewards={", "updates=0")
+    assert len(found) == 2
+    assert "not YAML" in found[0]
 
 
 def test_a_mistake_is_reported_once():

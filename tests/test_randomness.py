@@ -25,8 +25,3 @@ def test_keys_do_not_collide_and_their_order_matters():
     assert len(keys) == 10_000
     assert all(0 <= key < 1 << 63 for key in keys)
     assert randomness.key(1, 2) != randomness.key(2, 1)
-
-
-def test_torch_generators_repeat():
-    a, b = (torch.randn(3, generator=randomness.torch_generator(1, 2)) for _ in range(2))
-    assert torch.equal(a, b)

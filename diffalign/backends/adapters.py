@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def denoisers(pipe: Any) -> dict[str, Any]:
     return {name: module for name, module in found.items() if module is not None}
 
 
-def attach(pipe: Any, rank: int, alpha: float, targets: tuple[str, ...] | None, seed: int) -> dict[str, Tensor]:
+def attach(pipe: Any, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> dict[str, Tensor]:
     """Add a LoRA of the given rank to every denoiser and return its parameters (float32, trainable) by name.
 
     Raises:

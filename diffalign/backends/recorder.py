@@ -12,9 +12,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from diffalign.processes import linear_sigmas
 
 Sigmas = Literal["pipeline", "linear"]
 
@@ -46,7 +47,7 @@ def stand_in(scheduler: Any, sigmas: Sigmas) -> Any:
     def set_timesteps(self: Any, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:
         if self.linear:
             count = num_inference_steps if num_inference_steps is not None else len(kwargs["sigmas"])
-            kwargs["sigmas"] = np.linspace(1.0, 0.0, count + 1)[:-1]
+            kwargs["sigmas"] = linear_sigmas(count)
             num_inference_steps = None
         base.set_timesteps(self, num_inference_steps, *args, **kwargs)
         self.full_timesteps, self.full_sigmas = self.timesteps, getattr(self, "sigmas", None)

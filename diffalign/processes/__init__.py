@@ -7,7 +7,7 @@ deviation, computed once in float64. Level 0.0 of the noise gives the determinis
 from __future__ import annotations
 
 from diffalign.processes import flow_sde
-from diffalign.processes.table import Process, Table
+from diffalign.processes.table import Process, Table, linear_sigmas
 
 # A process is added here: name -> how to make its table, and the kind of scheduler it belongs to.
 PROCESSES: dict[str, Process] = {
@@ -16,4 +16,4 @@ PROCESSES: dict[str, Process] = {
     "ode": Process("flow", flow_sde.ode_table, stochastic=False),
 }
 
-__all__ = ["PROCESSES", "Process", "Table"]
+__all__ = ["PROCESSES", "Process", "Table", "linear_sigmas"]

@@ -30,6 +30,11 @@ class Process:
     stochastic: bool
 
 
+def linear_sigmas(steps: int) -> list[float]:
+    """Evenly spaced noise levels from 1, without the final 0, as `sigmas=` of a pipeline's call wants them."""
+    return np.linspace(1.0, 0.0, steps + 1)[:-1].tolist()
+
+
 def check_levels(sigma: Floats) -> None:
     """Raises ValueError unless noise levels fall strictly within [0, 1]."""
     if sigma.ndim != 1 or len(sigma) < 2 or not (np.diff(sigma) < 0).all() or sigma[0] > 1 or sigma[-1] < 0:
