@@ -22,6 +22,7 @@ from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.backends.toy import ToyPolicy
 from diffalign.config import Config
 from diffalign.evaluate import quiet_plan
+from diffalign.processes import Levels
 from diffalign.randomness import numpy_generator
 from diffalign.shapes import models
 from diffalign.trainer import Trainer
@@ -139,7 +140,7 @@ def count(config: Config) -> Cost:
     policy = build.policy(config, pipe, trained)
     rule = config.make_rule()
     plan = rule.plan(policy.schedule, 0, numpy_generator(config.seed, 15, 0))
-    forward, backward = _rows(config, policy.schedule)
+    forward, backward = _rows(config, policy.levels)
     one, trained_one, decode, latent = _flops(policy, config)
     levels = sum(int(np.prod(plan.branch[:t])) for t in range(plan.stop + 1))
     noisy = sum(int(np.prod(plan.branch[: t + 1])) for t in range(plan.stop) if plan.noise[t])
@@ -159,13 +160,13 @@ def count(config: Config) -> Cost:
     )
 
 
-def _rows(config: Config, schedule: Schedule) -> tuple[int, int]:
-    """Rows of one update, (forward, with backward), counted on a toy chain with the same schedule."""
+def _rows(config: Config, levels: Levels) -> tuple[int, int]:
+    """Rows of one update, (forward, with backward), counted on a toy chain with the same levels."""
     sampler = config.sampler
     toy = ToyPolicy(
         process=sampler.process,
         noise_level=sampler.noise_level,
-        sigma=schedule.sigma,
+        levels=levels,
         micro_batch=config.optimizer.micro_batch,
     )
 

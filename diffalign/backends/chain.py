@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffalign.ops import gaussian
-from diffalign.processes import Process, Table
+from diffalign.processes import Levels, Process, Table
 from diffalign.randomness import key, normal
 from diffalign.types import Media, Plan, Prompts, Replay, Rollout, Schedule, Transition, Tree, chunks
 
@@ -33,7 +33,7 @@ class ChainPolicy(ABC):
     """Policy over a chain of T steps; see `diffalign.types.Policy`.
 
     Args:
-        timestep, sigma: the sampler's (T,) timesteps and (T+1,) noise levels.
+        timestep, levels: the sampler's (T,) timesteps and T+1 noise levels.
         process, noise_level: how a step follows from a prediction.
         micro_batch: roots per forward pass. Rollout and replay use the same batch shape, so first-pass ratios are exactly 1.
     """
@@ -41,11 +41,13 @@ class ChainPolicy(ABC):
     parameters: dict[str, Tensor]
 
     def __init__(
-        self, timestep: np.ndarray, sigma: np.ndarray, process: Process, noise_level: float, micro_batch: int
+        self, timestep: np.ndarray, levels: Levels, process: Process, noise_level: float, micro_batch: int
     ) -> None:
-        self.noisy: Table = process.table(sigma, noise_level)
-        self.quiet: Table = process.table(sigma, 0.0)
-        self.schedule = Schedule(timestep, 1 - sigma, sigma, self.noisy.std, np.abs(self.noisy.prediction))
+        self.levels = levels
+        self.noisy: Table = process.table(levels, noise_level)
+        self.quiet: Table = process.table(levels, 0.0)
+        gain = np.abs(self.noisy.prediction)
+        self.schedule = Schedule(timestep, levels.alpha, levels.sigma, self.noisy.std, gain)
         self.micro_batch = micro_batch
         self.shadows: dict[str, dict[str, Tensor]] = {}
         self.rows_forward = 0

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +36,8 @@ def load(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
     except Exception as error:  # a missing hub, a gated id, a damaged file: each library has its own
         raise UserError(f"model: cannot load {model!r}: {one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # it paints flagged pictures black, without gradient: no reward could see them
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
@@ -72,31 +73,21 @@ class DiffusersPolicy(ChainPolicy):
         # Undecorated: `__call__` runs under no_grad, what it wraps does not.
         self._call = inspect.unwrap(type(pipe).__call__)
         self._own_scheduler = pipe.scheduler
-        self._recorder = recorder.stand_in(pipe.scheduler, sigmas)
+        self._recorder = recorder.stand_in(pipe.scheduler, process.kind, sigmas)
         self._latent: Tensor | None = None
         self._prepare = pipe.prepare_latents
         self._encode = getattr(pipe, "encode_prompt", None)
         self._embeddings: OrderedDict[Any, Any] = OrderedDict()
-        timestep, sigma = self._levels(process)
-        super().__init__(timestep, sigma, process, noise_level, micro_batch)
+        with torch.no_grad():  # an empty run: the pipeline sets its timesteps as it would to sample
+            self._run(["a"], None, (0, 0), None, [torch.Generator().manual_seed(0)], "latent")
+        timestep = self._recorder.full_timesteps.double().cpu().numpy()
+        super().__init__(timestep, recorder.levels(self._recorder, process.kind), process, noise_level, micro_batch)
         for module in adapters.denoisers(pipe).values():
             module.register_forward_pre_hook(self._count_rows, with_kwargs=True)
 
     def _count_rows(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         self.count(len(first))
-
-    def _levels(self, process: Process) -> tuple[np.ndarray, np.ndarray]:
-        """Timesteps (T,) and noise levels (T+1,) the pipeline would use, read off an empty run."""
-        if getattr(self._recorder, "sigmas", None) is None or not hasattr(self._recorder.config, "shift"):
-            name = type(self._own_scheduler).__name__
-            raise UserError(
-                f"sampler.process: needs a flow-matching scheduler ({process.kind}), the pipeline has {name}"
-            )
-        with torch.no_grad():
-            self._run(["a"], None, (0, 0), None, [torch.Generator().manual_seed(0)], "latent")
-        timestep = self._recorder.full_timesteps.double().cpu().numpy()
-        return timestep, self._recorder.full_sigmas.double().cpu().numpy()
 
     # -- the seam
 

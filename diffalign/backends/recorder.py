@@ -12,10 +12,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.processes import linear_sigmas
+from diffalign.processes import PROCESSES, Levels, linear_sigmas
+from diffalign.processes.table import Kind
+from diffalign.types import UserError
 
 Sigmas = Literal["pipeline", "linear"]
 
@@ -39,8 +42,15 @@ class _Recording:
         return (latent,)
 
 
-def stand_in(scheduler: Any, sigmas: Sigmas) -> Any:
-    """A recording copy of a scheduler; `sigmas: linear` spaces noise levels evenly from 1 before any shift."""
+def stand_in(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
+    """A recording copy of a scheduler; `sigmas: linear` spaces noise levels evenly from 1 before any shift.
+
+    A DDPM-like scheduler of any class is taken as DDIM with its config, as their configs are made to be exchanged.
+
+    Raises:
+        UserError: if the scheduler is of another kind, or clips what it denoises.
+    """
+    scheduler = _of_kind(scheduler, kind, sigmas)
     base = type(scheduler)
 
     @functools.wraps(base.set_timesteps)  # some pipelines inspect the signature
@@ -62,6 +72,42 @@ def stand_in(scheduler: Any, sigmas: Sigmas) -> Any:
     recording.span = (0, 0)
     recording.on_step = _unexpected
     return recording
+
+
+def _of_kind(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
+    from diffusers import DDIMScheduler
+
+    name, config = type(scheduler).__name__, scheduler.config
+    flow = getattr(scheduler, "sigmas", None) is not None and hasattr(config, "shift")
+    ddpm = hasattr(scheduler, "alphas_cumprod")
+    if not (flow if kind == "flow" else ddpm):
+        fits = [key for key, process in PROCESSES.items() if process.kind == ("flow" if flow else "ddpm")]
+        allowed = f"with it go {', '.join(fits)}" if flow or ddpm else "which nothing here goes with"
+        wanted = "a flow-matching" if kind == "flow" else "a DDPM-like"
+        raise UserError(f"sampler.process: needs {wanted} scheduler, the pipeline has {name}, {allowed}")
+    if kind == "flow":
+        return scheduler
+    if sigmas == "linear":
+        raise UserError(f"sampler.sigmas: got 'linear', {name} has timesteps; allowed is pipeline")
+    if isinstance(scheduler, DDIMScheduler) and (config.clip_sample or config.thresholding):
+        raise UserError(
+            f"model: its {name} clips x_0 at every step (clip_sample or thresholding), which samplers here do not; "
+            "set both to false in its scheduler_config.json"
+        )
+    return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+
+
+def levels(recording: Any, kind: Kind) -> Levels:
+    """The noise levels of the timesteps that a stand-in was last set to.
+
+    Raises:
+        ValueError: if they do not fall, or the scheduler's prediction type is unknown.
+    """
+    if kind == "flow":
+        return Levels.flow(recording.full_sigmas.double().cpu().numpy())
+    signal = recording.alphas_cumprod.double()[recording.full_timesteps.cpu()]
+    abar = torch.cat([signal, recording.final_alpha_cumprod.double()[None]]).numpy()
+    return Levels(np.sqrt(abar), np.sqrt(1 - abar), recording.config.prediction_type)
 
 
 def _unexpected(step: int, prediction: Tensor, latent: Tensor) -> Tensor:

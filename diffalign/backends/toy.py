@@ -1,6 +1,6 @@
-"""A Gaussian chain with known gradients: rectified flow in a few dimensions with a linear network, float64.
+"""A Gaussian chain with known gradients: a few dimensions and a linear network, float64.
 
-Prediction: v = (base + delta) [x, t, 1] with base fixed and delta trained from 0, so the reference model is delta = 0. With one
+Prediction: (base + delta) [x, t, 1] with base fixed and delta trained from 0, so the reference model is delta = 0. With one
 parameter tensor and no text it runs thousands of samples in milliseconds, and full backpropagation through it is the known
 gradient that every rule is held against.
 """
@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 from diffalign.backends.chain import ChainPolicy, OnStep
-from diffalign.processes import PROCESSES
+from diffalign.processes import PROCESSES, Levels
+from diffalign.processes.table import Kind
 from diffalign.randomness import normal
 from diffalign.types import Media, Prompts, Rollout
+
+
+def grid(kind: Kind, steps: int) -> Levels:
+    """Evenly spaced levels: of a rectified flow, or of an angle from nearly pure noise to none, with epsilon prediction."""
+    if kind == "flow":
+        return Levels.flow(np.linspace(1.0, 0.0, steps + 1))
+    angle = np.linspace(1.4, 0.0, steps + 1)
+    return Levels(np.cos(angle), np.sin(angle), "epsilon")
 
 
 class ToyPolicy(ChainPolicy):
@@ -30,10 +39,11 @@ class ToyPolicy(ChainPolicy):
         process: str = "flow_sde",
         noise_level: float = 0.7,
         micro_batch: int = 4096,
-        sigma: np.ndarray | None = None,
+        levels: Levels | None = None,
     ) -> None:
-        sigma = np.linspace(1.0, 0.0, steps + 1) if sigma is None else sigma
-        super().__init__(1000 * sigma[:-1], sigma, PROCESSES[process], noise_level, micro_batch)
+        kind = PROCESSES[process]
+        levels = levels or grid(kind.kind, steps)
+        super().__init__(1000 * levels.sigma[:-1], levels, kind, min(noise_level, kind.highest), micro_batch)
         generator = torch.Generator().manual_seed(0)
         self.dim = dim
         self.base = 0.4 * torch.randn(dim, dim + 2, generator=generator, dtype=torch.float64)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffalign.processes.table import Floats, Table, check_levels
+from diffalign.processes.table import Floats, Levels, Table
 
 
 def _table(sigma: Floats, g: Floats) -> Table:
@@ -23,26 +23,24 @@ def _table(sigma: Floats, g: Floats) -> Table:
     )
 
 
-def table(sigma: Floats, noise_level: float) -> Table:
+def table(levels: Levels, noise_level: float) -> Table:
     """Flow-SDE: g = a sqrt(t / (1 - t)), where at t = 1 the t in (1 - t) is replaced by the next level.
 
     Args:
-        sigma: noise levels (T+1,), strictly falling within [0, 1].
+        levels: of a rectified flow, T+1 of them.
         noise_level: a >= 0; the paper's default is 0.7.
     """
-    check_levels(sigma)
+    sigma = levels.sigma
     t = sigma[:-1]
     below_one = np.where(t == 1, sigma[1], t)
     return _table(sigma, noise_level * np.sqrt(t / (1 - below_one)))
 
 
-def dance_table(sigma: Floats, noise_level: float) -> Table:
+def dance_table(levels: Levels, noise_level: float) -> Table:
     """Dance-SDE: constant g = eta; the paper's default is 0.3 for images."""
-    check_levels(sigma)
-    return _table(sigma, np.full(len(sigma) - 1, noise_level))
+    return _table(levels.sigma, np.full(len(levels.sigma) - 1, noise_level))
 
 
-def ode_table(sigma: Floats, noise_level: float = 0.0) -> Table:
+def ode_table(levels: Levels, noise_level: float = 0.0) -> Table:
     """Euler steps of the probability-flow ODE: g = 0. The noise level has no effect."""
-    check_levels(sigma)
-    return _table(sigma, np.zeros(len(sigma) - 1))
+    return _table(levels.sigma, np.zeros(len(levels.sigma) - 1))

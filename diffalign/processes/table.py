@@ -10,6 +10,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Kind = Literal["flow", "ddpm"]
+Prediction = Literal["velocity", "epsilon", "v_prediction", "sample"]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A sampler's noise levels, alpha and sigma (T+1,) with x_t = alpha x_0 + sigma n, and what its network predicts.
+
+    velocity is n - x_0 (rectified flow); epsilon is n; v_prediction is alpha n - sigma x_0 (arXiv 2202.00512); sample is x_0.
+
+    Raises:
+        ValueError: unless sigma lies in [0, 1], never rises and is 0 at most at the end, and alpha never falls.
+    """
+
+    alpha: Floats
+    sigma: Floats
+    prediction: Prediction = "velocity"
+
+    def __post_init__(self) -> None:
+        sigma = self.sigma
+        falls = sigma.ndim == 1 and len(sigma) > 1 and bool((np.diff(sigma) <= 0).all())
+        if not (falls and sigma[0] <= 1 and sigma[-2] > 0 and sigma[-1] >= 0):
+            raise ValueError(f"noise levels must fall within [0, 1], and be 0 only at the end, got {sigma}")
+        if self.alpha.shape != sigma.shape or (np.diff(self.alpha) < 0).any():
+            raise ValueError(f"signal levels must not fall, got {self.alpha}")
+
+    @classmethod
+    def flow(cls, sigma: Floats) -> Levels:
+        """Levels of a rectified flow: alpha = 1 - sigma."""
+        return cls(1 - sigma, sigma, "velocity")
+
+    def parts(self) -> tuple[Floats, Floats, Floats, Floats]:
+        """Coefficients (T,) of each step's (x, prediction) in the clean sample x_0 and in the noise n they imply."""
+        a, s = self.alpha[:-1], self.sigma[:-1]
+        one, zero = np.ones_like(a), np.zeros_like(a)
+        if self.prediction == "velocity":  # x_0 = (x - s v) / (a + s), n = (x + a v) / (a + s); a + s = 1
+            return one, -s, one, a
+        if self.prediction == "v_prediction":  # x_0 = a x - s v, n = s x + a v
+            return a, -s, s, a
+        if self.prediction == "sample":  # n = (x - a x_0) / s
+            return zero, one, 1 / s, -a / s
+        if (a == 0).any():
+            raise ValueError("epsilon prediction says nothing about x_0 where alpha is 0")
+        return 1 / a, -s / a, zero, one  # x_0 = (x - s e) / a
 
 
 @dataclass(frozen=True)
@@ -23,19 +67,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Process:
-    """kind: of the scheduler's levels ("flow": alpha = 1 - sigma); table(sigma (T+1,), noise level) -> Table."""
+    """kind: of the scheduler whose levels it walks; table(levels, noise level) -> Table; highest: noise level there is."""
 
-    kind: Literal["flow"]
-    table: Callable[[Floats, float], Table]
+    kind: Kind
+    table: Callable[[Levels, float], Table]
     stochastic: bool
+    highest: float = float("inf")
 
 
 def linear_sigmas(steps: int) -> list[float]:
     """Evenly spaced noise levels from 1, without the final 0, as `sigmas=` of a pipeline's call wants them."""
     return np.linspace(1.0, 0.0, steps + 1)[:-1].tolist()
-
-
-def check_levels(sigma: Floats) -> None:
-    """Raises ValueError unless noise levels fall strictly within [0, 1]."""
-    if sigma.ndim != 1 or len(sigma) < 2 or not (np.diff(sigma) < 0).all() or sigma[0] > 1 or sigma[-1] < 0:
-        raise ValueError(f"noise levels must fall strictly within [0, 1], got {sigma}")

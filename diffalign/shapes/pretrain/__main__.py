@@ -1,8 +1,9 @@
-"""`python -m diffalign.shapes.pretrain --out DIR [--seed 0] [--steps 4500]`: makes shapes-sd3 from nothing."""
+"""`python -m diffalign.shapes.pretrain shapes-sd3|shapes-sd --out DIR [--seed 0]`: makes an embedded pipeline from nothing."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -10,36 +11,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from diffusers.models.attention_processor import JointAttnProcessor2_0
+from diffusers import AutoencoderTiny
 from PIL import Image
 
 from diffalign.ops import geneval
 from diffalign.shapes import captions
 from diffalign.shapes.detector import detect
-from diffalign.shapes.pretrain import data, denoiser, text, vae
+from diffalign.shapes.pretrain import data, training, transformer, unet, vae
+
+ARCHITECTURES = {"shapes-sd3": transformer, "shapes-sd": unet}
 
 
-def assemble(autoencoder: AutoencoderTiny, model: denoiser.Model) -> StableDiffusion3Pipeline:
-    """An ordinary Stable Diffusion 3 pipeline around the trained parts."""
-    tokens_3, encoder_3 = text.silent_t5(denoiser.WIDTH)
-    model.transformer.set_attn_processor(JointAttnProcessor2_0())
-    return StableDiffusion3Pipeline(
-        transformer=model.transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=autoencoder,
-        text_encoder=model.encoder,
-        tokenizer=model.tokens,
-        text_encoder_2=model.encoder_2,
-        tokenizer_2=model.tokens,
-        text_encoder_3=encoder_3,
-        tokenizer_3=tokens_3,
-    )
+def autoencoder_of(folder: Path) -> AutoencoderTiny:
+    """The autoencoder of a pipeline made before; both pipelines draw the same pictures."""
+    made = AutoencoderTiny.from_pretrained(folder, subfolder="vae")
+    return made.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def evaluate(
-    pipe: StableDiffusion3Pipeline, split: str, guidance: float, per_task: int, steps: int, seed: int
+    pipe: Any, call: dict[str, Any], split: str, guidance: float, per_task: int, seed: int
 ) -> tuple[dict[str, dict[str, float]], list[np.ndarray]]:
     """Official, strict and partial score per task, and the pictures, on the captions of a split."""
     scores: dict[str, dict[str, float]] = {}
@@ -51,10 +42,8 @@ def evaluate(
         generators = [torch.Generator().manual_seed(seed * 100_003 + k) for k in range(per_task)]
         images = pipe(
             [m["prompt"] for m in chosen],
-            num_inference_steps=steps,
-            sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist(),
+            **call,
             guidance_scale=guidance,
-            max_sequence_length=1,
             generator=generators,
             output_type="np",
         ).images
@@ -81,15 +70,18 @@ def compute_in_float32(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diffalign.shapes.pretrain", description=__doc__)
+    parser.add_argument("pipeline", choices=ARCHITECTURES)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the pipeline to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=50_000, help="rendered training scenes")
     parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--autoencoder", type=Path, help="pipeline folder whose autoencoder is taken instead")
     parser.add_argument("--steps", type=int, default=4500, help="denoiser steps, batch 64")
     parser.add_argument("--images", type=int, default=96, help="evaluation images per task")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
+    architecture = ARCHITECTURES[args.pipeline]
     started = time.perf_counter()
 
     def log(line: str) -> None:
@@ -101,19 +93,23 @@ def main() -> None:
     log(
         f"data {len(scenes.prompts)} scenes, {len(set(scenes.prompts))} captions, {time.perf_counter() - started:.0f} s"
     )
-    autoencoder = vae.train(scenes.images, args.vae_steps, args.seed, log)
+    made = autoencoder_of(args.autoencoder) if args.autoencoder else None
+    autoencoder = made or vae.train(scenes.images, args.vae_steps, args.seed, log)
     latents = vae.encode(autoencoder, scenes.images)
+    vae.normalise(autoencoder, latents[:2000], architecture.SHIFTED)
     latents = (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
     log(f"latents {time.perf_counter() - started:.0f} s")
-    model = denoiser.train(latents, scenes.prompts, args.steps, args.seed, log)
-    pipe = assemble(autoencoder, model)
+    model = training.train(architecture.create, latents, scenes.prompts, args.steps, args.seed, log)
+    pipe = model.pipeline(autoencoder)
     pipe.set_progress_bar_config(disable=True)
     report: dict[str, Any] = {"seed": args.seed, "scenes": args.scenes, "steps": args.steps, "scores": {}}
-    for split, guidance in (("train", 1.0), ("test", 1.0), ("train", 3.0), ("test", 3.0)):
-        scores, pictures = evaluate(pipe, split, guidance, args.images, steps=10, seed=args.seed)
-        report["scores"][f"{split}, guidance {guidance:g}, 10 steps"] = scores
+    steps = architecture.CALL["num_inference_steps"]
+    for guidance, split in itertools.product(architecture.GUIDANCE, ("train", "test")):
+        scores, pictures = evaluate(pipe, architecture.CALL, split, guidance, args.images, seed=args.seed)
+        report["scores"][f"{split}, guidance {guidance:g}, {steps} steps"] = scores
         log(f"{split} guidance {guidance:g}: " + ", ".join(f"{k} {v['official']:.2f}" for k, v in scores.items()))
-    rows = [np.concatenate(pictures[k * args.images : k * args.images + 12], 1) for k in range(len(captions.TASKS))]
+    shown = min(12, args.images)
+    rows = [np.concatenate(pictures[k * args.images : k * args.images + shown], 1) for k in range(len(captions.TASKS))]
     Image.fromarray(np.concatenate(rows)).save(args.out / "samples.png")
     pipe.to(torch.float16).save_pretrained(args.out)
     compute_in_float32(args.out)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import TypeVar
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
@@ -23,6 +25,7 @@ from transformers import (
 from diffalign.shapes import captions
 from diffalign.shapes.world import COLOURS, SHAPES
 
+Encoder = TypeVar("Encoder", CLIPTextModel, CLIPTextModelWithProjection)
 LENGTH = 16  # tokens of a caption, start and end included; the longest has 13
 
 
@@ -68,7 +71,9 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def clip_encoder(tokens: CLIPTokenizer, width: int, layers: int) -> CLIPTextModelWithProjection:
+def clip_encoder(
+    tokens: CLIPTokenizer, width: int, layers: int, kind: type[Encoder] = CLIPTextModelWithProjection
+) -> Encoder:  # type: ignore[assignment]
     """A small CLIP text tower. Token embeddings start at N(0, 1): Stable Diffusion 3 reads raw hidden states."""
     config = CLIPTextConfig(
         vocab_size=len(tokens),
@@ -83,9 +88,10 @@ def clip_encoder(tokens: CLIPTokenizer, width: int, layers: int) -> CLIPTextMode
         pad_token_id=tokens.pad_token_id,
         hidden_act="gelu",
     )
-    model = CLIPTextModelWithProjection(config)
-    torch.nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=1.0)
-    torch.nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=0.3)
+    model = kind(config)
+    embeddings = getattr(model, "text_model", model).embeddings  # one of the two wraps its tower, the other is it
+    torch.nn.init.normal_(embeddings.token_embedding.weight, std=1.0)
+    torch.nn.init.normal_(embeddings.position_embedding.weight, std=0.3)
     return model
 
 

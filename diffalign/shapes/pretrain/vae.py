@@ -29,7 +29,7 @@ def create() -> AutoencoderTiny:
 
 
 def train(images: NDArray[np.uint8], steps: int, seed: int, log: Callable[[str], None]) -> AutoencoderTiny:
-    """Train on L1 + 2 MSE with a little latent noise and a small penalty on the latents; sets scale and shift."""
+    """Train on L1 + 2 MSE with a little latent noise and a small penalty on the latents."""
     rng = np.random.default_rng([seed, 2])
     vae = create()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
@@ -49,15 +49,18 @@ def train(images: NDArray[np.uint8], steps: int, seed: int, log: Callable[[str],
         if step % 200 == 0 or step == steps - 1:
             log(f"vae step {step} loss {loss.item():.4f} seconds {time.perf_counter() - started:.0f}")
     vae.eval().requires_grad_(False)
-    latents = encode(vae, images[:2000])
-    vae.register_to_config(
-        scaling_factor=round(1 / latents.std().item(), 4), shift_factor=round(latents.mean().item(), 4)
-    )
     sample = to_tensor(images[:200])
     with torch.no_grad():
         mse = (vae.decoder(vae.encoder(sample)).clamp(-1, 1) - sample).div(2).square().mean()
-    log(f"vae psnr {-10 * torch.log10(mse).item():.2f} dB scale {vae.config.scaling_factor}")
+    log(f"vae psnr {-10 * torch.log10(mse).item():.2f} dB")
     return vae
+
+
+def normalise(vae: AutoencoderTiny, latents: torch.Tensor, shifted: bool) -> None:
+    """Write the scale, and the shift where the pipeline uses one, that bring latents to mean 0 and standard deviation 1."""
+    shift = round(latents.mean().item(), 4) if shifted else 0.0
+    scale = 1 / (latents - shift).square().mean().sqrt().item()
+    vae.register_to_config(scaling_factor=round(scale, 4), shift_factor=shift)
 
 
 @torch.no_grad()
