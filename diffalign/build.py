@@ -75,6 +75,7 @@ def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None
             call=sampler.pipeline_args,
             micro_batch=config.optimizer.micro_batch,
             parameters=parameters,
+            gradient_checkpointing=config.optimizer.gradient_checkpointing,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"sampler: {type(pipe).__name__} does not accept these settings: {one_line(error)}") from error

@@ -48,7 +48,7 @@ class SamplerConfig(_Section):
     """How trajectories are sampled, in training and evaluation."""
 
     process: str = Field("flow_sde", description="how a step follows from a prediction")
-    noise_level: float = Field(0.7, ge=0, description="a of flow_sde, eta of dance_sde")
+    noise_level: float = Field(0.7, ge=0, description="a of flow_sde, eta of dance_sde and ddim")
     steps: int = Field(10, ge=2, le=1000)
     guidance_scale: float = Field(1.0, ge=0)
     sigmas: Literal["pipeline", "linear"] = Field("pipeline", description="noise levels: the scheduler's, or even")
@@ -74,6 +74,10 @@ class OptimizerConfig(_Section):
     max_grad_norm: float = Field(1.0, gt=0)
     ema: float | None = Field(None, ge=0, lt=1, description="decay per update of averaged weights: evaluated and saved")
     micro_batch: int = Field(16, ge=1, description="samples per forward pass, in sampling and training alike")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="keep only the inputs of each network call and of the decoder; they run again for the gradient",
+    )
 
 
 class EvaluationConfig(_Section):
@@ -343,13 +347,15 @@ def _check_together(config: Config, settings: Any) -> list[str]:
             f"sampler.process: {name} needs a stochastic sampler, {given} has no noise; "
             f"allowed are {stochastic} with noise_level > 0"
         )
+    elif sampler.noise_level > (highest := PROCESSES[sampler.process].highest):
+        problems.append(f"sampler.noise_level: got {sampler.noise_level:g}, {sampler.process} allows 0 to {highest:g}")
     problems += settings.problems(sampler.steps) if hasattr(settings, "problems") else []
     if config.samples_per_update % config.optimizer.micro_batch:
         problems.append(
             f"optimizer.micro_batch: got {config.optimizer.micro_batch}, allowed are divisors of "
             f"prompts.groups * prompts.group_size = {config.samples_per_update}, so that replay and rollout agree"
         )
-    if config.prompts.group_size < 2 and not needs.differentiable_reward:
+    if config.prompts.group_size < 2 and needs.groups:
         problems.append("prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more")
     if needs.differentiable_reward:
         problems += _differentiable(config)

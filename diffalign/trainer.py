@@ -156,14 +156,15 @@ class Trainer:
         for rows in chunks(len(rollout.prompts), self.micro_batch):
             part = rollout.select(rows)
             part_credit = select_credit(credit, rollout, rows)
-            reward = self._bound_reward(part)
             share = len(rows) / len(rollout.prompts)
             for term in terms:
+                seen: dict[str, Tensor] = {}
+                reward = self._bound_reward(part, seen)
                 loss = self.rule.loss(term, self.policy, part, part_credit, reward)
                 if first and loss.gap is not None:
                     self._check_gap(float(loss.gap), where, term)
                 (loss.value * (term.weight * share)).backward()
-                for name, value in loss.metrics.items():
+                for name, value in {**seen, **loss.metrics}.items():
                     sums[name] += share * float(value)
                     weights[name] += share
         return {name: value / weights[name] for name, value in sums.items()}
@@ -176,8 +177,9 @@ class Trainer:
                 f"(allowed {allowed:g}): sampling and training do not see the same latents or network"
             )
 
-    def _bound_reward(self, part: Rollout) -> RewardFunction:
-        prompts = part.at(-1)
+    def _bound_reward(self, part: Rollout, seen: dict[str, Tensor]) -> RewardFunction:
+        """The weighted sum of rewards with its gradient; means go to `seen`, for rules that sample no further than a replay."""
+        prompts = part.prompts.select(part.tree.leaf_root)
 
         def reward(media: Media) -> Tensor:
             total = media.pixels.new_zeros(len(prompts))
@@ -186,6 +188,8 @@ class Trainer:
                 if not isinstance(value, Tensor) or not value.requires_grad:
                     raise Fault(f"reward {name}: has no gradient to the pictures")
                 total = total + self.weights[name] * value
+                seen[f"reward/{name}"] = value.detach().mean()
+            seen["reward/total"] = total.detach().mean()
             return total
 
         return reward

@@ -260,8 +260,12 @@ class Replay:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a rule cannot do without; checked before any weight is loaded. shadows: name -> decay per update."""
+    """What a rule cannot do without; checked before any weight is loaded.
 
+    groups: several samples a prompt, to compare; shadows: name -> decay per update.
+    """
+
+    groups: bool = False
     differentiable_reward: bool = False
     stochastic_sampler: bool = False
     reference: bool = False

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from diffalign.backends import adapters, recorder
 from diffalign.backends.chain import ChainPolicy, OnStep
@@ -52,6 +54,7 @@ class DiffusersPolicy(ChainPolicy):
         steps, guidance_scale, call: arguments of the pipeline's `__call__`.
         sigmas: "pipeline" for the scheduler's own noise levels, "linear" for evenly spaced ones.
         parameters: what is trained, from `adapters.attach`; empty to sample only.
+        gradient_checkpointing: keep only the inputs of network calls and of the decoder for the gradient.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class DiffusersPolicy(ChainPolicy):
         call: dict[str, Any] | None = None,
         micro_batch: int = 8,
         parameters: dict[str, Tensor] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         self.pipe = pipe
         self.parameters = parameters or {}
@@ -83,11 +87,24 @@ class DiffusersPolicy(ChainPolicy):
         timestep = self._recorder.full_timesteps.double().cpu().numpy()
         super().__init__(timestep, recorder.levels(self._recorder, process.kind), process, noise_level, micro_batch)
         for module in adapters.denoisers(pipe).values():
-            module.register_forward_pre_hook(self._count_rows, with_kwargs=True)
+            module.forward = self._counted(module.forward, gradient_checkpointing)
+        self._checkpoint_decoder = gradient_checkpointing
 
-    def _count_rows(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        self.count(len(first))
+    def _counted(self, forward: Callable[..., Any], checkpointing: bool) -> Callable[..., Any]:
+        """A network's forward that counts its rows, those that checkpointing runs again included."""
+
+        @functools.wraps(forward)  # pipelines and peft look at the signature
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.count(len(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))))
+            return forward(*args, **kwargs)
+
+        @functools.wraps(forward)
+        def run_checkpointed(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return run(*args, **kwargs)
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+        return run_checkpointed if checkpointing else run
 
     # -- the seam
 
@@ -169,8 +186,12 @@ class DiffusersPolicy(ChainPolicy):
         return seen[0]
 
     def pixels(self, prompts: Prompts, x: Tensor) -> Media:
-        steps = self.schedule.steps
-        decoded = self._run(prompts.text, x, (steps, steps), None, None, "pt")
+        def decode(latent: Tensor) -> Tensor:
+            steps = self.schedule.steps
+            return self._run(prompts.text, latent, (steps, steps), None, None, "pt")
+
+        wanted = self._checkpoint_decoder and torch.is_grad_enabled() and x.requires_grad
+        decoded = checkpoint(decode, x, use_reentrant=False) if wanted else decode(x)
         frames = decoded[:, None] if decoded.ndim == 4 else decoded
         return Media(frames.float())
 

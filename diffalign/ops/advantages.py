@@ -52,6 +52,17 @@ def group_relative(
     return np.clip(centred / (spread + eps), -limit, limit)
 
 
+def standardised(reward: Floats, compared: Floats, eps: float = 1e-6, limit: float = 5.0) -> Floats:
+    """A = (r - mean) / (std + eps) of the rewards it is compared with (M,), clipped to +-limit (DDPO, sec. 4.3); (N,).
+
+    The standard deviation is the population's. Without spread in `compared` every advantage is exactly 0.
+    """
+    mean = compared.mean() if len(compared) else 0.0
+    if not len(compared) or np.ptp(compared) <= FLAT * max(1.0, abs(mean)):
+        return np.zeros_like(reward)
+    return np.clip((reward - mean) / (compared.std() + eps), -limit, limit)
+
+
 def leave_one_out(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bool_]) -> Floats:
     """A = r - mean of the *other* members of the group: an unbiased baseline. Groups of one and invalid get 0; (N,)."""
     values = _check(reward, group, valid)

@@ -5,8 +5,10 @@ Importing this needs neither torch nor diffusers: settings are checked before ei
 
 from __future__ import annotations
 
-from diffalign.rules.policy_gradient import FlowGRPO
+from diffalign.rules.ddpo import DDPO
+from diffalign.rules.flow_grpo import FlowGRPO
+from diffalign.rules.truncated_bp import TruncatedBP
 
-RULES = {rule.name: rule for rule in (FlowGRPO,)}
+RULES = {rule.name: rule for rule in (FlowGRPO, DDPO, TruncatedBP)}
 
-__all__ = ["RULES", "FlowGRPO"]
+__all__ = ["DDPO", "RULES", "FlowGRPO", "TruncatedBP"]

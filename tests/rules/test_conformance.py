@@ -21,18 +21,20 @@ SMALL = {
 }
 FACTORIES = {**RULES, **{f"small_{name}": make for name, make in SMALL.items()}}
 every_rule = pytest.mark.parametrize("make", FACTORIES.values(), ids=FACTORIES.keys())
+both_kinds = pytest.mark.parametrize("process", ["flow_sde", "ddim"])
 
 
-def ready(rule: UpdateRule, steps: int = 4) -> ToyPolicy:
-    policy = ToyPolicy(steps=steps)
+def ready(rule: UpdateRule, process: str = "flow_sde") -> ToyPolicy:
+    policy = ToyPolicy(process=process)
     policy.add_shadows(rule.needs.shadows)
     return policy
 
 
 @every_rule
-def test_reward_goes_up(make):
+@both_kinds
+def test_reward_goes_up(make, process):
     rule = make()
-    policy = ToyPolicy()
+    policy = ready(rule, process)
     trainer = toy_trainer(rule, policy, groups=4, group_size=16, lr=0.03)
     given = toy_prompts(1, 500, seed=9)
 
@@ -47,9 +49,10 @@ def test_reward_goes_up(make):
 
 
 @every_rule
-def test_micro_batches_add_up(make):
+@both_kinds
+def test_micro_batches_add_up(make, process):
     given = toy_prompts(4, 6)
-    whole, parts = (gradient(make(), ready(make()), given, micro_batch) for micro_batch in (24, 6))
+    whole, parts = (gradient(make(), ready(make(), process), given, micro_batch) for micro_batch in (24, 6))
     assert np.abs(whole).max() > 1e-6
     np.testing.assert_allclose(parts, whole, atol=1e-12)
 

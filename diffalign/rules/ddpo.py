@@ -1,0 +1,101 @@
+"""DDPO (arXiv 2305.13301): the score-function and the importance-sampled estimator, with per-prompt running statistics."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from diffalign import ops
+from diffalign.rules import policy_gradient
+from diffalign.types import (
+    Credit,
+    Loss,
+    Needs,
+    Plan,
+    Policy,
+    Prompts,
+    RewardFunction,
+    Rollout,
+    Schedule,
+    Scores,
+    Term,
+    Tree,
+)
+
+
+class DDPO:
+    """Advantages against what a prompt's rewards were so far, on every noisy step.
+
+    Log-probs average over latent dimensions, as in the authors' code: the clip range of 1e-4 belongs to that.
+    """
+
+    name: ClassVar[str] = "ddpo"
+
+    class Settings(policy_gradient.PolicyGradientSettings):
+        """Keys of `rule:` for ddpo."""
+
+        estimator: Literal["importance", "score"] = Field(
+            "importance", description="importance: DDPO-IS, clipped ratios; score: DDPO-SF, REINFORCE"
+        )
+        clip: float = Field(1e-4, gt=0, description=f"{policy_gradient.CLIP}; of the importance estimator")
+        history: int = Field(32, ge=2, description="last rewards of a prompt that its statistics are made of")
+        history_least: int = Field(16, ge=2, description="with fewer, the batch's statistics are used")
+
+        def problems(self, steps: int) -> list[str]:
+            """What is wrong with these settings for a sampler of `steps` steps."""
+            found = super().problems(steps)
+            if self.history_least > self.history:
+                found.append(
+                    f"rule.history_least: got {self.history_least}, allowed is rule.history ({self.history}) or less"
+                )
+            if self.estimator == "score" and self.inner_updates > 1:
+                found.append(
+                    f"rule.inner_updates: got {self.inner_updates}, the score estimator is on-policy; allowed is 1, or "
+                    "rule.estimator: importance"
+                )
+            return found
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or self.Settings()
+        self.rewards: dict[str, list[float]] = {}  # the last `history` of each prompt, oldest first
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(stochastic_sampler=True)
+
+    def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
+        return policy_gradient.plan(schedule, self.settings)
+
+    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
+        """(r - mean) / std of the prompt's last rewards, these included; of the batch while they are few."""
+        s, texts = self.settings, [prompts.text[root] for root in tree.leaf_root]
+        for text, reward, valid in zip(texts, scores.total, scores.valid, strict=True):
+            if valid:
+                self.rewards[text] = [*self.rewards.get(text, []), float(reward)][-s.history :]
+        batch = scores.total[scores.valid]
+        advantage = np.zeros(len(scores.total))
+        for text in dict.fromkeys(texts):
+            rows = np.array([t == text for t in texts]) & scores.valid
+            past = np.asarray(self.rewards.get(text, []))
+            compared = past if len(past) >= s.history_least else batch
+            advantage[rows] = ops.advantages.standardised(scores.total[rows], compared, limit=s.advantage_limit)
+        return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
+
+    def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
+        """At the term's step, -A log p (score) or max(-A r, -A clip(r)) (importance), averaged over the part."""
+        step = policy_gradient.evaluate(term.start, policy, part, credit)
+        if self.settings.estimator == "score":
+            return Loss(-(step.advantage * step.log_prob).mean(), step.metrics, gap=step.gap)
+        value, metrics = policy_gradient.clipped(step, self.settings.clip)
+        return Loss(value, metrics, gap=step.gap)
+
+    def after_update(self, metrics: dict[str, float]) -> None:
+        """Statistics move in `credit`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rewards": self.rewards}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rewards = {text: list(values) for text, values in state["rewards"].items()}
