@@ -2,7 +2,8 @@
 
     REWARDS = {"name": {"object": "Class or function", "differentiable": False, "modality": "image", "about": "one line"}}
 
-Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`.
+Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`; a module-level
+`DIFFERENTIABLE = ["function"]` says which of its functions have a gradient to the pixels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from diffalign.files import is_file
 
@@ -32,11 +34,24 @@ class Entry:
     needs: tuple[str, ...] = ()
 
 
-def _literal(path: Path, name: str) -> dict[str, dict[str, object]]:
-    for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
+def _literal(body: list[ast.stmt], name: str) -> Any:
+    """The value a module assigns to a name, None if it does not or it is not a literal."""
+    for node in body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            return dict(ast.literal_eval(node.value))
-    return {}
+            try:
+                return ast.literal_eval(node.value)
+            except ValueError:
+                return None
+    return None
+
+
+def _parsed(path: Path) -> list[ast.stmt]:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path)).body
+
+
+def _differentiable(body: list[ast.stmt], function: str) -> bool:
+    declared = _literal(body, "DIFFERENTIABLE")
+    return declared is True or (isinstance(declared, (list, tuple, set)) and function in declared)
 
 
 @cache
@@ -47,7 +62,7 @@ def builtin() -> dict[str, Entry]:
     assert spec.submodule_search_locations
     found: dict[str, Entry] = {}
     for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
-        for name, facts in _literal(path, "REWARDS").items():
+        for name, facts in (_literal(_parsed(path), "REWARDS") or {}).items():
             found[name] = Entry(
                 name,
                 f"reward_models.{path.stem}",
@@ -79,7 +94,7 @@ def find(name: str) -> Entry:
         if not is_file(path):
             raise LookupError(f"no file {source}")
         try:
-            body = ast.parse(path.read_text(encoding="utf-8"), source).body
+            body = _parsed(path)
         except SyntaxError as error:
             raise LookupError(f"{source} line {error.lineno}: {error.msg}") from error
         except ValueError as error:
@@ -89,10 +104,14 @@ def find(name: str) -> Entry:
             raise LookupError(
                 f"{source} defines no function {attribute!r}, it defines {', '.join(sorted(defined)) or 'none'}"
             )
-        return Entry(name, str(path.resolve()), attribute, bool(_literal(path, "DIFFERENTIABLE")))
+        return Entry(name, str(path.resolve()), attribute, _differentiable(body, attribute))
     try:
-        if importlib.util.find_spec(source) is None:
-            raise LookupError(f"no module {source}")
+        spec = importlib.util.find_spec(source)
     except (ImportError, ValueError) as error:
         raise LookupError(f"no module {source} ({error})") from error
-    return Entry(name, source, attribute)
+    if spec is None:
+        raise LookupError(f"no module {source}")
+    known_source = spec.origin and spec.origin.endswith(".py")
+    return Entry(
+        name, source, attribute, bool(known_source) and _differentiable(_parsed(Path(str(spec.origin))), attribute)
+    )
