@@ -11,7 +11,7 @@ from diffalign.backends import adapters
 from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.config import Config
 from diffalign.evaluate import judged
-from diffalign.processes import linear_sigmas
+from diffalign.processes import PROCESSES, linear_sigmas
 from diffalign.runfolder import RunFolder
 
 CARD = """---
@@ -23,21 +23,28 @@ tags: [lora, diffalign, {rule}]
 
 LoRA rank {rank}, alpha {alpha:g}, trained by diffalign {version} for {updates} updates to raise {rewards}, seed {seed}.
 
-{table}
+{best}{table}
 
 ![curves](curves.png)
 
 ```python
 import numpy as np, torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline{scheduler}
 
 pipe = DiffusionPipeline.from_pretrained({folder!r})
-pipe.load_lora_weights({adapter!r})
+{setup}pipe.load_lora_weights({adapter!r})
 image = pipe({prompt!r}, {arguments}generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
 The resolved config is in `config.yaml`.
 """
+
+BEST = "Chosen as the best of this run's evaluations, so its numbers below are a little too good.\n\n"
+SETUP = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)  # as in training\n"
+
+
+def _is_ddim(config: Config) -> bool:
+    return PROCESSES[config.sampler.process].kind == "ddpm"
 
 
 def call_arguments(config: Config) -> dict[str, object]:
@@ -53,13 +60,15 @@ def call_arguments(config: Config) -> dict[str, object]:
     return arguments
 
 
-def write_adapter(config: Config, policy: DiffusersPolicy, run: RunFolder, summary: dict[str, float]) -> Path:
-    """Write `adapter/` in a run folder and check that it loads back as it was trained.
+def write_adapter(
+    config: Config, policy: DiffusersPolicy, run: RunFolder, summary: dict[str, float], name: str, update: int
+) -> Path:
+    """Write the adapter as a folder of a run and check that it loads back as it was trained.
 
     Raises:
         Fault: if the saved file differs from the trained weights.
     """
-    folder = run / "adapter"
+    folder = run / name
     notes = adapters.notes(
         base_model=config.model,
         rule=config.rule,
@@ -68,16 +77,17 @@ def write_adapter(config: Config, policy: DiffusersPolicy, run: RunFolder, summa
         precision=config.precision,
         diffalign_version=diffalign.__version__,
         call=call_arguments(config),
+        scheduler="DDIMScheduler" if _is_ddim(config) else "",
     )
     adapters.save(policy.pipe, folder, notes)
     adapters.verify(policy.pipe, folder)
-    for name in ("curves.png", "config.yaml"):
-        shutil.copy(run / name, folder / name)
-    (folder / "README.md").write_text(_card(config, summary), encoding="utf-8")
+    for file in ("curves.png", "config.yaml"):
+        shutil.copy(run / file, folder / file)
+    (folder / "README.md").write_text(_card(config, summary, folder, update), encoding="utf-8")
     return folder
 
 
-def _card(config: Config, summary: dict[str, float]) -> str:
+def _card(config: Config, summary: dict[str, float], folder: Path, update: int) -> str:
     from diffalign.shapes import models
 
     lines = ["| evaluation | after | 95 % interval | paired gain | 95 % interval |", "|---|---|---|---|---|"]
@@ -94,12 +104,15 @@ def _card(config: Config, summary: dict[str, float]) -> str:
     return CARD.format(
         model=config.model,
         folder=str(models.path(config.model) or config.model),
-        adapter=str(Path(config.run_dir) / "adapter"),
+        adapter=str(folder),
         rule=config.rule["name"],
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         version=diffalign.__version__,
-        updates=config.updates,
+        updates=update,
+        best=BEST if folder.name == "best" else "",
+        setup=SETUP if _is_ddim(config) else "",
+        scheduler=", DDIMScheduler" if _is_ddim(config) else "",
         rewards=json.dumps(config.rewards),
         seed=config.seed,
         table="\n".join(lines) if len(lines) > 2 else "No evaluation was made.",

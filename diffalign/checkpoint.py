@@ -36,17 +36,21 @@ class State:
     notes: dict[str, Any]
 
 
+def _name(update: int) -> str:
+    return f"update_{update:06d}"
+
+
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def save(folder: Path, state: State, keep: int) -> Path:
-    """Write a checkpoint under `folder` and drop all but the newest `keep`.
+def save(folder: Path, state: State, keep: int, best: int | None = None) -> Path:
+    """Write a checkpoint under `folder` and drop all but the newest `keep` and that of update `best`.
 
     Raises:
         Fault: if it cannot be written or reads back differently; what was there before stays.
     """
-    final = folder / f"update_{state.update:06d}"
+    final = folder / _name(state.update)
     aside = folder / f".{final.name}.part"
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -70,7 +74,8 @@ def save(folder: Path, state: State, keep: int) -> Path:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         raise Fault(f"checkpoint: cannot write {final}: {one_line(error)}") from error
     for old in complete(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if best is None or old.name != _name(best):
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 

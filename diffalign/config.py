@@ -127,7 +127,7 @@ class Config(_Section):
 
     def make_rule(self) -> UpdateRule:
         """The rule with its settings."""
-        kind = RULES[self.rule["name"]]
+        kind: Any = RULES[self.rule["name"]]
         return kind(kind.Settings(**{k: v for k, v in self.rule.items() if k != "name"}))
 
     def training_prompts(self) -> list[prompt_files.Entry]:

@@ -26,6 +26,7 @@ OURS = (
     "samples",
     "evaluation",
     "adapter",
+    "best",
     "trackers",
     "curves.png",
     "before_after.png",
@@ -33,7 +34,8 @@ OURS = (
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `checkpoints/`, `samples/`, `evaluation/`, `adapter/`, `curves.png`.
+    """`config.yaml`, `metrics.jsonl`, `checkpoints/`, `samples/`, `evaluation/`, `adapter/`,
+    `best/`, `curves.png`.
 
     Held by one process at a time; a second one is refused.
     """

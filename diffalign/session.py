@@ -80,6 +80,7 @@ class Session:
             micro_batch=optimizer.micro_batch,
             max_grad_norm=optimizer.max_grad_norm,
             seed=config.seed,
+            notify=reporter.say,
         )
         settings = config.evaluation
         self.fixed = prompts.fixed(config.evaluation_prompts(), settings.images_per_prompt, settings.seed)
@@ -99,12 +100,17 @@ class Session:
             dict(self.policy.parameters),
             self.policy.shadows,
             self.optimizer.state_dict(),
-            {"rule": rule_state, "skipped": self.skipped, "prompts": self.prompts_digest},
+            {
+                "rule": rule_state,
+                "skipped": self.skipped,
+                "prompts": self.prompts_digest,
+                "micro_batch": self.trainer.micro_batch,
+            },
         )
 
     def save(self) -> None:
         if self.saved != self.done:
-            checkpoint.save(self.folder / "checkpoints", self.state(), self.config.output.keep)
+            checkpoint.save(self.folder / "checkpoints", self.state(), self.config.output.keep, best=self.best())
             self.saved = self.done
 
     def resume(self) -> None:
@@ -134,8 +140,19 @@ class Session:
             self.rule.load_state_dict(state.notes["rule"])
         self.done = self.saved = state.update
         self.skipped = state.notes["skipped"]
+        self.trainer.micro_batch = self.policy.micro_batch = state.notes["micro_batch"]
         self.folder.rewind(self.done)
         self.reporter.say(f"resuming after update {self.done} from {whole[-1]}")
+
+    def best(self) -> int | None:
+        """The update whose evaluation has the highest mean of the first judging reward; None before the second one."""
+        name = next(iter(self.parts.eval_rewards))
+        found: dict[int, float] = {}
+        for path in sorted((self.folder / "evaluation").glob("update_*.json")):
+            evaluation = evaluate.Evaluation.read(path)
+            if evaluation.update > 0 and np.isfinite(evaluation.scores[name]).any():
+                found[evaluation.update] = float(np.nanmean(evaluation.scores[name]))
+        return max(found, key=lambda update: (found[update], -update)) if found else None
 
     # -- the run
 
@@ -187,11 +204,21 @@ class Session:
         last = self.done == self.config.updates
         if not last and self.done % output.sample_every == 0:
             self._samples(self.done)
-        if not last and every and self.done % every == 0:
+        judged = bool(every) and self.done % every == 0
+        if judged and not last:
             self._evaluate(self.done)
+            if self.best() == self.done and self.config.evaluation.enabled:
+                self._write_best()
         # After grids and evaluation: a checkpoint says that everything up to it was done.
-        if self.done % output.checkpoint_every == 0 or last:
+        if self.done % output.checkpoint_every == 0 or judged or last:
             self.save()
+
+    def _write_best(self) -> None:
+        """The adapter of the best evaluation so far, as a folder `best/` of its own."""
+        summary = evaluate.Evaluation.read(self._evaluation_path(self.done)).summary(self._baseline())
+        self._curves()
+        with self._published():
+            write_adapter(self.config, self.policy, self.folder, summary, "best", self.done)
 
     def _published(self) -> AbstractContextManager[None]:
         """The weights that are evaluated and saved: averaged ones if the config asks for them."""
@@ -209,7 +236,8 @@ class Session:
 
     def _samples(self, update: int) -> None:
         with self._published():
-            images = evaluate.pictures(self.policy, self.fixed.select(self._shown()), self.config.optimizer.micro_batch)
+            shown = self.fixed.select(self._shown())
+            images = self.trainer.fitting(lambda: evaluate.pictures(self.policy, shown, self.trainer.micro_batch))
         path = self.folder / "samples"
         path.mkdir(exist_ok=True)
         figures.grid(images).save(path / f"update_{update:06d}.png")
@@ -228,8 +256,9 @@ class Session:
             return {}
         self.reporter.say(f"evaluating {len(self.fixed)} images")
         with self._published():
-            found = evaluate.run(
-                self.policy, self.parts.eval_rewards, self.fixed, self.config.optimizer.micro_batch, update
+            rewards = self.parts.eval_rewards
+            found = self.trainer.fitting(
+                lambda: evaluate.run(self.policy, rewards, self.fixed, self.trainer.micro_batch, update)
             )
         found.save(self._evaluation_path(update), seed=self.config.evaluation.seed, prompts=self.fixed.text)
         summary = found.summary(self._baseline() if update else None)
@@ -245,14 +274,21 @@ class Session:
         else:
             self._samples(self.done)
             summary = self._evaluate(self.done)
-        title = f"{self.config.rule['name']} on {self.config.model}, seed {self.config.seed}"
-        figures.curves(self.folder.rows(), self.folder / "curves.png", title)
-        self._before_after(title)
+        self._curves()
+        self._before_after()
         with self._published():
-            write_adapter(self.config, self.policy, self.folder, summary)
+            write_adapter(self.config, self.policy, self.folder, summary, "adapter", self.done)
+        if self.config.evaluation.every and self.best() == self.done:
+            self._write_best()
         return summary
 
-    def _before_after(self, title: str) -> None:
+    def _title(self) -> str:
+        return f"{self.config.rule['name']} on {self.config.model}, seed {self.config.seed}"
+
+    def _curves(self) -> None:
+        figures.curves(self.folder.rows(), self.folder / "curves.png", self._title())
+
+    def _before_after(self) -> None:
         samples = [self.folder / "samples" / f"update_{update:06d}.npz" for update in (0, self.done)]
         if not all(path.is_file() for path in samples):
             return
@@ -268,7 +304,7 @@ class Session:
             columns = [evaluate.Evaluation.read(path).scores[name][shown] for path in paths]
             passed = (columns[0], columns[1]) if all(np.isin(c, (0, 1)).all() for c in columns) else None
         figures.before_after(
-            before, after, [self.fixed.text[k] for k in shown], passed, self.folder / "before_after.png", title
+            before, after, [self.fixed.text[k] for k in shown], passed, self.folder / "before_after.png", self._title()
         )
 
     @cached_property

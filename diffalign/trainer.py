@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.memory import out_of_memory, release
 from diffalign.randomness import numpy_generator
 from diffalign.rewards.base import Reward, check_media, evaluate
 from diffalign.types import (
@@ -29,8 +32,10 @@ from diffalign.types import (
     TrainablePolicy,
     UpdateRule,
     chunks,
+    one_line,
 )
 
+T = TypeVar("T")
 Metrics = dict[str, float]
 # Largest |log-ratio| of a first pass. On the CPU the same kernels run twice; elsewhere 1e-4 is the usual clip range, and rounding
 # stored latents to bfloat16 after their log-prob, the commonest mistake, gives 4e-4 and more.
@@ -55,6 +60,14 @@ class Clock:
             self.seconds[phase] += time.perf_counter() - started
 
 
+@dataclass
+class Sampled:
+    """A rollout, and the micro-batch its log-probs were computed with."""
+
+    rollout: Rollout
+    micro_batch: int
+
+
 class Trainer:
     """Runs a rule on a policy.
 
@@ -62,6 +75,8 @@ class Trainer:
         draw: update -> the prompts of that update.
         rewards, weights: what is maximised.
         optimizer: over the policy's parameters; one step per `Plan.updates` entry.
+        micro_batch: samples whose graph is held at once; halved for good where memory does not suffice.
+        notify: told what a user should know.
     """
 
     def __init__(
@@ -76,10 +91,12 @@ class Trainer:
         micro_batch: int,
         max_grad_norm: float = 1.0,
         seed: int = 0,
+        notify: Callable[[str], None] = print,
     ) -> None:
         self.rule, self.policy, self.optimizer, self.draw = rule, policy, optimizer, draw
         self.rewards, self.weights = rewards, weights
         self.micro_batch, self.max_grad_norm, self.seed = micro_batch, max_grad_norm, seed
+        self.notify = notify
         self.nonfinite_in_a_row = 0
         policy.add_shadows(rule.needs.shadows)
 
@@ -94,11 +111,12 @@ class Trainer:
         prompts = self.draw(index)
         plan = self.rule.plan(self.policy.schedule, index, numpy_generator(self.seed, 15, index))
         with clock("sample"):
-            rollout = self.policy.rollout(prompts, plan)
+            rollout = self.fitting(lambda: self.policy.rollout(prompts, plan))
+            sampled = Sampled(rollout, self.policy.micro_batch)
         metrics: Metrics = {}
         credit: Credit | None = None
         if plan.stop == self.policy.schedule.steps:
-            scores = self.score(rollout, clock)
+            scores = self.fitting(lambda: self.score(rollout, clock))
             if not scores.valid.any():
                 dead = [name for name, values in scores.by_name.items() if not np.isfinite(values).all()]
                 raise Fault(f"update {index}: no sample got a score; not finite: {', '.join(dead)}")
@@ -108,7 +126,7 @@ class Trainer:
             metrics["skipped_flat"] = 1.0
         else:
             with clock("train"):
-                metrics |= self._train(plan, rollout, credit, index)
+                metrics |= self._train(plan, sampled, credit, index)
         self.policy.follow(self.rule.needs.shadows)
         if hasattr(self.rule, "after_update"):
             self.rule.after_update(metrics)
@@ -133,16 +151,51 @@ class Trainer:
             np.concatenate([part.valid for part in parts]),
         )
 
-    def _train(self, plan: Plan, rollout: Rollout, credit: Credit | None, index: int) -> Metrics:
+    def fitting(self, work: Callable[[], T]) -> T:
+        """Do some work; where memory does not suffice, halve the micro-batch and do it again.
+
+        Raises:
+            Fault: if one sample alone is too much.
+        """
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                problem = one_line(error)
+            # After the handler, which would keep the failed attempt's tensors alive.
+            self.optimizer.zero_grad(set_to_none=True)
+            release()
+            if self.micro_batch == 1:
+                raise Fault(
+                    f"out of memory with one sample at a time ({problem}); try optimizer.gradient_checkpointing"
+                )
+            self.micro_batch = self.policy.micro_batch = max(1, min(self.micro_batch, self.policy.micro_batch) // 2)
+            self.notify(f"out of memory ({problem}): going on with optimizer.micro_batch {self.micro_batch}")
+
+    def _train(self, plan: Plan, sampled: Sampled, credit: Credit | None, index: int) -> Metrics:
         """The optimiser steps of one update; metrics are averaged over them."""
         sums: dict[str, list[float]] = defaultdict(list)
         for number, terms in enumerate(plan.updates):
-            self.optimizer.zero_grad(set_to_none=True)
-            values = self.accumulate(terms, rollout, credit, first=number == 0, where=f"update {index}")
+            first, where = number == 0, f"update {index}"
+            values = self.fitting(functools.partial(self._gradient, terms, sampled, credit, first=first, where=where))
             norm = self._step()
             for name, value in {**values, **norm}.items():
                 sums[name].append(value)
         return {name: float(np.mean(values)) for name, values in sums.items()}
+
+    def _gradient(
+        self, terms: tuple[Term, ...], sampled: Sampled, credit: Credit | None, *, first: bool, where: str
+    ) -> Metrics:
+        """The gradient of one optimiser step, from zero."""
+        self.optimizer.zero_grad(set_to_none=True)
+        # Later steps keep the old log-probs: the parameters they belong to are gone, and only rounding differs.
+        if first and sampled.micro_batch != self.policy.micro_batch:
+            self.notify(f"{where}: old log-probabilities are computed again, for the smaller micro-batch")
+            sampled.rollout = self.policy.recomputed(sampled.rollout)
+            sampled.micro_batch = self.policy.micro_batch
+        return self.accumulate(terms, sampled.rollout, credit, first=first, where=where)
 
     def accumulate(
         self, terms: tuple[Term, ...], rollout: Rollout, credit: Credit | None, *, first: bool, where: str = ""

@@ -291,12 +291,14 @@ class TrainablePolicy(Policy, Protocol):
 
     parameters: dict[str, Tensor]
     shadows: dict[str, dict[str, Tensor]]
+    micro_batch: int
     rows_forward: int
     rows_backward: int
 
     @property
     def exact(self) -> bool: ...
 
+    def recomputed(self, rollout: Rollout) -> Rollout: ...
     def add_shadows(self, decays: dict[str, float]) -> None: ...
     def follow(self, decays: dict[str, float]) -> None: ...
 

@@ -49,7 +49,10 @@ def test_all_mistakes_come_at_once_each_names_its_field():
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("rule={name: flow_grp}", "rule.name: got 'flow_grp', allowed are flow_grpo, ddpo, truncated_bp; did you mean flow_grpo?"),
+        (
+            "rule={name: flow_grp}",
+            "rule.name: got 'flow_grp', allowed are flow_grpo, ddpo, truncated_bp; did you mean flow_grpo?",
+        ),
         ("rule=flow_grpo", "rule: got 'flow_grpo', expected a mapping"),
         ("rule={}", "rule.name: got None"),
         ("rule.window=[3, 20]", "rule.window: got [3, 20], allowed is 0 <= first < stop <= sampler.steps (10)"),

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 # Lowest first; a file may import from its own line and those above it.
 LAYERS = [
     {"types", "files", "_version"},
-    {"ops", "randomness"},
+    {"ops", "randomness", "memory"},
     {"processes"},
     {"rules"},
-    {"shapes.world", "shapes.captions", "shapes.detector", "shapes.models"},
+    {"shapes.world", "shapes.captions", "shapes.detector", "shapes.models", "shapes.preference"},
     {"rewards", "reward_models"},
     {"backends"},
     {"shapes.pretrain", "prompts"},

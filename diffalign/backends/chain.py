@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -194,6 +195,21 @@ class ChainPolicy(ABC):
         x = self._walk(part.prompts, part.tree, part.plan, part.x[start], start, stop, advance)
         std = self.table(part.plan, stop - 1)[2] if stop > start else 0.0
         return Replay(x, last[0], std)
+
+    @torch.no_grad()
+    def recomputed(self, rollout: Rollout) -> Rollout:
+        """The rollout with means and log-probs as the present micro-batch gives them: its size changes their last bits."""
+        parts = []
+        for rows in chunks(len(rollout.prompts), self.micro_batch):
+            part = rollout.select(rows)
+            mean, log_prob = list(part.mean), list(part.log_prob)
+            for step in (k for k, old in enumerate(part.log_prob) if old is not None):
+                now = self.transition(part, step)
+                child = now.mean[part.tree.parent[step]]
+                log_prob[step] = gaussian.log_prob(part.x[step + 1], child, now.std, reduce="mean")
+                mean[step] = now.mean if part.plan.keep_mean else None
+            parts.append(replace(part, mean=mean, log_prob=log_prob))
+        return concatenate(parts, rollout.prompts)
 
     def decode(self, part: Rollout, x: Tensor) -> Media:
         """Decode latents of the part's leaves."""

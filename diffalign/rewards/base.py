@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.memory import out_of_memory
 from diffalign.types import Fault, Media, Prompts, Scores, one_line
 
 Reward = Callable[[Media, Prompts], "Tensor | Sequence[float]"]
@@ -47,6 +48,8 @@ def evaluate(rewards: dict[str, Reward], weights: dict[str, float], media: Media
             output = reward(media, prompts)
             values = output.detach().cpu().double().numpy() if isinstance(output, Tensor) else np.asarray(output, float)
         except (Exception, SystemExit) as error:  # whatever a user's function does
+            if out_of_memory(error):
+                raise  # the trainer answers it
             raise Fault(f"reward {name}: {one_line(error)}") from error
         if values.shape != (len(prompts),):
             raise Fault(f"reward {name}: returned shape {values.shape} for {len(prompts)} samples")

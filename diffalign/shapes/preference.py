@@ -1,7 +1,8 @@
 """A small preference network on 64 x 64 pictures and what their captions ask for: the shapes world's PickScore.
 
-Densities of the 24 kinds of object (shape and colour) over a 16 x 16 grid, pooled to counts and centres, meet the caption in
-a small head. Every operation is smooth, so the score has a gradient to the pixels everywhere.
+Densities of the 24 kinds of object (shape and colour) over a 16 x 16 grid are added up into those that fit each clause of the
+caption and the rest; their counts and centres meet the caption in a small head. Every operation is smooth, so the score has a
+gradient to the pixels everywhere.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffalign.shapes.captions import RELATIONS
-from diffalign.shapes.world import COLOURS, SHAPES, SIZE
+from diffalign.shapes.world import COLOURS, SHAPES
+from diffalign.shapes.world import SIZE as SIZE
 
 KINDS = len(SHAPES) * len(COLOURS)
+GRID = SIZE // 4
 FOLDER = Path(__file__).parent / "weights" / "preference"
 COUNTS = 4  # a caption asks for one to four of a kind
 SLOT = len(SHAPES) + len(COLOURS) + 1 + COUNTS
@@ -41,6 +44,14 @@ def features(metadata: list[dict[str, Any]]) -> Tensor:
             if "position" in clause:
                 row[2 * SLOT + list(RELATIONS).index(clause["position"][0])] = 1
     return rows
+
+
+def matching(wanted: Tensor) -> Tensor:
+    """Which kinds fit each clause, (n, 2, 24) of 0 and 1, from caption features; without a colour every one fits."""
+    slots = wanted[:, : 2 * SLOT].unflatten(1, (2, SLOT))
+    shape, colour = slots[..., : len(SHAPES)], slots[..., len(SHAPES) : len(SHAPES) + len(COLOURS)]
+    any_colour = slots[..., len(SHAPES) + len(COLOURS), None]
+    return (shape[..., :, None] * (colour + any_colour)[..., None, :]).flatten(2)
 
 
 class PreferenceNet(nn.Module):
@@ -71,25 +82,33 @@ class PreferenceNet(nn.Module):
         )
         self.density = nn.Conv2d(third, KINDS, 1)
         self.head = nn.Sequential(
-            nn.Linear(3 * KINDS + third + FEATURES, 128), nn.SiLU(), nn.Linear(128, 64), nn.SiLU(), nn.Linear(64, 1)
+            nn.Linear(4 * 3 + third + FEATURES, 128), nn.SiLU(), nn.Linear(128, 64), nn.SiLU(), nn.Linear(64, 1)
         )
-        grid = torch.linspace(-1, 1, SIZE // 4)
+        grid = torch.linspace(-1, 1, GRID)
         self.register_buffer("grid", torch.stack(torch.meshgrid(grid, grid, indexing="xy")), persistent=False)
         self.register_buffer("offset", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
-        nn.init.constant_(self.density.bias, -4.0)  # type: ignore[arg-type]
+        nn.init.constant_(self.density.bias, -7.0)  # type: ignore[arg-type]
 
     def look(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts of every kind (n, 24), and all that is pooled from a picture (n, 72 + channels)."""
+        """Density of every kind (n, 24, 16, 16), and the mean of what was seen (n, channels)."""
         seen = self.trunk(2 * pixels - 1)
-        density = F.softplus(self.density(seen))
-        counts = density.sum((2, 3))
-        centres = torch.einsum("nkhw,chw->nkc", density, self.grid) / (counts[..., None] + 0.1)
-        return counts, torch.cat([counts, centres.flatten(1), seen.mean((2, 3))], 1)
+        return F.softplus(self.density(seen)), seen.mean((2, 3))
+
+    def judge(self, density: Tensor, seen: Tensor, wanted: Tensor) -> Tensor:
+        """Scores (n,) before calibration."""
+        both = matching(wanted)
+        rest = 1 - both.sum(1, keepdim=True).clamp(max=1)
+        groups = torch.cat([both, rest], 1)  # kinds of the first clause, of the second, of neither
+        maps = torch.einsum("ngk,nkhw->nghw", groups, density)
+        counts = maps.sum((2, 3))
+        centres = torch.einsum("nghw,chw->ngc", maps, self.grid) / (counts[..., None] + 0.1)
+        peaks = torch.einsum("nghw,nghw->ng", maps, maps)  # one sharp object is not four faint ones
+        pooled = [counts, centres.flatten(1), peaks, seen, wanted]
+        return self.head(torch.cat(pooled, 1))[:, 0]
 
     def forward(self, pixels: Tensor, wanted: Tensor) -> Tensor:
-        pooled = self.look(pixels)[1]
-        return (self.head(torch.cat([pooled, wanted], 1))[:, 0] - self.offset) * self.scale
+        return (self.judge(*self.look(pixels), wanted) - self.offset) * self.scale
 
 
 NETS: dict[str, dict[str, Any]] = {

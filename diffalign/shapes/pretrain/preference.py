@@ -28,7 +28,7 @@ from diffalign.ops import geneval
 from diffalign.processes import linear_sigmas
 from diffalign.shapes import captions, models
 from diffalign.shapes.detector import detect
-from diffalign.shapes.preference import KINDS, NETS, PreferenceNet, features
+from diffalign.shapes.preference import GRID, KINDS, NETS, PreferenceNet, features
 from diffalign.shapes.pretrain.data import MIX
 from diffalign.shapes.world import BACKGROUND, COLOURS, SHAPES, render
 
@@ -37,19 +37,21 @@ CUE = {"shapes_pref": 0.5, "shapes_judge": 0.0}  # utility per standard deviatio
 FLIPPED = 0.12  # share of wrong labels
 SHARPNESS = 3.0  # P(a over b) = sigmoid(SHARPNESS * (U_a - U_b)) before flips
 SIZE = 6  # pictures a caption
+MOST = 8  # objects remembered of a picture
 
 Pictures = NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparisons:
-    """images (n, 6, 64, 64, 3), captions' metadata (n), counts (n, 6, 24) of what is there, utility (n, 6),
-    labels (n, 6, 6): 1 where the row wins.
+    """images (n, 6, 64, 64, 3), captions' metadata (n), utility (n, 6), labels (n, 6, 6): 1 where the row wins.
+
+    objects (n, 6, 8, 3): kind (-1: none), x and y in pixels of what the detector finds.
     """
 
     images: Pictures
     metadata: list[dict[str, Any]]
-    counts: NDArray[np.float32]
+    objects: NDArray[np.float32]
     utility: NDArray[np.float64]
     labels: NDArray[np.float32]
 
@@ -134,13 +136,15 @@ def build(count: int, seed: int, cue: float) -> Comparisons:
 
 def compare(images: Pictures, metadata: list[dict[str, Any]], cue: float, rng: np.random.Generator) -> Comparisons:
     """Labels by the hidden utility, with people's mistakes."""
-    counts = np.zeros((*images.shape[:2], KINDS), np.float32)
+    objects = np.full((*images.shape[:2], MOST, 3), -1, np.float32)
     utility, vivid = np.zeros(images.shape[:2]), np.zeros(images.shape[:2])
     for k, wanted in enumerate(metadata):
         for j, image in enumerate(images[k]):
             found = detect(image)
-            for item in found.objects:
-                counts[k, j, SHAPES.index(item.name) * len(COLOURS) + COLOURS.index(item.colour)] += 1
+            for place, item in zip(objects[k, j], found.objects, strict=False):
+                left, top, right, bottom = item.box
+                kind = SHAPES.index(item.name) * len(COLOURS) + COLOURS.index(item.colour)
+                place[:] = kind, (left + right) / 2, (top + bottom) / 2
             strict = geneval.strict(found.objects, wanted, found.residue).correct
             # U = 2 partial credit + 1 if strictly right - 5 unexplained share + cue
             utility[k, j] = 2 * geneval.partial(found.objects, wanted) + strict - 5 * min(found.residue, 0.2)
@@ -152,7 +156,7 @@ def compare(images: Pictures, metadata: list[dict[str, Any]], cue: float, rng: n
     upper = np.triu(np.ones((SIZE, SIZE), bool), 1)
     above = (draw ^ flip) & upper
     labels = above + (~above & upper).transpose(0, 2, 1)
-    return Comparisons(images, metadata, counts, utility, labels.astype(np.float32))
+    return Comparisons(images, metadata, objects, utility, labels.astype(np.float32))
 
 
 def to_pixels(images: Pictures) -> torch.Tensor:
@@ -160,32 +164,48 @@ def to_pixels(images: Pictures) -> torch.Tensor:
     return torch.from_numpy(images).flatten(0, -4).permute(0, 3, 1, 2).float() / 255
 
 
+def places(objects: torch.Tensor) -> torch.Tensor:
+    """Where kinds stand: objects (n, 8, 3) to (n, 24, 16, 16), each object's 1 shared by the four nearest cells."""
+    target = torch.zeros(len(objects), KINDS, GRID, GRID)
+    image, slot = (objects[..., 0] >= 0).nonzero(as_tuple=True)
+    kind = objects[image, slot, 0].long()
+    at = objects[image, slot, 1:] / (64 / GRID) - 0.5
+    low = at.floor()
+    for dx, dy in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        corner = low + torch.tensor([dx, dy])
+        weight = (1 - (at - corner).abs()).prod(1)
+        x, y = corner.long().clamp(0, GRID - 1).T
+        target.index_put_((image, kind, y, x), weight, accumulate=True)
+    return target
+
+
 def train(name: str, data: Comparisons, steps: int, log: Callable[[str], None], batch: int = 24) -> PreferenceNet:
-    """Bradley-Terry on all pairs of a caption, and a count of every kind as a second lesson for the trunk."""
+    """Bradley-Terry on all pairs of a caption, and where every kind stands as a second lesson (Poisson)."""
     torch.manual_seed(SEEDS[name])
     generator = torch.Generator().manual_seed(SEEDS[name])
     net = PreferenceNet(**NETS[name])
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
-    wanted, counts, labels = features(data.metadata), torch.from_numpy(data.counts), torch.from_numpy(data.labels)
+    wanted, objects, labels = features(data.metadata), torch.from_numpy(data.objects), torch.from_numpy(data.labels)
     pairs = torch.triu_indices(SIZE, SIZE, 1)
     started = time.perf_counter()
     for step in range(steps):
         rows = torch.randint(len(wanted), (batch,), generator=generator)
-        pooled_counts, pooled = net.look(to_pixels(data.images[rows.numpy()]))
-        score = net.head(torch.cat([pooled, wanted[rows].repeat_interleave(SIZE, 0)], 1))[:, 0].view(batch, SIZE)
+        density, seen = net.look(to_pixels(data.images[rows.numpy()]))
+        score = net.judge(density, seen, wanted[rows].repeat_interleave(SIZE, 0)).view(batch, SIZE)
         difference = score[:, pairs[0]] - score[:, pairs[1]]
         prefer = F.binary_cross_entropy_with_logits(difference, labels[rows][:, pairs[0], pairs[1]])
-        counting = F.smooth_l1_loss(pooled_counts, counts[rows].flatten(0, 1), beta=0.3)
-        loss = prefer + 5 * counting
+        place = F.poisson_nll_loss(density, places(objects[rows].flatten(0, 1)), log_input=False, reduction="sum")
+        place = place / len(density)
+        loss = prefer + 0.1 * place
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         optimizer.step()
         schedule.step()
         if step % 200 == 0 or step == steps - 1:
             log(
-                f"step {step} preference {prefer.item():.4f} counts {counting.item():.4f} seconds {time.perf_counter() - started:.0f}"
+                f"step {step} preference {prefer.item():.4f} places {place.item():.3f} seconds {time.perf_counter() - started:.0f}"
             )
     return net.eval().requires_grad_(False)
 
