@@ -55,6 +55,10 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
 @click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True)
 @click.option("--steps", type=click.IntRange(1, 1000), help="Sampling steps [default: as trained].")
 @click.option("--guidance", type=click.FloatRange(0, 1000), help="Guidance scale [default: as trained].")
+@click.option("--negative", help="What guidance leads away from; needs a guidance above 1.")
+@click.option("--strength", type=click.FloatRange(-100, 100), default=1.0, show_default=True, help="Of the adapter.")
+@click.option("--adapter", "more", multiple=True, metavar="FOLDER[:STRENGTH]", help="A further adapter; several times.")
+@click.option("--base", is_flag=True, help="Also draw without adapters, from the same seeds.")
 @click.option(
     "--out", type=click.Path(file_okay=False), default="samples", show_default=True, help="Folder to write to."
 )
@@ -66,9 +70,13 @@ def sample(
     seed: int,
     steps: int | None,
     guidance: float | None,
+    negative: str | None,
+    strength: float,
+    more: tuple[str, ...],
+    base: bool,
     out: str,
 ) -> None:
-    """Write pictures and a grid from a run, an adapter or a model."""
+    """Write pictures, a grid and an index page from a run, an adapter or a model."""
     from diffalign import prompts as prompt_files
     from diffalign import sampling
 
@@ -77,8 +85,8 @@ def sample(
         texts += [entry["prompt"] for entry in prompt_files.read(file, (), "test", "--prompts")]
     if not texts:
         raise UserError("sample: no caption; give --prompt TEXT or --prompts FILE")
-    source = sampling.resolve(target)
-    for path in sampling.sample(source, texts, count, seed, out, steps, guidance):
+    source = sampling.resolve(target, strength, more)
+    for path in sampling.sample(source, texts, count, seed, out, steps, guidance, negative, base):
         click.echo(str(path))
 
 

@@ -1,59 +1,105 @@
-"""`diffalign sample`: pictures from a run, an adapter folder or a model, through the plain diffusers pipeline."""
+"""`diffalign sample`: pictures from a run, adapters or a model, through the plain diffusers pipeline."""
 
 from __future__ import annotations
 
 import json
+import math
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from diffalign.processes import linear_sigmas
 from diffalign.types import UserError, one_line
 
+PAGE = Path(__file__).parent / "sample_page.html"
+BATCH = 8  # pictures a call
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA folder and how strongly it acts: 1 as trained, 0 not at all."""
+
+    folder: Path
+    strength: float = 1.0
+
 
 @dataclass(frozen=True)
 class Source:
-    """What to sample from: a model, its adapter folder if there is one, and the call's arguments."""
+    """What to sample from: a model, adapters on it, the call's arguments, and the scheduler they were trained with."""
 
     model: str
-    adapter: Path | None
+    adapters: tuple[Adapter, ...]
     call: dict[str, Any]
+    scheduler: str = ""
 
 
-def resolve(target: str) -> Source:
-    """A run folder, a folder with a LoRA written by `train`, or a model.
+def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Source:
+    """A run folder, a folder with a LoRA written by `train`, or a model; `more` adapters as FOLDER or FOLDER:STRENGTH.
 
     Raises:
-        UserError: if it is none of them.
+        UserError: if there is nothing of that kind, or an adapter belongs to another model.
     """
+    source = _target(target, strength)
+    adapters = [_adapter(text) for text in more]
+    for adapter in adapters:
+        base = _notes(adapter.folder).get("base_model", source.model)
+        if base != source.model:
+            raise UserError(f"--adapter: {adapter.folder} belongs to {base}, the pictures come from {source.model}")
+    return replace(source, adapters=(*source.adapters, *adapters))
+
+
+def _target(target: str, strength: float) -> Source:
     from diffalign.shapes import models
 
     path = Path(target)
     for folder in (path / "adapter", path):
-        if (folder / "pytorch_lora_weights.safetensors").is_file():
+        if (folder / WEIGHTS).is_file():
             notes = _notes(folder)
             if "base_model" not in notes:
-                raise UserError(f"sample: {folder} does not say its base model; only adapters written by diffalign do")
-            return Source(notes["base_model"], folder, json.loads(notes["call"]))
+                raise UserError(
+                    f"sample: {folder} does not say its base model; give the model, and this folder with --adapter"
+                )
+            adapter = Adapter(folder, strength)
+            return Source(notes["base_model"], (adapter,), json.loads(notes["call"]), notes.get("scheduler", ""))
     if (path / "config.yaml").is_file():
         raise UserError(f"sample: the run {target} has no adapter yet; train it to its end first")
+    if strength != 1:
+        raise UserError(
+            f"--strength: got {strength:g}, {target} has no adapter of its own; use --adapter FOLDER:STRENGTH"
+        )
     if models.path(target) or (path / "model_index.json").is_file():
-        call = {"max_sequence_length": 1} if models.path(target) else {}
-        return Source(target, None, call)
+        return Source(target, (), models.call(target))
     if path.exists() or target.count("/") != 1:
         known = ", ".join(models.names())
         raise UserError(
             f"sample: got {target!r}, which is no run, adapter, model folder or hub id; embedded are {known}"
         )
-    return Source(target, None, {})
+    return Source(target, (), {})
+
+
+def _adapter(text: str) -> Adapter:
+    """FOLDER, or FOLDER:STRENGTH; a run folder stands for its adapter."""
+    name, colon, tail = text.rpartition(":")
+    try:
+        folder, strength = (Path(name), float(tail)) if colon else (Path(text), 1.0)
+    except ValueError:
+        folder, strength = Path(text), 1.0
+    if not math.isfinite(strength):
+        raise UserError(f"--adapter: got {text!r}, the strength must be a finite number")
+    for place in (folder / "adapter", folder):
+        if (place / WEIGHTS).is_file():
+            return Adapter(place, strength)
+    raise UserError(f"--adapter: got {text!r}, no {WEIGHTS} there; allowed is FOLDER or FOLDER:STRENGTH")
 
 
 def _notes(folder: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / "pytorch_lora_weights.safetensors", framework="np") as file:
+        with safe_open(folder / WEIGHTS, framework="np") as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(f"sample: {folder} holds a damaged adapter: {one_line(error)}") from error
@@ -67,29 +113,41 @@ def sample(
     out: Path | str = "samples",
     steps: int | None = None,
     guidance: float | None = None,
+    negative: str | None = None,
+    base: bool = False,
 ) -> list[Path]:
-    """Write `n` pictures a prompt and a grid; picture k of a prompt uses `manual_seed(seed + k)`.
+    """Write `n` pictures a prompt, a grid and an index page; picture k of a prompt uses `manual_seed(seed + k)`.
+
+    Args:
+        negative: what guidance leads away from.
+        base: also draw with the adapters off, from the same seeds, and show both.
+
+    Returns:
+        The pictures with adapters, then those without, `grid.png` and `index.html`.
 
     Raises:
-        UserError: if `out` cannot be written, or the model or adapter does not load.
+        UserError: if `out` cannot be written, an argument does not fit, or the model or an adapter does not load.
     """
     out = Path(out)
+    call = _call(source, steps, guidance, negative)
+    if base and not source.adapters:
+        raise UserError(f"--base: {source.model} is sampled without an adapter, there is nothing to compare")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: got {str(out)!r}, cannot write there ({error.strerror})") from error
-    import numpy as np
-    import torch
+    pipe = _pipeline(source)
+    aligned = _draw(pipe, prompts, range(seed, seed + n), call, out, "")
+    plain: list[Path] = []
+    if base:
+        pipe.disable_lora()
+        plain = _draw(pipe, prompts, range(seed, seed + n), call, out, "_base")
+    _grid(aligned, plain, n, out / "grid.png")
+    _page(source, prompts, aligned, plain, n, call, out / "index.html")
+    return [*aligned, *plain, out / "grid.png", out / "index.html"]
 
-    from diffalign.backends import adapters, diffusers
-    from diffalign.figures import grid
 
-    pipe = diffusers.load(source.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    if source.adapter is not None:
-        with adapters.quiet():
-            pipe.load_lora_weights(source.adapter)
-        if not pipe.get_active_adapters():
-            raise UserError(f"sample: {source.adapter} loads nothing into {source.model}")
+def _call(source: Source, steps: int | None, guidance: float | None, negative: str | None) -> dict[str, Any]:
     call = dict(source.call)
     if guidance is not None:
         call["guidance_scale"] = guidance
@@ -97,22 +155,96 @@ def sample(
         call["num_inference_steps"] = steps
         if "sigmas" in call:
             call["sigmas"] = linear_sigmas(steps)
-    shots, paths = [], []
-    for number, prompt in enumerate(prompts):
-        for start in range(0, n, 8):
-            seeds = range(seed + start, seed + min(start + 8, n))
-            generators = [torch.Generator().manual_seed(s) for s in seeds]
-            images = pipe([prompt] * len(generators), generator=generators, output_type="np", **call).images
-            for s, image in zip(seeds, np.round(images * 255).astype(np.uint8), strict=True):
-                path = out / f"{number:03d}_seed{s}.png"
-                grid(image[None]).save(path) if max(image.shape) < 128 else _save(image, path)
-                shots.append(image)
-                paths.append(path)
-    grid(np.stack(shots), columns=min(n, 8)).save(out / "grid.png")
-    return [*paths, out / "grid.png"]
+    if negative is not None:
+        if call.get("guidance_scale", 2) <= 1:
+            raise UserError(
+                f"--negative: no effect at guidance {call['guidance_scale']:g}; allowed with --guidance above 1"
+            )
+        call["negative_prompt"] = negative
+    return call
 
 
-def _save(image: Any, path: Path) -> None:
+def _pipeline(source: Source) -> Any:
+    import torch
+
+    from diffalign.backends import adapters, diffusers
+
+    pipe = diffusers.load(source.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    if source.scheduler:
+        diffusers.use_scheduler(pipe, source.scheduler)
+    for number, adapter in enumerate(source.adapters):
+        try:
+            adapters.load(pipe, adapter.folder, f"adapter_{number}")
+        except ValueError as error:
+            raise UserError(f"sample: {adapter.folder} does not fit {source.model}: {one_line(error)}") from error
+    if source.adapters:
+        names = [f"adapter_{number}" for number in range(len(source.adapters))]
+        pipe.set_adapters(names, [adapter.strength for adapter in source.adapters])
+    return pipe
+
+
+def _draw(pipe: Any, prompts: Sequence[str], seeds: range, call: dict[str, Any], out: Path, ending: str) -> list[Path]:
+    import numpy as np
+    import torch
     from PIL import Image
 
-    Image.fromarray(image).save(path)
+    paths = []
+    for number, prompt in enumerate(prompts):
+        for start in range(0, len(seeds), BATCH):
+            some = seeds[start : start + BATCH]
+            generators = [torch.Generator().manual_seed(s) for s in some]
+            given = {key: [value] * len(some) if key == "negative_prompt" else value for key, value in call.items()}
+            try:
+                images = pipe([prompt] * len(some), generator=generators, output_type="np", **given).images
+            except (TypeError, ValueError) as error:
+                raise UserError(f"sample: {type(pipe).__name__} does not accept this: {one_line(error)}") from error
+            for s, image in zip(some, np.round(images * 255).astype(np.uint8), strict=True):
+                paths.append(out / f"{number:03d}_seed{s}{ending}.png")
+                Image.fromarray(image).save(paths[-1])
+    return paths
+
+
+def _grid(aligned: list[Path], plain: list[Path], n: int, path: Path) -> None:
+    """Up to eight pictures a prompt in a row; where there are two kinds, the base's row above."""
+    import numpy as np
+    from PIL import Image
+
+    from diffalign.figures import grid
+
+    columns = min(n, BATCH)
+    rows: list[Path] = []
+    for start in range(0, len(aligned), n):
+        for kind in (plain, aligned):
+            rows += kind[start : start + columns]
+    grid(np.stack([np.asarray(Image.open(p)) for p in rows]), columns).save(path)
+
+
+def _page(
+    source: Source,
+    prompts: Sequence[str],
+    aligned: list[Path],
+    plain: list[Path],
+    n: int,
+    call: dict[str, Any],
+    path: Path,
+) -> None:
+    """An index page of all pictures, with what made them."""
+    from jinja2 import Template
+
+    groups = [
+        {
+            "prompt": prompt,
+            "pairs": [
+                {"seed": p.stem.split("seed")[1], "aligned": p.name, "base": plain[k].name if plain else None}
+                for k, p in list(enumerate(aligned))[start : start + n]
+            ],
+        }
+        for prompt, start in zip(prompts, range(0, len(aligned), n), strict=True)
+    ]
+    facts = {
+        "model": source.model,
+        "adapters": ", ".join(f"{a.folder} at {a.strength:g}" for a in source.adapters) or "none",
+        "call": " ".join(f"{key}={shlex.quote(str(value))}" for key, value in call.items() if key != "sigmas"),
+    }
+    template = Template(PAGE.read_text(encoding="utf-8"), autoescape=True)
+    path.write_text(template.render(groups=groups, facts=facts, base=bool(plain)), encoding="utf-8")

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from diffalign.types import Fault, UserError
+from diffalign.types import Fault, UserError, one_line
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # names diffusers gives the component that denoises
 FILE = "pytorch_lora_weights.safetensors"
@@ -142,6 +142,21 @@ def _compare(name: str, layer: Any, folder: Path) -> None:
     )
     if not same:
         raise Fault(f"{folder / FILE}: layer {name} differs from what was trained")
+
+
+def load(pipe: Any, folder: Path, name: str) -> None:
+    """Load a LoRA under a name.
+
+    Raises:
+        ValueError: if nothing of it fits the pipeline; diffusers itself loads nothing, silently.
+    """
+    with quiet():
+        try:
+            pipe.load_lora_weights(folder, adapter_name=name)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(one_line(error)) from error
+    if not any(name in names for names in pipe.get_list_adapters().values()):
+        raise ValueError("it names no layer of this model")
 
 
 def metadata(folder: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent / "weights"
 
@@ -15,3 +16,8 @@ def names() -> list[str]:
 def path(name: str) -> Path | None:
     """Folder of an embedded pipeline, an ordinary diffusers folder; None if there is none of that name."""
     return FOLDER / name if name in names() else None
+
+
+def call(name: str) -> dict[str, Any]:
+    """Arguments of a pipeline's call that an embedded one is meant to be used with; none for other names."""
+    return {"max_sequence_length": 1} if name == "shapes-sd3" else {}

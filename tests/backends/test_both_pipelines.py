@@ -1,0 +1,220 @@
+"""Both embedded pipelines, U-Net with DDIM and transformer with a flow, through the same code, held against plain diffusers."""
+
+import inspect
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+
+from diffalign import prompts
+from diffalign.backends import adapters, diffusers
+from diffalign.evaluate import quiet_plan
+from diffalign.ops import gaussian
+from diffalign.processes import PROCESSES
+from diffalign.rules import TruncatedBP
+from diffalign.types import Plan, Prompts, UserError
+
+PROCESS = {"shapes-sd3": "flow_sde", "shapes-sd": "ddim"}
+CALL = {"shapes-sd3": {"max_sequence_length": 1}, "shapes-sd": {}}
+TEXTS = ["a photo of two stars", "a photo of a red circle left of a blue square"]
+both = pytest.mark.parametrize("name", list(PROCESS))
+
+
+def given(size: int = 1) -> Prompts:
+    return prompts.draw([{"prompt": text} for text in TEXTS], 2, size, 0, 0)
+
+
+def trained(name: str, dtype=torch.float32):
+    pipe = diffusers.load(name, dtype)
+    parameters = adapters.attach(pipe, 4, 16, None, 0)
+    with torch.no_grad():
+        for index, (key, p) in enumerate(parameters.items()):
+            if "lora_B" in key:  # starts at zero: move it, so that the adapter matters
+                p.normal_(std=0.05, generator=torch.Generator().manual_seed(index))
+    return pipe, parameters
+
+
+def make(name: str, steps: int = 4, guidance: float = 1.0, dtype=torch.float32, scheduler=None, **kwargs):
+    pipe, parameters = trained(name, dtype)
+    if scheduler is not None:
+        pipe.scheduler = scheduler(pipe.scheduler.config)
+    level = {"flow_sde": 0.7, "ddim": 1.0}[PROCESS[name]]
+    return diffusers.DiffusersPolicy(
+        pipe,
+        PROCESSES[PROCESS[name]],
+        steps=steps,
+        noise_level=level,
+        guidance_scale=guidance,
+        call=CALL[name],
+        micro_batch=4,
+        parameters=parameters,
+        **kwargs,
+    )
+
+
+def noisy(steps: int) -> Plan:
+    return Plan(steps, (True,) * (steps - 1) + (False,), ())
+
+
+@both
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_first_pass_log_probs_are_bit_equal(name, guidance, dtype):
+    policy = make(name, guidance=guidance, dtype=dtype)
+    part = policy.rollout(given(), noisy(4))
+    for step in range(3):
+        now = policy.transition(part, step)
+        new = gaussian.log_prob(part.x[step + 1], now.mean, now.std, "mean")
+        assert torch.equal(new, part.log_prob[step])
+    assert torch.equal(policy.replay(part, 0, 4).x, part.x[4])
+
+
+@both
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_deterministic_sampling_equals_the_plain_pipeline(name, guidance):
+    policy, batch = make(name, guidance=guidance), given()
+    part = policy.rollout(batch, quiet_plan(4))
+    ours = policy.decode(part, part.x[-1]).pixels[:, 0]
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in batch.seed]
+    plain = policy.pipe(
+        batch.text, num_inference_steps=4, guidance_scale=guidance, generator=generators, output_type="pt", **CALL[name]
+    )
+    # float32 sums in another order: a mean of alpha and eps terms here, x_0 and direction there
+    torch.testing.assert_close(ours, plain.images, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PNDMScheduler, DDPMScheduler, EulerDiscreteScheduler])
+def test_any_ddpm_like_scheduler_is_walked_as_ddim(kind):
+    """Stable Diffusion's own file names PNDM; the walk is DDIM's on the same betas, as from_config makes it."""
+    own = make("shapes-sd")
+    other = make("shapes-sd", scheduler=lambda config: kind.from_config(config, clip_sample=False))
+    assert isinstance(other.pipe.scheduler, kind)
+    expected = own.rollout(given(), quiet_plan(4)).x[-1]
+    assert torch.equal(other.rollout(given(), quiet_plan(4)).x[-1], expected)
+
+
+def test_a_v_prediction_pipeline_equals_the_plain_one():
+    def scheduler(config):
+        return DDIMScheduler.from_config(config, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+
+    policy, batch = make("shapes-sd", scheduler=scheduler), given()
+    assert policy.levels.prediction == "v_prediction"
+    part = policy.rollout(batch, quiet_plan(4))
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in batch.seed]
+    plain = policy.pipe(batch.text, num_inference_steps=4, guidance_scale=1.0, generator=generators, output_type="latent")
+    torch.testing.assert_close(part.x[-1], plain.images, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("setting", ["clip_sample", "thresholding"])
+def test_a_scheduler_that_clips_is_refused(setting):
+    with pytest.raises(UserError, match="clips x_0"):
+        make("shapes-sd", scheduler=lambda config: DDIMScheduler.from_config(config, **{setting: True}))
+
+
+def test_a_process_of_the_other_kind_is_refused_with_those_that_fit():
+    pipe, _ = trained("shapes-sd")
+    with pytest.raises(UserError, match=r"needs a flow-matching scheduler, .* DDIMScheduler, with it go ddim"):
+        diffusers.DiffusersPolicy(pipe, PROCESSES["flow_sde"], steps=4)
+    with pytest.raises(UserError, match=r"sampler\.sigmas: got 'linear'"):
+        diffusers.DiffusersPolicy(pipe, PROCESSES["ddim"], steps=4, sigmas="linear")
+    pipe, _ = trained("shapes-sd3")
+    with pytest.raises(UserError, match=r"needs a DDPM-like scheduler, .* with it go flow_sde, dance_sde, ode"):
+        diffusers.DiffusersPolicy(pipe, PROCESSES["ddim"], steps=4)
+
+
+# -- the reward's gradient
+
+
+def brightness(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels**2).flatten(1).mean(1)
+
+
+def full_backpropagation(name: str, steps: int, guidance: float) -> dict[str, torch.Tensor]:
+    """d mean reward / d LoRA through diffusers' own loop, own scheduler and own decoding, none of it ours."""
+    pipe, parameters = trained(name)
+    batch = given()
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in batch.seed]
+    call = inspect.unwrap(type(pipe).__call__)
+    output = call(
+        pipe,
+        prompt=batch.text,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
+        output_type="pt",
+        **CALL[name],
+    )
+    found = torch.autograd.grad(-brightness(output.images).mean(), list(parameters.values()), allow_unused=True)
+    return {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(parameters.items(), found, strict=True)}
+
+
+def truncated(name: str, depth, steps: int, guidance: float, **kwargs) -> dict[str, torch.Tensor]:
+    policy = make(name, steps, guidance, **kwargs)
+    rule = TruncatedBP(TruncatedBP.Settings(depth=depth))
+    import numpy as np
+
+    plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
+    part = policy.rollout(given(), plan)
+    loss = rule.loss(plan.updates[0][0], policy, part, None, lambda media: brightness(media.pixels[:, 0]))
+    loss.value.backward()
+    return {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in policy.parameters.items()}
+
+
+def relative(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    a, b = (torch.cat([g.flatten() for g in grads.values()]).double() for grads in (found, expected))
+    return float((a - b).norm() / b.norm())
+
+
+@both
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_truncated_bp_through_every_step_is_full_backpropagation(name, guidance, checkpointing):
+    expected = full_backpropagation(name, 4, guidance)
+    found = truncated(name, "all", 4, guidance, gradient_checkpointing=checkpointing)
+    assert relative(found, expected) < 2e-6
+    assert relative(truncated(name, 3, 4, guidance), expected) > 1e-2
+
+
+def saved_bytes(name: str, depth: int, steps: int, **kwargs) -> int:
+    """Bytes that autograd keeps of one truncated backpropagation, the decoder included."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    import numpy as np
+
+    policy = make(name, steps, **kwargs)
+    rule = TruncatedBP(TruncatedBP.Settings(depth=depth))
+    plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
+    part = policy.rollout(given(), plan)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        x = policy.replay(part, plan.stop, steps).x  # kept alive: storages are told apart by address
+        media = policy.decode(part, x)
+    assert media.pixels.requires_grad
+    return sum(sizes.values())
+
+
+@both
+def test_memory_grows_with_the_depth_and_not_with_the_steps(name):
+    one, two, four = (saved_bytes(name, depth, 8) for depth in (1, 2, 4))
+    step = two - one
+    assert step > 0.2 * one
+    assert four - two == pytest.approx(2 * step, rel=0.1)
+    assert saved_bytes(name, 2, 16) == pytest.approx(two, rel=0.02)
+
+
+@both
+def test_checkpointing_keeps_the_inputs_of_a_call_only(name):
+    plain = saved_bytes(name, 4, 8) - saved_bytes(name, 1, 8)
+    kept = saved_bytes(name, 4, 8, gradient_checkpointing=True) - saved_bytes(name, 1, 8, gradient_checkpointing=True)
+    assert kept < 0.1 * plain
+
+
+def test_rows_that_checkpointing_runs_again_are_counted():
+    policy = make("shapes-sd", gradient_checkpointing=True)
+    part = policy.rollout(given(), quiet_plan(4))
+    before = policy.rows_forward
+    policy.replay(part, 2, 4).x.sum().backward()
+    assert policy.rows_forward - before == 2 * 2 * 2  # two rows, two steps, twice
