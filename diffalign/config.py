@@ -291,7 +291,8 @@ def _explain(item: Any, model: Any, prefix: str = "") -> str:
         return f"{where}: unknown key{_near(str(location[-1]), fields) or '; known are ' + ', '.join(fields)}"
     if item["type"] == "missing":
         return f"{where}: missing"
-    message = item["msg"][0].lower() + item["msg"][1:]
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return f"{where}: got {item['input']!r}, {message.replace('input should be', 'allowed is')}"
 
 

@@ -1,4 +1,4 @@
-"""Twenty deliberate mistakes in ops, processes and rules. Each must be killed by a test; see test_mutations.py."""
+"""Deliberate mistakes in ops, processes, rules and the trainer. Each must be killed by a test; see test_mutations.py."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Mutation:
 
 GAUSSIAN, SURROGATE = "diffalign/ops/gaussian.py", "diffalign/ops/surrogate.py"
 ADVANTAGES, MATCHING = "diffalign/ops/advantages.py", "diffalign/ops/matching.py"
-FLOW, GRPO, GENEVAL = (
-    "diffalign/processes/flow_sde.py",
-    "diffalign/rules/policy_gradient.py",
-    "diffalign/ops/geneval.py",
+FLOW, DDIM, TABLE = (f"diffalign/processes/{name}.py" for name in ("flow_sde", "ddim", "table"))
+SHARED, GRPO, DDPO, TBP = (
+    f"diffalign/rules/{name}.py" for name in ("policy_gradient", "flow_grpo", "ddpo", "truncated_bp")
 )
+GENEVAL, TRAINER = "diffalign/ops/geneval.py", "diffalign/trainer.py"
 
 MUTATIONS = [
     Mutation("log-prob sign", GAUSSIAN, "per_dim = -((x - mean) ** 2)", "per_dim = ((x - mean) ** 2)"),
@@ -42,9 +42,12 @@ MUTATIONS = [
     Mutation("score term sign", FLOW, "prediction=(1 + g**2", "prediction=(1 - g**2"),
     Mutation("std without root", FLOW, "std=g * np.sqrt(-dt)", "std=g * -dt"),
     Mutation("first step singular", FLOW, "np.where(t == 1, sigma[1], t)", "np.where(t == 1, sigma[2], t)"),
-    Mutation("last step trained", GRPO, "k < schedule.steps - 1 and", "k < schedule.steps and"),
+    Mutation("last step trained", SHARED, "range(schedule.steps - 1) if", "range(schedule.steps) if"),
     Mutation(
-        "KL detached", GRPO, "kl = ((now.prediction - base) ** 2)", "kl = ((now.prediction.detach() - base) ** 2)"
+        "KL detached",
+        GRPO,
+        "kl = ((step.now.prediction - base) ** 2)",
+        "kl = ((step.now.prediction.detach() - base) ** 2)",
     ),
     Mutation(
         "credit of the wrong level",
@@ -54,10 +57,24 @@ MUTATIONS = [
     ),
     Mutation(
         "step weight inverted",
-        GRPO,
+        SHARED,
         "schedule.std[noisy] / schedule.gain[noisy]",
         "schedule.gain[noisy] / schedule.std[noisy]",
     ),
-    Mutation("loss summed over the part", GRPO, "s.clip).mean()\n", "s.clip).sum()\n"),
+    Mutation("loss summed over the part", SHARED, "step.advantage, clip).mean()", "step.advantage, clip).sum()"),
+    Mutation("eta squared", DDIM, "std = noise_level * (sigma_s", "std = noise_level**2 * (sigma_s"),
+    Mutation("direction keeps the variance", DDIM, "np.sqrt(sigma_s**2 - std**2)", "sigma_s"),
+    Mutation("v prediction sign", TABLE, "return a, -s, s, a", "return a, s, s, a"),
+    Mutation("history never used", DDPO, "past if len(past) >= s.history_least else batch", "batch"),
+    Mutation("history never forgets", DDPO, "float(reward)][-s.history :]", "float(reward)]"),
+    Mutation("score sign", DDPO, "Loss(-(step.advantage", "Loss((step.advantage"),
+    Mutation("reward sign", TBP, "Loss(-value.mean())", "Loss(value.mean())"),
+    Mutation("hinge turned over", TBP, "(self.settings.target - value)", "(value - self.settings.target)"),
+    Mutation(
+        "one step less", TBP, "steps - int(rng.integers(low, high + 1))", "steps - int(rng.integers(low, high + 1)) + 1"
+    ),
+    Mutation(
+        "old log-probs kept", TRAINER, "if first and sampled.micro_batch !=", "if not first and sampled.micro_batch !="
+    ),
     Mutation("exclude off by one", GENEVAL, "if len(found) >= clause", "if len(found) > clause"),
 ]

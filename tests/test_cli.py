@@ -39,7 +39,8 @@ def test_sample_writes_pictures_and_a_grid(trained, tmp_path):
     done = run("sample", str(trained), "--prompt", prompt, "-n", "8", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"grid.png", *(f"000_seed{k}.png" for k in range(8))}
+    assert names == {"grid.png", "index.html", *(f"000_seed{k}.png" for k in range(8))}
+    assert Image.open(tmp_path / "out" / "000_seed0.png").size == (64, 64)
     assert Image.open(tmp_path / "out" / "grid.png").size[0] > 8 * 64
 
 
@@ -99,7 +100,7 @@ def test_sample_from_a_model_a_prompt_file_and_other_settings(tmp_path):
         str(tmp_path / "o"),
     )
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in (tmp_path / "o").iterdir()} == {"000_seed0.png", "001_seed0.png", "grid.png"}
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {"000_seed0.png", "001_seed0.png", "grid.png", "index.html"}
 
 
 def test_plan_says_what_an_update_does_without_loading_weights(tmp_path):
@@ -152,6 +153,51 @@ def test_doctor_names_versions_and_mends():
     assert done.returncode in (0, 3)
 
 
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_sample_draws_the_base_beside_from_the_same_seeds_and_scales_adapters(trained, tmp_path):
+    prompt = "a photo of <two> stars"
+
+    def draw(name, *options):
+        done = run("sample", *options, "--prompt", prompt, "-n", "1", "--seed", "3", "--out", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+        return tmp_path / name
+
+    both = draw("both", str(trained), "--base")
+    page = (both / "index.html").read_text()
+    assert "000_seed3_base.png" in page and "&lt;two&gt;" in page and "<two>" not in page
+    aligned, base = pixels(both / "000_seed3.png"), pixels(both / "000_seed3_base.png")
+    assert np.abs(aligned - base).max() > 0
+    off = draw("off", str(trained), "--strength", "0")
+    np.testing.assert_array_equal(pixels(off / "000_seed3.png"), base)
+    # Twice at a half is once in full; rounding to 8 bits may move a value by one.
+    halves = draw("halves", str(trained), "--strength", "0.5", "--adapter", f"{trained / 'adapter'}:0.5")
+    assert np.abs(pixels(halves / "000_seed3.png") - aligned).max() <= 1
+
+
+def test_sample_takes_a_negative_prompt(tmp_path):
+    def draw(name, *options):
+        command = [
+            "sample",
+            "shapes-sd3",
+            "--prompt",
+            "a photo of a star",
+            "-n",
+            "1",
+            "--steps",
+            "3",
+            "--guidance",
+            "3",
+        ]
+        done = run(*command, *options, "--out", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+        return pixels(tmp_path / name / "000_seed0.png")
+
+    assert np.abs(draw("plain") - draw("negative", "--negative", "a photo of a red square")).max() > 0
+
+
 BAD = [
     (["train", "flow_grpo/shapes-sd3", "upates=3"], ["upates: unknown key; did you mean updates?"]),
     (["train", "flow_grpo/shapes-sd3", "updates=many", "lora.rnk=2"], ["updates: got 'many'", "lora.rnk: unknown key"]),
@@ -165,6 +211,16 @@ BAD = [
     (["sample", "shapes-sd3"], ["sample: no caption; give --prompt TEXT or --prompts FILE"]),
     (["sample", "nowhere", "--prompt", "a"], ["sample: got 'nowhere', which is no run"]),
     (["sample", "shapes-sd3", "--prompt", "a", "-n", "0"], ["Invalid value for '-n'"]),
+    (["sample", "shapes-sd3", "--prompt", "a", "--base"], ["--base: shapes-sd3 is sampled without an adapter"]),
+    (
+        ["sample", "shapes-sd3", "--prompt", "a", "--strength", "0.5"],
+        ["--strength: got 0.5, shapes-sd3 has no adapter"],
+    ),
+    (["sample", "shapes-sd3", "--prompt", "a", "--adapter", "no/where:2"], ["--adapter: got 'no/where:2'"]),
+    (
+        ["sample", "shapes-sd3", "--prompt", "a", "--guidance", "1", "--negative", "b"],
+        ["--negative: no effect at guidance 1"],
+    ),
     (["sample", "shapes-sd3", "--prompts", "nowhere.txt"], ["no file 'nowhere.txt'"]),
     (["rewards", "check", "shapes_genevil"], ["did you mean shapes_geneval"]),
     (["plan", "flow_grpo/shape-sd3"], ["did you mean flow_grpo/shapes-sd3?"]),

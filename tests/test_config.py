@@ -60,7 +60,7 @@ def test_all_mistakes_come_at_once_each_names_its_field():
         ("sampler.noise_level=0", "flow_grpo needs a stochastic sampler, flow_sde with noise_level 0 has no noise"),
         (
             "sampler.process=flowsde",
-            "sampler.process: got 'flowsde', allowed are flow_sde, dance_sde, ode; did you mean flow_sde?",
+            "sampler.process: got 'flowsde', allowed are flow_sde, dance_sde, ode, ddim; did you mean flow_sde?",
         ),
         ("optimizer.micro_batch=7", "optimizer.micro_batch: got 7, allowed are divisors of"),
         (
@@ -74,8 +74,27 @@ def test_all_mistakes_come_at_once_each_names_its_field():
         ("updates", "override: got 'updates', expected key=value"),
         ("seed.x=3", "override: seed.x: seed is not a section"),
         ("model=null", "model: got None"),
-        ("model=shapes-sd", "model: got 'shapes-sd', allowed are embedded pipelines (shapes-sd3), folders"),
+        (
+            "model=shapes-sd4",
+            "model: got 'shapes-sd4', allowed are embedded pipelines (shapes-sd, shapes-sd3), folders",
+        ),
         ("model=./no/such/folder", "model: got './no/such/folder', allowed are"),
+        (
+            "rule={name: truncated_bp}",
+            "rewards: truncated_bp needs a differentiable reward, shapes_geneval_partial is not",
+        ),
+        (
+            "rule={name: truncated_bp, depth: 0}",
+            "rule.depth: got 0, allowed are a whole number from 1, [low, high] of such, or all",
+        ),
+        ("rule={name: truncated_bp, depth: true}", "rule.depth: got True, allowed are"),
+        ("rule={name: truncated_bp, depth: [1, x]}", "rule.depth: got [1, 'x'], allowed are"),
+        (
+            "rule={name: truncated_bp, depth: 30}",
+            "rule.depth: got 30, allowed is 1 <= low <= high <= sampler.steps (10)",
+        ),
+        ("rule={name: ddpo, history: 4}", "rule.history_least: got 16, allowed is rule.history (4) or less"),
+        ("sampler={process: ddim, noise_level: 1.5}", "sampler.noise_level: got 1.5, ddim allows 0 to 1"),
         ("updates=[1", "config: override updates line 1: not YAML"),
         ("optimizer.lr=.inf", "optimizer.lr: got inf"),
         ("rewards={shapes_geneval: .nan}", "rewards.shapes_geneval: got nan"),

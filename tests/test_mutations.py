@@ -1,4 +1,4 @@
-"""The tests of ops, processes and rules must notice each planted mistake."""
+"""The tests of ops, processes, rules and the trainer must notice each planted mistake."""
 
 import os
 import shutil
@@ -39,6 +39,7 @@ def test_every_mutation_is_killed(mutation, tmp_path):
             "tests/ops",
             "tests/processes",
             "tests/rules",
+            "tests/test_trainer.py",
         ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from diffalign.rules.settings import Settings
 from diffalign.types import (
@@ -23,7 +23,14 @@ from diffalign.types import (
     Tree,
 )
 
-Depth = Annotated[int, Field(ge=1)]
+
+def _depth(value: object) -> object:
+    """One message for the whole union."""
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    numbers = list(value) if pair else [value]  # type: ignore[call-overload]
+    if value == "all" or all(type(number) is int and number >= 1 for number in numbers):
+        return tuple(numbers) if pair else value
+    raise ValueError("allowed are a whole number from 1, [low, high] of such, or all")
 
 
 class TruncatedBP:
@@ -34,7 +41,7 @@ class TruncatedBP:
     class Settings(Settings):
         """Keys of `rule:` for truncated_bp."""
 
-        depth: Depth | tuple[Depth, Depth] | Literal["all"] = Field(
+        depth: Annotated[int | tuple[int, int] | Literal["all"], BeforeValidator(_depth)] = Field(
             1, description="K: steps with gradient; [low, high]: drawn anew for every update; all: exact"
         )
         objective: Literal["linear", "hinge"] = Field("linear", description="hinge: rewards above `target` do not pull")

@@ -101,7 +101,9 @@ def test_a_v_prediction_pipeline_equals_the_plain_one():
     assert policy.levels.prediction == "v_prediction"
     part = policy.rollout(batch, quiet_plan(4))
     generators = [torch.Generator().manual_seed(int(seed)) for seed in batch.seed]
-    plain = policy.pipe(batch.text, num_inference_steps=4, guidance_scale=1.0, generator=generators, output_type="latent")
+    plain = policy.pipe(
+        batch.text, num_inference_steps=4, guidance_scale=1.0, generator=generators, output_type="latent"
+    )
     torch.testing.assert_close(part.x[-1], plain.images, rtol=0, atol=1e-4)
 
 
