@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.files import sync, write_text
-from diffalign.types import Fault, one_line
+from diffalign.types import Fault, UserError, one_line
 
 STATE = "state.json"
+FORMAT = 2  # of the folder's content: grows when older ones cannot be read
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def save(folder: Path, state: State, keep: int, best: int | None = None) -> Path
         back = load_file(aside / "tensors.safetensors")
         if back.keys() != tensors.keys() or not all(torch.equal(back[k], v) for k, v in tensors.items()):
             raise Fault(f"checkpoint: {final} reads back differently from what was written")
-        write_text(aside / STATE, json.dumps({"update": state.update, "files": files, "notes": state.notes}))
+        header = {"format": FORMAT, "update": state.update, "files": files, "notes": state.notes}
+        write_text(aside / STATE, json.dumps(header))
         for path in (*sorted(aside.iterdir()), aside):
             sync(path)
         if final.exists():
@@ -93,8 +95,16 @@ def _whole(path: Path) -> bool:
 
 
 def load(path: Path) -> State:
-    """Read a whole checkpoint."""
+    """Read a whole checkpoint.
+
+    Raises:
+        UserError: if another version of diffalign wrote it.
+    """
     header = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if header.get("format") != FORMAT:
+        raise UserError(
+            f"run_dir: {path} was written by another version of diffalign; choose another run_dir, or --fresh"
+        )
     parameters: dict[str, Tensor] = {}
     shadows: dict[str, dict[str, Tensor]] = {}
     for name, tensor in load_file(path / "tensors.safetensors").items():

@@ -141,7 +141,8 @@ def count(config: Config) -> Cost:
     rule = config.make_rule()
     plan = rule.plan(policy.schedule, 0, numpy_generator(config.seed, 15, 0))
     forward, backward = _rows(config, policy.levels)
-    one, trained_one, decode, latent = _flops(policy, config)
+    again = backward if config.optimizer.gradient_checkpointing else 0  # rows that run again for the gradient
+    one, trained_one, decode, decode_trained, latent = _flops(policy)
     levels = sum(int(np.prod(plan.branch[:t])) for t in range(plan.stop + 1))
     noisy = sum(int(np.prod(plan.branch[: t + 1])) for t in range(plan.stop) if plan.noise[t])
     leaves = config.samples_per_update * int(np.prod(plan.branch[: plan.stop]))
@@ -149,14 +150,14 @@ def count(config: Config) -> Cost:
         plan,
         policy.schedule,
         leaves,
-        forward,
+        forward + again,
         backward,
         4 * latent * config.samples_per_update * (levels + noisy),
         sum(p.numel() for m in adapters.denoisers(pipe).values() for p in m.parameters())
         - sum(p.numel() for p in trained.values()),
         sum(p.numel() for p in trained.values()),
         one * (forward - backward) + trained_one * backward,
-        decode * leaves if plan.stop == policy.schedule.steps else 0.0,
+        decode * leaves * (plan.stop == policy.schedule.steps) + decode_trained * leaves * _pathwise(plan),
     )
 
 
@@ -189,8 +190,13 @@ def _rows(config: Config, levels: Levels) -> tuple[int, int]:
     return guided * toy.rows_forward, guided * toy.rows_backward
 
 
-def _flops(policy: DiffusersPolicy, config: Config) -> tuple[float, float, float, int]:
-    """Per row: FLOPs of a forward, of a forward with backward, of decoding; and numbers in a latent."""
+def _pathwise(plan: Plan) -> int:
+    """How often an update decodes with a gradient."""
+    return sum(term.through == "reward" for terms in plan.updates for term in terms)
+
+
+def _flops(policy: DiffusersPolicy) -> tuple[float, float, float, float, int]:
+    """Per row: FLOPs of a forward, of one with all that its gradient takes, of decoding, of that with gradient; and numbers in a latent."""
     from torch.utils.flop_counter import FlopCounterMode
 
     example = prompts.fixed([{"prompt": "a"}], 1, 0)
@@ -204,7 +210,15 @@ def _flops(policy: DiffusersPolicy, config: Config) -> tuple[float, float, float
         policy.transition(part, 0).prediction.sum().backward()
     with FlopCounterMode(display=False) as decode, torch.no_grad():
         policy.decode(part, part.x[-1])
-    return forward.get_total_flops() / rows, both.get_total_flops() / rows, decode.get_total_flops(), part.x[0].numel()
+    with FlopCounterMode(display=False) as decode_both:
+        policy.decode(part, part.x[-1].clone().requires_grad_()).pixels.sum().backward()
+    return (
+        forward.get_total_flops() / rows,
+        both.get_total_flops() / rows,
+        decode.get_total_flops(),
+        decode_both.get_total_flops(),
+        part.x[0].numel(),
+    )
 
 
 def matrix_rate(size: int = 1024, seconds: float = 0.5) -> float:

@@ -3,6 +3,8 @@
 diffalign train configs/flow_grpo/shapes-sd3.yaml 'rewards={./examples/mine.py:blueness: 1.0}' run_dir=runs/mine
 """
 
+DIFFERENTIABLE = ["blueness"]  # keeps the gradient to the pixels: truncated_bp can use it too
+
 
 def blueness(media, prompts):
     """How much bluer than red a picture is, in [-1, 1]; `media.pixels` is (N, F, 3, H, W) in [0, 1]."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffalign import checkpoint
-from diffalign.types import Fault
+from diffalign.types import Fault, UserError
 
 
 def state(update: int, value: float = 1.0) -> checkpoint.State:
@@ -96,3 +96,19 @@ def test_the_optimiser_file_holds_no_code(tmp_path):
     torch.load(path / "optimizer.pt", weights_only=True)
     assert json.loads((path / checkpoint.STATE).read_text())["update"] == 1
     assert os.listdir(tmp_path) == ["update_000001"]
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path):
+    import json
+
+    path = checkpoint.save(tmp_path, state(1), 2)
+    header = json.loads((path / checkpoint.STATE).read_text())
+    (path / checkpoint.STATE).write_text(json.dumps({**header, "format": 1}))
+    with pytest.raises(UserError, match="written by another version"):
+        checkpoint.load(path)
+
+
+def test_the_best_is_kept_besides_the_newest(tmp_path):
+    for update in range(1, 6):
+        checkpoint.save(tmp_path, state(update), 2, best=2 if update > 1 else None)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["update_000002", "update_000004", "update_000005"]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign import checkpoint, session
+from diffalign import checkpoint, config, evaluate, session
 from diffalign.progress import Reporter
 from diffalign.runfolder import RunFolder, open_run, read_rows
 from diffalign.session import Interrupted, Session
+from diffalign.trainer import Trainer
 from diffalign.types import Fault, UserError
 from tests.helpers import TINY, tiny_config
 
@@ -181,6 +184,110 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_a_fault
         made.run()
     assert made.skipped == session.NONFINITE_LIMIT
     assert all(torch.equal(before[name], p) for name, p in made.policy.parameters.items())
+
+
+def test_a_vanished_folder_is_a_fault(tmp_path, monkeypatch):
+    settings = tiny_config(tmp_path / "run", "evaluation.enabled=false", "updates=4")
+    update = Trainer.update
+
+    def vanishing(self, index):
+        found = update(self, index)
+        if index == 1:
+            shutil.rmtree(tmp_path / "run")
+        return found
+
+    monkeypatch.setattr(Trainer, "update", vanishing)
+    with pytest.raises(Fault, match=r"metrics\.jsonl: cannot write \(No such file or directory\)"):
+        session.train(settings, quiet=True)
+    assert not (tmp_path / "run").exists()  # nothing half made in its place
+
+
+def test_a_disk_that_is_really_full_is_exit_code_3_and_the_run_goes_on_later(whole, tmp_path):
+    """The kernel refuses files above 100 kB; a checkpoint has 600."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "diffalign", "train", "flow_grpo/shapes-sd3", *TINY, f"run_dir={folder}"]
+    command += ["updates=4", "evaluation.every=2", "output.checkpoint_every=1"]
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    first = subprocess.run([*command, "updates=1"], capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    full = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limited)
+    assert full.returncode == 3, full.stderr
+    assert "Traceback" not in full.stderr
+    assert "checkpoint: cannot write" in full.stderr.splitlines()[-1]
+    assert [p.name for p in checkpoint.complete(folder / "checkpoints")] == ["update_000001"]
+    later = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert later.returncode == 0, later.stderr
+    assert same(load_file(folder / "adapter" / "pytorch_lora_weights.safetensors"), whole[1])
+
+
+def test_out_of_memory_halves_the_micro_batch_says_so_and_a_resumed_run_remembers(tmp_path, monkeypatch):
+    made = start(tmp_path / "run", "evaluation.enabled=false", "updates=2", "output.checkpoint_every=1")
+    said: list[str] = []
+    made.reporter.say = said.append
+    made.trainer.notify = said.append
+    network = made.parts.pipe.transformer
+    forward = network.forward
+
+    def cramped(*args, **kwargs):
+        if len(kwargs["hidden_states"]) > 2 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    network.forward = cramped
+    finish(made)
+    assert [line for line in said if "micro" in line] == [
+        "out of memory (OutOfMemoryError: CUDA out of memory.): going on with optimizer.micro_batch 2",
+        "update 0: old log-probabilities are computed again, for the smaller micro-batch",
+    ]
+    resumed = start(tmp_path / "run", "evaluation.enabled=false", "updates=2", "output.checkpoint_every=1")
+    resumed.resume()
+    assert resumed.trainer.micro_batch == resumed.policy.micro_batch == 2
+    resumed.folder.close()
+
+
+def test_the_best_evaluation_keeps_its_checkpoint_and_its_adapter(tmp_path, monkeypatch):
+    values = iter([0.1, 0.3, 0.9, 0.2, 0.4])  # before training, then after each update
+    run_evaluation = evaluate.run
+
+    def scored(policy, rewards, prompts, micro_batch, update):
+        found = run_evaluation(policy, rewards, prompts, micro_batch, update)
+        value = next(values)
+        return evaluate.Evaluation(update, {k: np.full_like(v, value) for k, v in found.scores.items()}, found.group)
+
+    monkeypatch.setattr(evaluate, "run", scored)
+    made = start(tmp_path / "run", "updates=4", "evaluation.every=1", "output.keep=1", "output.checkpoint_every=4")
+    finish(made)
+    kept = checkpoint.complete(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in kept] == ["update_000002", "update_000004"]
+    best = load_file(tmp_path / "run" / "best" / "pytorch_lora_weights.safetensors")
+    assert not same(best, load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors"))
+    ema = {
+        name.replace(".default", "").split(".", 1)[1]: v for name, v in checkpoint.load(kept[0]).shadows["ema"].items()
+    }
+    assert {name.split(".", 1)[1] for name in best} == set(ema)
+    assert all(torch.equal(v, ema[name.split(".", 1)[1]]) for name, v in best.items())
+    assert "best of this run's evaluations" in (tmp_path / "run" / "best" / "README.md").read_text()
+
+
+def test_rewards_that_are_not_finite_end_a_pathwise_run_with_its_state_intact(tmp_path):
+    settings = config.load(
+        "truncated_bp/shapes-sd",
+        [o for o in TINY if "window" not in o]
+        + [f"run_dir={tmp_path / 'run'}", "rule.depth=1", "evaluation.enabled=false"]
+        + ["updates=20", "output.checkpoint_every=1"],
+    )
+    made = Session(settings, open_run(settings, False), Reporter(quiet=True))
+    reward = made.trainer.rewards["shapes_pref"]
+    calls = iter(range(100))
+    made.trainer.rewards = {"shapes_pref": lambda m, p: reward(m, p) * (float("nan") if next(calls) >= 2 else 1.0)}
+    with pytest.raises(Fault, match="gradients in a row were not finite"):
+        made.run()
+    state = checkpoint.load(checkpoint.complete(tmp_path / "run" / "checkpoints")[-1])
+    assert all(value.isfinite().all() for value in state.parameters.values())
+    made.folder.close()
 
 
 def test_a_run_with_other_settings_is_refused_with_the_difference(whole):

@@ -87,10 +87,10 @@ class ChainPolicy(ABC):
 
     # -- what follows from it
 
-    def count(self, rows: int) -> None:
-        """Backends call this once per network call."""
+    def count(self, rows: int, again: bool = False) -> None:
+        """Backends call this once per network call; `again`: one that only rebuilds a graph."""
         self.rows_forward += rows
-        self.rows_backward += rows if torch.is_grad_enabled() else 0
+        self.rows_backward += rows if torch.is_grad_enabled() and not again else 0
 
     def table(self, plan: Plan, step: int) -> tuple[float, float, float]:
         """(x, prediction, std) coefficients of a step under a plan."""

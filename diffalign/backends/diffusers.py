@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,18 +101,18 @@ class DiffusersPolicy(ChainPolicy):
     def _counted(self, forward: Callable[..., Any], checkpointing: bool) -> Callable[..., Any]:
         """A network's forward that counts its rows, those that checkpointing runs again included."""
 
-        @functools.wraps(forward)  # pipelines and peft look at the signature
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self.count(len(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))))
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any], again: bool = False) -> Any:
+            self.count(len(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))), again)
             return forward(*args, **kwargs)
 
-        @functools.wraps(forward)
-        def run_checkpointed(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return run(*args, **kwargs)
-            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        @functools.wraps(forward)  # pipelines and peft look at the signature
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if not (checkpointing and torch.is_grad_enabled()):
+                return run(args, kwargs)
+            again = itertools.chain([False], itertools.repeat(True))
+            return checkpoint(lambda *a, **k: run(a, k, next(again)), *args, use_reentrant=False, **kwargs)
 
-        return run_checkpointed if checkpointing else run
+        return counted
 
     # -- the seam
 

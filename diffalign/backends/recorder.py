@@ -79,7 +79,7 @@ def _of_kind(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
 
     name, config = type(scheduler).__name__, scheduler.config
     flow = getattr(scheduler, "sigmas", None) is not None and hasattr(config, "shift")
-    ddpm = hasattr(scheduler, "alphas_cumprod")
+    ddpm = hasattr(scheduler, "alphas_cumprod") and not config.get("use_flow_sigmas")  # some solvers know both
     if not (flow if kind == "flow" else ddpm):
         fits = [key for key, process in PROCESSES.items() if process.kind == ("flow" if flow else "ddpm")]
         allowed = f"with it go {', '.join(fits)}" if flow or ddpm else "which nothing here goes with"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,8 @@ class Levels:
     velocity is n - x_0 (rectified flow); epsilon is n; v_prediction is alpha n - sigma x_0 (arXiv 2202.00512); sample is x_0.
 
     Raises:
-        ValueError: unless sigma lies in [0, 1], never rises and is 0 at most at the end, and alpha never falls.
+        ValueError: unless sigma lies in [0, 1], never rises and is 0 at most at the end, and alpha never falls; for other
+            predictions.
     """
 
     alpha: Floats
@@ -35,6 +36,8 @@ class Levels:
             raise ValueError(f"noise levels must fall within [0, 1], and be 0 only at the end, got {sigma}")
         if self.alpha.shape != sigma.shape or (np.diff(self.alpha) < 0).any():
             raise ValueError(f"signal levels must not fall, got {self.alpha}")
+        if self.prediction not in get_args(Prediction):
+            raise ValueError(f"prediction type {self.prediction!r}, known are {', '.join(get_args(Prediction))}")
 
     @classmethod
     def flow(cls, sigma: Floats) -> Levels:

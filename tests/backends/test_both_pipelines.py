@@ -107,6 +107,13 @@ def test_a_v_prediction_pipeline_equals_the_plain_one():
     torch.testing.assert_close(part.x[-1], plain.images, rtol=0, atol=1e-4)
 
 
+def test_a_solver_of_flows_that_also_has_betas_is_not_taken_for_ddim():
+    from diffusers import UniPCMultistepScheduler
+
+    with pytest.raises(UserError, match="UniPCMultistepScheduler, which nothing here goes with"):
+        make("shapes-sd", scheduler=lambda config: UniPCMultistepScheduler(use_flow_sigmas=True))
+
+
 @pytest.mark.parametrize("setting", ["clip_sample", "thresholding"])
 def test_a_scheduler_that_clips_is_refused(setting):
     with pytest.raises(UserError, match="clips x_0"):
@@ -220,3 +227,4 @@ def test_rows_that_checkpointing_runs_again_are_counted():
     before = policy.rows_forward
     policy.replay(part, 2, 4).x.sum().backward()
     assert policy.rows_forward - before == 2 * 2 * 2  # two rows, two steps, twice
+    assert policy.rows_backward == 2 * 2

@@ -105,3 +105,9 @@ def test_zero_terminal_snr_suits_v_prediction_and_is_refused_for_epsilon():
     exact = Levels(np.where(given.alpha < 1e-3, 0.0, given.alpha), given.sigma, "epsilon")
     with pytest.raises(ValueError, match="alpha is 0"):
         table(exact, 0.0)
+
+
+def test_a_prediction_nobody_knows_is_refused():
+    base = levels(scheduler())
+    with pytest.raises(ValueError, match="'flow_prediction', known are velocity, epsilon"):
+        Levels(base.alpha, base.sigma, "flow_prediction")
