@@ -67,8 +67,13 @@ TINY = [
 ]
 
 
-def tiny_config(run_dir, *overrides: str):
-    """The quickstart's config with as little work as possible."""
+def tiny(name: str) -> list[str]:
+    """The overrides that make a config as little work as possible."""
+    return [*(o for o in TINY if "window" not in o), "rule.depth=1"] if "truncated_bp" in name else TINY
+
+
+def tiny_config(run_dir, *overrides: str, name: str = "flow_grpo/shapes-sd3"):
+    """A config, the quickstart's if no other is named, with as little work as possible."""
     from diffalign import config
 
-    return config.load("flow_grpo/shapes-sd3", [*TINY, f"run_dir={run_dir}", *overrides])
+    return config.load(name, [*tiny(name), f"run_dir={run_dir}", *overrides])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import TINY
+from tests.helpers import TINY, tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,8 +46,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def shortened(command: str = "flow_grpo") -> str:
-    own = [*(o for o in TINY if "window" not in o), "rule.depth=1"] if "truncated_bp" in command else TINY
-    return " ".join(f"'{override}'" for override in own)
+    return " ".join(f"'{override}'" for override in tiny(command))
 
 
 def test_the_readme_begins_with_the_two_commands():

@@ -8,19 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign import checkpoint, config, evaluate, session
+from diffalign import checkpoint, evaluate, session
 from diffalign.progress import Reporter
 from diffalign.runfolder import RunFolder, open_run, read_rows
 from diffalign.session import Interrupted, Session
 from diffalign.trainer import Trainer
 from diffalign.types import Fault, UserError
 from tests.helpers import TINY, tiny_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def start(run_dir, *overrides: str, fresh: bool = False) -> Session:
@@ -43,6 +46,19 @@ def whole(tmp_path_factory):
     """Four updates without a stop, in float32 on the CPU."""
     made = start(tmp_path_factory.mktemp("whole") / "run", "updates=4", "evaluation.every=2")
     return made.folder.path, finish(made)
+
+
+@pytest.mark.parametrize("name", sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml")))
+def test_every_config_that_ships_trains_and_its_adapter_moves(name, tmp_path):
+    overrides = ("evaluation.enabled=false", "prompts.group_size=4", "optimizer.micro_batch=4")
+    settings = tiny_config(tmp_path / "run", *overrides, name=name)
+    summary = session.train(settings, quiet=True)
+    assert summary == {}
+    adapter = load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
+    assert any(tensor.abs().max() > 0 for key, tensor in adapter.items() if "lora_B" in key or "lora.up" in key)
+    rows = [row for row in read_rows(tmp_path / "run") if "seconds/total" in row]
+    assert len(rows) == 2
+    assert all(np.isfinite(row["reward/total"]) and row["grad_norm"] > 0 for row in rows if "skipped_flat" not in row)
 
 
 def test_a_run_leaves_everything_a_user_needs(whole):
@@ -273,12 +289,8 @@ def test_the_best_evaluation_keeps_its_checkpoint_and_its_adapter(tmp_path, monk
 
 
 def test_rewards_that_are_not_finite_end_a_pathwise_run_with_its_state_intact(tmp_path):
-    settings = config.load(
-        "truncated_bp/shapes-sd",
-        [o for o in TINY if "window" not in o]
-        + [f"run_dir={tmp_path / 'run'}", "rule.depth=1", "evaluation.enabled=false"]
-        + ["updates=20", "output.checkpoint_every=1"],
-    )
+    overrides = ("evaluation.enabled=false", "updates=20", "output.checkpoint_every=1")
+    settings = tiny_config(tmp_path / "run", *overrides, name="truncated_bp/shapes-sd")
     made = Session(settings, open_run(settings, False), Reporter(quiet=True))
     reward = made.trainer.rewards["shapes_pref"]
     calls = iter(range(100))

@@ -29,6 +29,7 @@ def trained(name: str, dtype=torch.float32):
     parameters = adapters.attach(pipe, 4, 16, None, 0)
     with torch.no_grad():
         for index, (key, p) in enumerate(parameters.items()):
+            p.data = p.double() if dtype == torch.float64 else p.data
             if "lora_B" in key:  # starts at zero: move it, so that the adapter matters
                 p.normal_(std=0.05, generator=torch.Generator().manual_seed(index))
     return pipe, parameters
@@ -138,9 +139,17 @@ def brightness(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels**2).flatten(1).mean(1)
 
 
+# FlowMatchEuler computes in float32 whatever it is given; DDIM's coefficients are float32 in diffusers and float64 here, and
+# 1 / sqrt(abar) = 14.6 magnifies the difference, so there everything is float64.
+DTYPE = {"shapes-sd3": torch.float32, "shapes-sd": torch.float64}
+
+
 def full_backpropagation(name: str, steps: int, guidance: float) -> dict[str, torch.Tensor]:
     """d mean reward / d LoRA through diffusers' own loop, own scheduler and own decoding, none of it ours."""
-    pipe, parameters = trained(name)
+    pipe, parameters = trained(name, DTYPE[name])
+    if DTYPE[name] == torch.float64:
+        pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.double()
+        pipe.scheduler.final_alpha_cumprod = pipe.scheduler.final_alpha_cumprod.double()
     batch = given()
     generators = [torch.Generator().manual_seed(int(seed)) for seed in batch.seed]
     call = inspect.unwrap(type(pipe).__call__)
@@ -158,7 +167,7 @@ def full_backpropagation(name: str, steps: int, guidance: float) -> dict[str, to
 
 
 def truncated(name: str, depth, steps: int, guidance: float, **kwargs) -> dict[str, torch.Tensor]:
-    policy = make(name, steps, guidance, **kwargs)
+    policy = make(name, steps, guidance, DTYPE[name], **kwargs)
     rule = TruncatedBP(TruncatedBP.Settings(depth=depth))
     import numpy as np
 
@@ -180,7 +189,7 @@ def relative(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 def test_truncated_bp_through_every_step_is_full_backpropagation(name, guidance, checkpointing):
     expected = full_backpropagation(name, 4, guidance)
     found = truncated(name, "all", 4, guidance, gradient_checkpointing=checkpointing)
-    assert relative(found, expected) < 2e-6
+    assert relative(found, expected) < 1e-6
     assert relative(truncated(name, 3, 4, guidance), expected) > 1e-2
 
 
