@@ -191,7 +191,8 @@ class Trainer:
         """The gradient of one optimiser step, from zero."""
         self.optimizer.zero_grad(set_to_none=True)
         # Later steps keep the old log-probs: the parameters they belong to are gone, and only rounding differs.
-        if first and sampled.micro_batch != self.policy.micro_batch:
+        stale = any(old is not None for old in sampled.rollout.log_prob)
+        if first and stale and sampled.micro_batch != self.policy.micro_batch:
             self.notify(f"{where}: old log-probabilities are computed again, for the smaller micro-batch")
             sampled.rollout = self.policy.recomputed(sampled.rollout)
             sampled.micro_batch = self.policy.micro_batch

@@ -240,7 +240,8 @@ def test_a_disk_that_is_really_full_is_exit_code_3_and_the_run_goes_on_later(who
 
 
 def test_out_of_memory_halves_the_micro_batch_says_so_and_a_resumed_run_remembers(tmp_path, monkeypatch):
-    made = start(tmp_path / "run", "evaluation.enabled=false", "updates=2", "output.checkpoint_every=1")
+    overrides = ("evaluation.enabled=false", "output.checkpoint_every=1", "rewards={jpeg_compressibility: 1}")
+    made = start(tmp_path / "run", *overrides)
     said: list[str] = []
     made.reporter.say = said.append
     made.trainer.notify = said.append
@@ -258,7 +259,7 @@ def test_out_of_memory_halves_the_micro_batch_says_so_and_a_resumed_run_remember
         "out of memory (OutOfMemoryError: CUDA out of memory.): going on with optimizer.micro_batch 2",
         "update 0: old log-probabilities are computed again, for the smaller micro-batch",
     ]
-    resumed = start(tmp_path / "run", "evaluation.enabled=false", "updates=2", "output.checkpoint_every=1")
+    resumed = start(tmp_path / "run", *overrides)
     resumed.resume()
     assert resumed.trainer.micro_batch == resumed.policy.micro_batch == 2
     resumed.folder.close()
