@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -13,10 +14,18 @@ import diffalign
 from diffalign.types import Fault, UserError
 
 
+class Number(click.FloatRange):
+    """A range of numbers; click's own lets NaN through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value!r} is not a finite number.", param, ctx)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(diffalign.__version__, prog_name="diffalign")
 def app() -> None:
-    """Align image and video diffusion models with a reward. The update rule is one word in the config."""
+    """Align image diffusion models with a reward. The update rule is one word in the config."""
 
 
 @app.command()
@@ -54,9 +63,9 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
 @click.option("-n", "count", type=click.IntRange(1, 10_000), default=4, show_default=True, help="Pictures a caption.")
 @click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True)
 @click.option("--steps", type=click.IntRange(1, 1000), help="Sampling steps [default: as trained].")
-@click.option("--guidance", type=click.FloatRange(0, 1000), help="Guidance scale [default: as trained].")
+@click.option("--guidance", type=Number(0, 1000), help="Guidance scale [default: as trained].")
 @click.option("--negative", help="What guidance leads away from; needs a guidance above 1.")
-@click.option("--strength", type=click.FloatRange(-100, 100), default=1.0, show_default=True, help="Of the adapter.")
+@click.option("--strength", type=Number(-100, 100), default=1.0, show_default=True, help="Of the adapter.")
 @click.option("--adapter", "more", multiple=True, metavar="FOLDER[:STRENGTH]", help="A further adapter; several times.")
 @click.option("--base", is_flag=True, help="Also draw without adapters, from the same seeds.")
 @click.option(
@@ -101,6 +110,17 @@ def plan(config: str, overrides: tuple[str, ...]) -> None:
     from diffalign import cost
 
     for line in cost.count(settings).lines(cost.matrix_rate()):
+        click.echo(line)
+
+
+@app.command("config")
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def show_config(config: str, overrides: tuple[str, ...]) -> None:
+    """Print every key of CONFIG with its value and meaning."""
+    from diffalign import config as configs
+
+    for line in configs.explained(configs.load(config, overrides)):
         click.echo(line)
 
 
@@ -155,6 +175,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         fail(2, error.format_message())
     except Fault as error:
         fail(3, str(error))
+    except OSError as error:  # a full disk, a folder where a file should go
+        fail(3, f"{error.filename or 'files'}: {error.strerror or error}")
     except (click.Abort, KeyboardInterrupt):
         fail(130, "interrupted")
     sys.exit(0)

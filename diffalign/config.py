@@ -6,6 +6,7 @@ import copy
 import difflib
 import importlib.util
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,8 @@ Split = Literal["train", "validation", "test"]
 assert (Task.__args__, Split.__args__) == (TASKS, SPLITS)  # type: ignore[attr-defined]
 
 
+LARGEST = 100_000  # samples per update
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -40,8 +43,8 @@ class PromptsConfig(_Section):
     source: str = Field("shapes", description="'shapes', or a .txt or .jsonl file")
     tasks: list[Task] = Field([], description="of the shapes world; empty: all six")
     split: Split = Field("train", description="of the shapes world; splits share no combination")
-    groups: int = Field(4, ge=1, description="prompts per update")
-    group_size: int = Field(16, ge=1, description="samples per prompt")
+    groups: int = Field(4, ge=1, le=LARGEST, description="prompts per update")
+    group_size: int = Field(16, ge=1, le=LARGEST, description="samples per prompt")
 
 
 class SamplerConfig(_Section):
@@ -68,7 +71,7 @@ class LoraSection(_Section):
 class OptimizerConfig(_Section):
     """AdamW and what surrounds its step."""
 
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(3e-4, gt=0, le=10)
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -115,7 +118,7 @@ class Config(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()  # type: ignore[call-arg]
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
     output: OutputConfig = OutputConfig()  # type: ignore[call-arg]
-    updates: int = Field(100, ge=1)
+    updates: int = Field(100, ge=1, le=10_000_000)
     seed: int = Field(0, ge=0, lt=2**63)
     run_dir: str = Field(min_length=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -217,7 +220,9 @@ def validate(raw: dict[str, Any], problems: list[str] | None = None) -> Config:
     """
     found = list(problems or [])
     rule = raw.get("rule")
+    before = len(found)
     settings = _check_rule(rule, found)
+    whole = len(found) == before
     try:
         config = Config(**raw)
     except ValidationError as error:
@@ -230,6 +235,8 @@ def validate(raw: dict[str, Any], problems: list[str] | None = None) -> Config:
             raise UserError(*found) from None
     if settings is not None:
         found += _check_together(config, settings)
+        if whole and hasattr(settings, "problems"):  # with keys left out, what it says about them is not so
+            found += settings.problems(config.sampler.steps)
     found += _check_names(config)
     if found:
         raise UserError(*found)
@@ -291,6 +298,10 @@ def _explain(item: Any, model: Any, prefix: str = "") -> str:
         return f"{where}: unknown key{_near(str(location[-1]), fields) or '; known are ' + ', '.join(fields)}"
     if item["type"] == "missing":
         return f"{where}: missing"
+    if item["type"] == "tuple_type":
+        return f"{where}: got {item['input']!r}, allowed is a list such as [0, 3]"
+    if item["type"] == "too_short":
+        return f"{where}: got {item['input']!r}, allowed is at least {item['ctx']['min_length']} entry"
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{where}: got {item['input']!r}, {message.replace('input should be', 'allowed is')}"
@@ -350,8 +361,11 @@ def _check_together(config: Config, settings: Any) -> list[str]:
         )
     elif sampler.noise_level > (highest := PROCESSES[sampler.process].highest):
         problems.append(f"sampler.noise_level: got {sampler.noise_level:g}, {sampler.process} allows 0 to {highest:g}")
-    problems += settings.problems(sampler.steps) if hasattr(settings, "problems") else []
-    if config.samples_per_update % config.optimizer.micro_batch:
+    if config.samples_per_update > LARGEST:
+        problems.append(
+            f"prompts.group_size: got {config.samples_per_update} samples per update, allowed are {LARGEST} at most"
+        )
+    elif config.samples_per_update % config.optimizer.micro_batch:
         problems.append(
             f"optimizer.micro_batch: got {config.optimizer.micro_batch}, allowed are divisors of "
             f"prompts.groups * prompts.group_size = {config.samples_per_update}, so that replay and rollout agree"
@@ -377,6 +391,27 @@ def _differentiable(config: Config) -> list[str]:
                 f"rewards: {rule} needs a differentiable reward, {name} is not; differentiable here: {able}"
             )
     return problems
+
+
+def explained(config: Config) -> list[str]:
+    """The resolved config as lines of YAML, each key with what it means."""
+    values = config.model_dump(mode="json")
+    rule = RULES[config.rule["name"]]
+    values["rule"] = {"name": config.rule["name"], **config.make_rule().settings.model_dump(mode="json")}  # type: ignore[attr-defined]
+    return _lines(values, Config, {"rule": rule.Settings}, "")
+
+
+def _lines(values: dict[str, Any], model: Any, models: dict[str, Any], indent: str) -> list[str]:
+    lines = []
+    for key, value in values.items():
+        field = model.model_fields.get(key)
+        inner = models.get(key, getattr(field, "annotation", None))
+        if isinstance(value, dict) and hasattr(inner, "model_fields"):
+            lines += [f"{indent}{key}:", *_lines(value, inner, {}, indent + "  ")]
+            continue
+        about = getattr(field, "description", None)
+        lines.append(f"{indent}{key}: {json.dumps(value, ensure_ascii=False)}" + (f"  # {about}" if about else ""))
+    return lines
 
 
 def dump(config: Config) -> str:

@@ -45,12 +45,14 @@ class Cost:
     trained: int
     flops: float
     decode_flops: float
+    varies: bool  # from update to update
 
     def lines(self, rate: float) -> list[str]:
         """A report; `rate` is this machine's matrix rate in FLOP/s."""
         noisy = [k for k, on in enumerate(self.plan.noise) if on and self.schedule.std[k] > 0]
         total = self.flops + self.decode_flops
-        lines = [
+        lines = ["note        the plan is drawn anew for every update; this is the first one's"] if self.varies else []
+        lines += [
             f"sampler     {self.schedule.steps} steps to level {self.plan.stop}, noise on steps {noisy or 'none'}",
             "std         " + " ".join(f"{self.schedule.std[k]:.3f}" for k in noisy),
         ]
@@ -158,6 +160,7 @@ def count(config: Config) -> Cost:
         sum(p.numel() for p in trained.values()),
         one * (forward - backward) + trained_one * backward,
         decode * leaves * (plan.stop == policy.schedule.steps) + decode_trained * leaves * _pathwise(plan),
+        any(rule.plan(policy.schedule, k, numpy_generator(config.seed, 15, k)) != plan for k in range(1, 20)),
     )
 
 

@@ -127,7 +127,10 @@ def run(
         scores = evaluate(rewards, weights, check_media(policy.decode(part, part.x[-1])), part.prompts)
         for name, values in scores.by_name.items():
             columns[name].append(values)
-    return Evaluation(update, {name: np.concatenate(parts) for name, parts in columns.items()}, prompts.group)
+    found = {name: np.concatenate(parts) for name, parts in columns.items()}
+    if silent := [name for name, values in found.items() if not np.isfinite(values).any()]:
+        raise Fault(f"evaluation after update {update}: no sample got a score; not finite: {', '.join(silent)}")
+    return Evaluation(update, found, prompts.group)
 
 
 @torch.no_grad()

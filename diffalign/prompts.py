@@ -30,7 +30,10 @@ def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.so
         return [entry for task in tasks or captions.TASKS for entry in captions.captions(task, split)]
     path = Path(source)
     if not is_file(path):
-        raise UserError(f"{field}: no file {source!r}; allowed are 'shapes', a .txt or a .jsonl file")
+        what = "is a folder" if path.is_dir() else "is no file"
+        raise UserError(
+            f"{field}: {source!r} {what}; allowed are 'shapes' (its test captions), a .txt or a .jsonl file"
+        )
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

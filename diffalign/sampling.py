@@ -15,6 +15,7 @@ from diffalign.types import UserError, one_line
 
 PAGE = Path(__file__).parent / "sample_page.html"
 BATCH = 8  # pictures a call
+STRONGEST = 100
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -83,12 +84,17 @@ def _target(target: str, strength: float) -> Source:
 def _adapter(text: str) -> Adapter:
     """FOLDER, or FOLDER:STRENGTH; a run folder stands for its adapter."""
     name, colon, tail = text.rpartition(":")
-    try:
-        folder, strength = (Path(name), float(tail)) if colon else (Path(text), 1.0)
-    except ValueError:
-        folder, strength = Path(text), 1.0
-    if not math.isfinite(strength):
-        raise UserError(f"--adapter: got {text!r}, the strength must be a finite number")
+    folder, strength = Path(text), 1.0
+    if colon and not folder.exists():
+        folder = Path(name)
+        try:
+            strength = float(tail)
+        except ValueError:
+            strength = math.nan
+        if not abs(strength) <= STRONGEST:
+            raise UserError(
+                f"--adapter: got {text!r}, allowed are FOLDER and FOLDER:STRENGTH, a number to +-{STRONGEST}"
+            )
     for place in (folder / "adapter", folder):
         if (place / WEIGHTS).is_file():
             return Adapter(place, strength)
@@ -176,7 +182,7 @@ def _pipeline(source: Source) -> Any:
         try:
             adapters.load(pipe, adapter.folder, f"adapter_{number}")
         except ValueError as error:
-            raise UserError(f"sample: {adapter.folder} does not fit {source.model}: {one_line(error)}") from error
+            raise UserError(f"sample: {adapter.folder} cannot be used on {source.model}: {error}") from error
     if source.adapters:
         names = [f"adapter_{number}" for number in range(len(source.adapters))]
         pipe.set_adapters(names, [adapter.strength for adapter in source.adapters])

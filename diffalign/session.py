@@ -118,6 +118,10 @@ class Session:
         whole = checkpoint.complete(self.folder / "checkpoints")
         for damaged in sorted(set((self.folder / "checkpoints").glob("update_*")) - set(whole)):
             self.reporter.say(f"{damaged} is damaged and passed over")
+        if not whole and any((self.folder / "checkpoints").glob("update_*")):
+            raise UserError(
+                f"run_dir: no checkpoint of {self.folder.path} is whole; choose another run_dir, or --fresh to start over"
+            )
         if not whole:
             if self.folder.rows():
                 self.reporter.say("no whole checkpoint: starting from the beginning")
@@ -192,7 +196,9 @@ class Session:
             self.skipped += 1
             self.reporter.say(f"update {index}: the gradient is not finite; skipped ({self.skipped} so far)")
             if self.trainer.nonfinite_in_a_row >= NONFINITE_LIMIT:
-                raise Fault(f"update {index}: {NONFINITE_LIMIT} gradients in a row were not finite; lower optimizer.lr")
+                raise Fault(
+                    f"update {index}: {NONFINITE_LIMIT} gradients in a row were not finite; look at the reward, or lower optimizer.lr"
+                )
         if torch.cuda.is_available():
             row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["skipped"] = float(self.skipped)

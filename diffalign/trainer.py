@@ -98,6 +98,7 @@ class Trainer:
         self.micro_batch, self.max_grad_norm, self.seed = micro_batch, max_grad_norm, seed
         self.notify = notify
         self.nonfinite_in_a_row = 0
+        self._proved: set[str] = set()
         policy.add_shadows(rule.needs.shadows)
 
     def update(self, index: int) -> Metrics:
@@ -239,14 +240,25 @@ class Trainer:
             total = media.pixels.new_zeros(len(prompts))
             for name, function in self.rewards.items():
                 value = function(check_media(media), prompts)
-                if not isinstance(value, Tensor) or not value.requires_grad:
+                if not isinstance(value, Tensor) or not value.requires_grad or not self._reaches(name, value, media):
                     raise Fault(f"reward {name}: has no gradient to the pictures")
+                if not value.isfinite().any():
+                    raise Fault(f"reward {name}: no sample got a score, none is finite")
                 total = total + self.weights[name] * value
                 seen[f"reward/{name}"] = value.detach().mean()
             seen["reward/total"] = total.detach().mean()
             return total
 
         return reward
+
+    def _reaches(self, name: str, value: Tensor, media: Media) -> bool:
+        """Whether a reward's value depends on the pixels, found out at its first use."""
+        if name not in self._proved and media.pixels.requires_grad:
+            (slope,) = torch.autograd.grad(value.sum(), media.pixels, retain_graph=True, allow_unused=True)
+            if slope is None:
+                return False
+            self._proved.add(name)
+        return True
 
     def _step(self) -> Metrics:
         """Clip and step, unless the gradient is not finite: then skip and count."""

@@ -73,8 +73,6 @@ MUTATIONS = [
     Mutation(
         "one step less", TBP, "steps - int(rng.integers(low, high + 1))", "steps - int(rng.integers(low, high + 1)) + 1"
     ),
-    Mutation(
-        "old log-probs kept", TRAINER, "if first and stale and", "if not first and stale and"
-    ),
+    Mutation("old log-probs kept", TRAINER, "if first and stale and", "if not first and stale and"),
     Mutation("exclude off by one", GENEVAL, "if len(found) >= clause", "if len(found) > clause"),
 ]

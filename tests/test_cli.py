@@ -198,6 +198,36 @@ def test_sample_takes_a_negative_prompt(tmp_path):
     assert np.abs(draw("plain") - draw("negative", "--negative", "a photo of a red square")).max() > 0
 
 
+def test_a_file_in_the_way_is_one_line_and_exit_code_3(tmp_path):
+    (tmp_path / "o" / "000_seed0.png").mkdir(parents=True)
+    done = run("sample", "shapes-sd3", "--prompt", "a", "-n", "1", "--steps", "1", "--out", str(tmp_path / "o"))
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (3, 1), done.stderr
+    assert "000_seed0.png: Is a directory" in done.stderr
+
+
+def test_an_adapter_of_numbers_that_are_not_finite_or_of_another_shape_is_refused(trained, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = trained / "adapter" / "pytorch_lora_weights.safetensors"
+    good = load_file(path)
+    key = next(iter(good))
+    for bad, expected in (
+        (good[key] * float("nan"), "holds numbers that are not finite"),
+        (good[key][:1], "size mismatch"),
+    ):
+        save_file({**good, key: bad}, tmp_path / "pytorch_lora_weights.safetensors")
+        done = run("sample", "shapes-sd3", "--adapter", str(tmp_path), "--prompt", "a", "--out", str(tmp_path / "o"))
+        assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
+        assert expected in done.stderr
+
+
+def test_config_prints_every_key_with_its_meaning():
+    done = run("config", "ddpo/shapes-sd", "rule.clip=1e-3")
+    assert done.returncode == 0, done.stderr
+    assert "  clip: 0.001  # half-width of the ratio's range" in done.stdout
+    assert "checkpoint_every: 10  # updates" in done.stdout
+
+
 BAD = [
     (["train", "flow_grpo/shapes-sd3", "upates=3"], ["upates: unknown key; did you mean updates?"]),
     (["train", "flow_grpo/shapes-sd3", "updates=many", "lora.rnk=2"], ["updates: got 'many'", "lora.rnk: unknown key"]),
@@ -217,11 +247,14 @@ BAD = [
         ["--strength: got 0.5, shapes-sd3 has no adapter"],
     ),
     (["sample", "shapes-sd3", "--prompt", "a", "--adapter", "no/where:2"], ["--adapter: got 'no/where:2'"]),
+    (["sample", "shapes-sd3", "--prompt", "a", "--adapter", "x:1e9"], ["--adapter: got 'x:1e9', allowed are FOLDER"]),
+    (["sample", "shapes-sd3", "--prompt", "a", "--guidance", "nan"], ["'nan' is not a finite number"]),
+    (["sample", "shapes-sd3", "--prompts", "."], ["--prompts: '.' is a folder"]),
     (
         ["sample", "shapes-sd3", "--prompt", "a", "--guidance", "1", "--negative", "b"],
         ["--negative: no effect at guidance 1"],
     ),
-    (["sample", "shapes-sd3", "--prompts", "nowhere.txt"], ["no file 'nowhere.txt'"]),
+    (["sample", "shapes-sd3", "--prompts", "nowhere.txt"], ["'nowhere.txt' is no file"]),
     (["rewards", "check", "shapes_genevil"], ["did you mean shapes_geneval"]),
     (["plan", "flow_grpo/shape-sd3"], ["did you mean flow_grpo/shapes-sd3?"]),
 ]

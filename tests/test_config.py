@@ -67,7 +67,7 @@ def test_all_mistakes_come_at_once_each_names_its_field():
             "prompts.group_size=1",
             "prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more",
         ),
-        ("prompts.source=nowhere.txt", "prompts.source: no file 'nowhere.txt'"),
+        ("prompts.source=nowhere.txt", "prompts.source: 'nowhere.txt' is no file"),
         ("prompts.tasks=[spelling]", "prompts.tasks.0: got 'spelling'"),
         ("rewards={shapes_geneval: 0}", "rewards: got only zero weights"),
         ("eval_rewards=[pikscore]", "eval_rewards: pikscore: unknown reward"),
@@ -95,6 +95,13 @@ def test_all_mistakes_come_at_once_each_names_its_field():
         ),
         ("rule={name: ddpo, history: 4}", "rule.history_least: got 16, allowed is rule.history (4) or less"),
         ("sampler={process: ddim, noise_level: 1.5}", "sampler.noise_level: got 1.5, ddim allows 0 to 1"),
+        ("rule.window=5", "rule.window: got 5, allowed is a list such as [0, 3]"),
+        ("rewards={}", "rewards: got {}, allowed is at least 1 entry"),
+        (
+            "updates=99999999999999999999",
+            "updates: got 99999999999999999999, allowed is less than or equal to 10000000",
+        ),
+        ("prompts.groups=90000", "prompts.group_size: got 1440000 samples per update, allowed are 100000 at most"),
         ("updates=[1", "config: override updates line 1: not YAML"),
         ("optimizer.lr=.inf", "optimizer.lr: got inf"),
         ("rewards={shapes_geneval: .nan}", "rewards.shapes_geneval: got nan"),
@@ -176,3 +183,21 @@ def test_a_mistake_is_reported_once():
 
 def test_differences_show_both_sides():
     assert config.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2 -> 3"]
+
+
+def test_one_mistake_in_a_rule_is_one_line():
+    rule = "rule={name: truncated_bp, objective: hinge, target: x}"
+    found = problems(rule, "rewards={shapes_pref: 1.0}")
+    assert len(found) == 1, found
+    assert found[0].startswith("rule.target: got 'x', allowed is a valid number")
+
+
+def test_every_key_is_explained_and_the_lines_are_the_config():
+    import yaml
+
+    settings = config.load("truncated_bp/shapes-sd")
+    lines = config.explained(settings)
+    plain = yaml.safe_load("\n".join(lines))
+    assert plain["rule"]["depth"] == 4
+    assert "# K: steps with gradient" in next(line for line in lines if "depth" in line)
+    assert config.validate(plain).model_dump() == settings.model_copy(update={"rule": plain["rule"]}).model_dump()

@@ -296,7 +296,7 @@ def test_rewards_that_are_not_finite_end_a_pathwise_run_with_its_state_intact(tm
     reward = made.trainer.rewards["shapes_pref"]
     calls = iter(range(100))
     made.trainer.rewards = {"shapes_pref": lambda m, p: reward(m, p) * (float("nan") if next(calls) >= 2 else 1.0)}
-    with pytest.raises(Fault, match="gradients in a row were not finite"):
+    with pytest.raises(Fault, match="reward shapes_pref: no sample got a score, none is finite"):
         made.run()
     state = checkpoint.load(checkpoint.complete(tmp_path / "run" / "checkpoints")[-1])
     assert all(value.isfinite().all() for value in state.parameters.values())
@@ -327,6 +327,55 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_taken(whole, tmp_pa
     assert same(finish(made), whole[1])
     assert f"{newest} is damaged and passed over" in said
     assert any(line.startswith("resuming after update 2") for line in said)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_written_over(tmp_path):
+    folder = finish_one(tmp_path)
+    for path in (folder / "checkpoints").glob("update_*/tensors.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", "config.yaml")}
+    made = start(folder, "evaluation.enabled=false", "updates=3")
+    with pytest.raises(UserError, match="no checkpoint of .* is whole; choose another run_dir, or --fresh"):
+        made.run()
+    made.folder.close()
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def finish_one(tmp_path) -> Path:
+    finish(start(tmp_path / "run", "evaluation.enabled=false"))
+    return tmp_path / "run"
+
+
+def test_equal_adapters_are_equal_files_in_every_process(tmp_path):
+    files = []
+    for hash_seed in ("1", "2"):
+        folder = tmp_path / hash_seed
+        command = [sys.executable, "-m", "diffalign", "train", "flow_grpo/shapes-sd3", *TINY, f"run_dir={folder}"]
+        command += ["evaluation.enabled=false", "updates=1", "rewards={jpeg_compressibility: 1}"]
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        files.append((folder / "adapter" / "pytorch_lora_weights.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_reward_whose_gradient_does_not_come_from_the_pixels_is_a_fault(tmp_path):
+    overrides = ("evaluation.enabled=false",)
+    settings = tiny_config(tmp_path / "run", *overrides, name="truncated_bp/shapes-sd")
+    made = Session(settings, open_run(settings, False), Reporter(quiet=True))
+    made.trainer.rewards = {"shapes_pref": lambda media, prompts: torch.zeros(len(prompts), requires_grad=True)}
+    with pytest.raises(Fault, match="reward shapes_pref: has no gradient to the pictures"):
+        made.run()
+    made.folder.close()
+
+
+def test_a_judge_that_never_gives_a_score_is_a_fault(tmp_path):
+    made = start(tmp_path / "run")
+    made.parts.eval_rewards["shapes_geneval"] = lambda media, prompts: [float("nan")] * len(prompts)
+    with pytest.raises(Fault, match="evaluation after update 0: no sample got a score; not finite: shapes_geneval"):
+        made.run()
+    made.folder.close()
 
 
 def test_fresh_starts_over_and_leaves_other_files_alone(tmp_path):
@@ -372,8 +421,7 @@ def test_changed_prompts_are_refused(tmp_path):
 def test_starting_over_evaluates_again(tmp_path):
     folder = tmp_path / "run"
     finish(start(folder))
-    for path in checkpoint.complete(folder / "checkpoints"):
-        (path / "optimizer.pt").write_bytes(b"")
+    shutil.rmtree(folder / "checkpoints")
     (folder / "evaluation" / "update_000002.json").write_text("{}")
     finish(start(folder))
     assert any(row["update"] == 2 and "eval/n" in row for row in read_rows(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from diffalign.types import Fault, UserError, one_line
+from diffalign.types import Fault, UserError
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # names diffusers gives the component that denoises
 FILE = "pytorch_lora_weights.safetensors"
@@ -34,7 +35,7 @@ def quiet() -> Iterator[None]:
 
     levels = [(module, module.get_verbosity()) for module in (ours, theirs)]
     for module, _ in levels:
-        module.set_verbosity_error()
+        module.set_verbosity(logging.CRITICAL)  # what goes wrong is raised, and told once
         module.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -103,14 +104,31 @@ def save(pipe: Any, folder: Path, notes: dict[str, str]) -> Path:
     for component, module in denoisers(pipe).items():
         layers[f"{component}_lora_layers"] = get_peft_model_state_dict(module)
         # Without the config, alpha is lost and the file loads at another strength.
-        layers[f"{component}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
+        config = module.peft_config["default"].to_dict()
+        # Sets come in another order in every process, and equal adapters should be equal files.
+        layers[f"{component}_lora_adapter_metadata"] = {
+            key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
+        }
     folder.mkdir(parents=True, exist_ok=True)
     pipe.save_lora_weights(folder, **layers)
     path = folder / FILE
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
     save_file(load_file(path), path, metadata={**metadata, **notes})
+    _settle(path)
     return path
+
+
+def _settle(path: Path) -> None:
+    """Sort a safetensors file's metadata: the library writes it in another order every time, and equal adapters should be
+    equal files. The format: eight bytes of length, a JSON header padded with spaces, the tensors."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
 
 
 def verify(pipe: Any, folder: Path) -> None:
@@ -150,11 +168,15 @@ def load(pipe: Any, folder: Path, name: str) -> None:
     Raises:
         ValueError: if nothing of it fits the pipeline; diffusers itself loads nothing, silently.
     """
+    from safetensors.torch import load_file
+
+    if broken := [key for key, tensor in load_file(folder / FILE).items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{broken[0]} holds numbers that are not finite")
     with quiet():
         try:
             pipe.load_lora_weights(folder, adapter_name=name)
         except (RuntimeError, KeyError) as error:
-            raise ValueError(one_line(error)) from error
+            raise ValueError(" ".join(str(error).split())[:300]) from error
     if not any(name in names for names in pipe.get_list_adapters().values()):
         raise ValueError("it names no layer of this model")
 

@@ -82,9 +82,11 @@ def _of_kind(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
     ddpm = hasattr(scheduler, "alphas_cumprod") and not config.get("use_flow_sigmas")  # some solvers know both
     if not (flow if kind == "flow" else ddpm):
         fits = [key for key, process in PROCESSES.items() if process.kind == ("flow" if flow else "ddpm")]
-        allowed = f"with it go {', '.join(fits)}" if flow or ddpm else "which nothing here goes with"
-        wanted = "a flow-matching" if kind == "flow" else "a DDPM-like"
-        raise UserError(f"sampler.process: needs {wanted} scheduler, the pipeline has {name}, {allowed}")
+        allowed = ", ".join(fits) if flow or ddpm else "none"
+        wanted = "flow-matching" if kind == "flow" else "DDPM-like"
+        raise UserError(
+            f"sampler.process: got one for {wanted} schedulers, the pipeline has {name}; allowed with that: {allowed}"
+        )
     if kind == "flow":
         return scheduler
     if sigmas == "linear":

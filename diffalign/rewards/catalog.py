@@ -49,9 +49,18 @@ def _parsed(path: Path) -> list[ast.stmt]:
     return ast.parse(path.read_text(encoding="utf-8"), str(path)).body
 
 
-def _differentiable(body: list[ast.stmt], function: str) -> bool:
+def _defined(body: list[ast.stmt]) -> set[str]:
+    return {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def _differentiable(body: list[ast.stmt], function: str, source: str) -> bool:
     declared = _literal(body, "DIFFERENTIABLE")
-    return declared is True or (isinstance(declared, (list, tuple, set)) and function in declared)
+    if declared is None or isinstance(declared, bool):
+        return bool(declared)
+    names = [declared] if isinstance(declared, str) else list(declared)
+    if unknown := [str(name) for name in names if name not in _defined(body)]:
+        raise LookupError(f"{source}: DIFFERENTIABLE names {', '.join(unknown)}, which it does not define")
+    return function in names
 
 
 @cache
@@ -99,12 +108,12 @@ def find(name: str) -> Entry:
             raise LookupError(f"{source} line {error.lineno}: {error.msg}") from error
         except ValueError as error:
             raise LookupError(f"{source} is not Python text ({error})") from error
-        defined = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        defined = _defined(body)
         if attribute not in defined:
             raise LookupError(
                 f"{source} defines no function {attribute!r}, it defines {', '.join(sorted(defined)) or 'none'}"
             )
-        return Entry(name, str(path.resolve()), attribute, _differentiable(body, attribute))
+        return Entry(name, str(path.resolve()), attribute, _differentiable(body, attribute, source))
     try:
         spec = importlib.util.find_spec(source)
     except (ImportError, ValueError) as error:
@@ -113,5 +122,8 @@ def find(name: str) -> Entry:
         raise LookupError(f"no module {source}")
     known_source = spec.origin and spec.origin.endswith(".py")
     return Entry(
-        name, source, attribute, bool(known_source) and _differentiable(_parsed(Path(str(spec.origin))), attribute)
+        name,
+        source,
+        attribute,
+        bool(known_source) and _differentiable(_parsed(Path(str(spec.origin))), attribute, source),
     )

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from diffalign.rewards.base import evaluate
+from diffalign.rewards.catalog import find
 from diffalign.rewards.load import load
 from diffalign.shapes.captions import Combination, caption
 from diffalign.shapes.world import Object, render
@@ -31,6 +32,21 @@ def check(name: str) -> list[str]:
         raise Fault(f"reward {name}: gave {values.tolist()} for three pictures, a score is not finite")
     if np.ptp(values) == 0:
         raise Fault(f"reward {name}: gave {values[0]:g} for three different pictures, it cannot tell them apart")
+    able = find(name).differentiable
+    if able:
+        _check_gradient(name, Media(pixels.float().requires_grad_()), prompts)
     labels = ("as asked", "another", "noise")
     lines = [f"{label:9} {value:.4f}" for label, value in zip(labels, values, strict=True)]
-    return [f"{name}: {wanted['prompt']!r}", *lines, "ok"]
+    kind = "differentiable" if able else "black box"
+    return [f"{name}, {kind}: {wanted['prompt']!r}", *lines, "ok"]
+
+
+def _check_gradient(name: str, media: Media, prompts: Prompts) -> None:
+    value = load(name)(media, prompts)
+    slope = None
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        (slope,) = torch.autograd.grad(value.sum(), media.pixels, allow_unused=True)
+    if slope is None:
+        raise Fault(f"reward {name}: is declared differentiable and has no gradient to the pictures")
+    if not slope.isfinite().all() or not slope.any():
+        raise Fault(f"reward {name}: its gradient to the pictures is zero or not finite")

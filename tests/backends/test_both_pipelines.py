@@ -111,7 +111,7 @@ def test_a_v_prediction_pipeline_equals_the_plain_one():
 def test_a_solver_of_flows_that_also_has_betas_is_not_taken_for_ddim():
     from diffusers import UniPCMultistepScheduler
 
-    with pytest.raises(UserError, match="UniPCMultistepScheduler, which nothing here goes with"):
+    with pytest.raises(UserError, match="UniPCMultistepScheduler; allowed with that: none"):
         make("shapes-sd", scheduler=lambda config: UniPCMultistepScheduler(use_flow_sigmas=True))
 
 
@@ -123,12 +123,16 @@ def test_a_scheduler_that_clips_is_refused(setting):
 
 def test_a_process_of_the_other_kind_is_refused_with_those_that_fit():
     pipe, _ = trained("shapes-sd")
-    with pytest.raises(UserError, match=r"needs a flow-matching scheduler, .* DDIMScheduler, with it go ddim"):
+    with pytest.raises(
+        UserError, match=r"got one for flow-matching schedulers, .* DDIMScheduler; allowed with that: ddim"
+    ):
         diffusers.DiffusersPolicy(pipe, PROCESSES["flow_sde"], steps=4)
     with pytest.raises(UserError, match=r"sampler\.sigmas: got 'linear'"):
         diffusers.DiffusersPolicy(pipe, PROCESSES["ddim"], steps=4, sigmas="linear")
     pipe, _ = trained("shapes-sd3")
-    with pytest.raises(UserError, match=r"needs a DDPM-like scheduler, .* with it go flow_sde, dance_sde, ode"):
+    with pytest.raises(
+        UserError, match=r"got one for DDPM-like schedulers, .* allowed with that: flow_sde, dance_sde, ode"
+    ):
         diffusers.DiffusersPolicy(pipe, PROCESSES["ddim"], steps=4)
 
 

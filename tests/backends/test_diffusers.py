@@ -186,7 +186,7 @@ def test_global_random_state_is_not_touched(policy, part):
 def test_a_scheduler_of_another_kind_is_refused():
     pipe = diffusers.load("shapes-sd3")
     pipe.scheduler = DDIMScheduler()
-    with pytest.raises(UserError, match="needs a flow-matching scheduler"):
+    with pytest.raises(UserError, match="got one for flow-matching schedulers"):
         diffusers.DiffusersPolicy(pipe, PROCESSES["flow_sde"], steps=4)
 
 

@@ -8,11 +8,12 @@ import torch
 
 from diffalign.rewards import catalog
 from diffalign.rewards.base import check_media
+from diffalign.rewards.check import check
 from diffalign.rewards.load import load
 from diffalign.shapes import captions, preference
 from diffalign.shapes.pretrain import preference as recipe
 from diffalign.shapes.world import BACKGROUND, PALETTE
-from diffalign.types import Media, Prompts
+from diffalign.types import Fault, Media, Prompts
 from tests.rewards.test_rewards import scenes
 
 DIFFERENTIABLE = [name for name, entry in catalog.builtin().items() if entry.differentiable]
@@ -106,6 +107,52 @@ def test_soft_colour_is_high_for_the_wanted_colour_and_blind_to_shape():
     assert (found >= 0).all() and (found <= 2).all()
 
 
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("return media.pixels.detach().flatten(1).mean(1)", "has no gradient"),
+        ("import torch\n    return torch.arange(3.0, requires_grad=True)", "has no gradient"),
+        ("return media.pixels.flatten(1).mean(1) * 0 + media.pixels.detach().flatten(1).mean(1)", "zero or not finite"),
+    ],
+)
+def test_the_check_of_a_reward_tries_its_gradient(body, expected, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"DIFFERENTIABLE = ['a']\ndef a(media, prompts):\n    {body}\n")
+    with pytest.raises(Fault, match=expected):
+        check(f"{path}:a")
+    assert "differentiable" in check("soft_colour")[0]
+    assert "black box" in check("shapes_geneval")[0]
+
+
+@pytest.mark.parametrize("name", ["shapes_pref", "shapes_judge"])
+def test_learned_rewards_put_noise_and_smears_of_colour_below_right_pictures(name):
+    media, prompts = scenes("counting", 24)
+    rng = np.random.default_rng(0)
+    right = load(name)(media, prompts)
+    sheets = {
+        "noise": rng.integers(0, 256, (24, 64, 64, 3)),
+        "blobs": np.stack([recipe.degrade(i, Blobs()) for i in to_uint8(media)]),
+        "red": np.broadcast_to(np.array(PALETTE["red"]), (24, 64, 64, 3)),
+        "black": np.zeros((24, 64, 64, 3)),
+    }
+    for what, images in sheets.items():
+        worse = load(name)(Media(recipe.to_pixels(images.astype(np.uint8))[:, None]), prompts)
+        assert worse.mean() < right.mean() - 0.3, (what, worse.mean(), right.mean())
+
+
+class Blobs:
+    """A generator that always asks for smooth colours."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(1)
+
+    def integers(self, low, high=None, size=None):
+        return 4 if size is None else self.rng.integers(low, high, size)
+
+    def __getattr__(self, name):
+        return getattr(self.rng, name)
+
+
 def test_caption_features_tell_every_caption_apart():
     metadata = [m for t in captions.TASKS for s in captions.SPLITS for m in captions.captions(t, s)]
     rows = preference.features(metadata)
@@ -155,5 +202,8 @@ def test_a_users_file_declares_what_has_a_gradient(tmp_path):
     path.write_text("DIFFERENTIABLE = ['a']\ndef a(media, prompts): ...\ndef b(media, prompts): ...\n")
     assert catalog.find(f"{path}:a").differentiable
     assert not catalog.find(f"{path}:b").differentiable
+    path.write_text("DIFFERENTIABLE = ['absent']\ndef a(media, prompts): ...\n")
+    with pytest.raises(LookupError, match="DIFFERENTIABLE names absent, which it does not define"):
+        catalog.find(f"{path}:a")
     path.write_text("DIFFERENTIABLE = True\ndef a(media, prompts): ...\n")
     assert catalog.find(f"{path}:a").differentiable

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from scipy import ndimage
 
 from diffalign.ops import geneval
 from diffalign.processes import linear_sigmas
@@ -74,16 +75,22 @@ def nearly(combination: captions.Combination, rng: np.random.Generator) -> capti
 
 
 def degrade(image: Pictures, rng: np.random.Generator) -> Pictures:
-    """A smear, noise, or a hole."""
-    kind, out = rng.integers(3), image.astype(float)
+    """A smear, a hole, noise of any strength up to nothing but noise, or smooth colours that show nothing."""
+    kind, out = rng.integers(5), image.astype(float)
     y, x = rng.integers(0, 48, 2)
     h, w = rng.integers(4, 16, 2)
     if kind == 0:
         out[y : y + h, x : x + w] = rng.uniform(0, 255, 3)
     elif kind == 1:
-        out += rng.normal(0, rng.uniform(5, 40), out.shape)
-    else:
         out[y : y + h, x : x + w] = BACKGROUND
+    elif kind == 2:
+        out += rng.normal(0, rng.uniform(5, 150), out.shape)
+    elif kind == 3:
+        share = rng.uniform(0.2, 1.0)
+        out = (1 - share) * out + share * rng.uniform(0, 255, out.shape)
+    else:
+        blobs = ndimage.gaussian_filter(rng.normal(size=out.shape), (*[rng.uniform(2, 12)] * 2, 0))
+        out = 127.5 + 90 * blobs / blobs.std()
     return np.clip(np.round(out), 0, 255).astype(np.uint8)
 
 
