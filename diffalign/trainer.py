@@ -123,7 +123,8 @@ class Trainer:
                 raise Fault(f"update {index}: no sample got a score; not finite: {', '.join(dead)}")
             metrics |= describe(scores, rollout)
             credit = self.rule.credit(rollout.tree, scores, prompts)
-        if credit is not None and not any(np.any(edges) for edges in credit):
+        pathwise = any(term.through == "reward" for terms in plan.updates for term in terms)  # learns without credit
+        if credit is not None and not pathwise and not any(np.any(edges) for edges in credit):
             metrics["skipped_flat"] = 1.0
         else:
             with clock("train"):
@@ -228,7 +229,7 @@ class Trainer:
         allowed = EXACT_GAP if self.policy.exact else CLOSE_GAP
         if not gap <= allowed:
             raise Fault(
-                f"{where}, step {term.start}: the replayed log-probability differs from the rollout's by {gap:.3g} "
+                f"{where}, step {term.start}: the replay differs from the rollout by {gap:.3g} "
                 f"(allowed {allowed:g}): sampling and training do not see the same latents or network"
             )
 

@@ -233,7 +233,8 @@ Credit = list[Floats]  # per step t, (N_{t+1},): how much better than expected e
 
 @dataclass(frozen=True)
 class Loss:
-    """A scalar to minimise and detached numbers for the log; `gap` is max |log-ratio| where it ought to be 0."""
+    """A scalar to minimise and detached numbers for the log; `gap` is how far a replay is from the rollout where it
+    ought to be equal: max |log-ratio|, or max |difference| of latents."""
 
     value: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)

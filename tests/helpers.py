@@ -38,10 +38,12 @@ def toy_trainer(
     )
 
 
-def gradient(rule: UpdateRule, policy: ToyPolicy, given: Prompts, micro_batch: int | None = None) -> np.ndarray:
+def gradient(
+    rule: UpdateRule, policy: ToyPolicy, given: Prompts, micro_batch: int | None = None, update: int = 0
+) -> np.ndarray:
     """The rule's gradient of the loss on some prompts, through the trainer's own path."""
     trainer = toy_trainer(rule, policy, micro_batch=micro_batch or len(given))
-    plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
+    plan = rule.plan(policy.schedule, update, np.random.default_rng(update))
     rollout = policy.rollout(given, plan)
     credit = None
     if plan.stop == policy.schedule.steps:
@@ -67,9 +69,12 @@ TINY = [
 ]
 
 
+PATHWISE = ("truncated_bp", "rlr")
+
+
 def tiny(name: str) -> list[str]:
     """The overrides that make a config as little work as possible."""
-    return [*(o for o in TINY if "window" not in o), "rule.depth=1"] if "truncated_bp" in name else TINY
+    return [*(o for o in TINY if "window" not in o), "rule.depth=1"] if any(rule in name for rule in PATHWISE) else TINY
 
 
 def tiny_config(run_dir, *overrides: str, name: str = "flow_grpo/shapes-sd3"):

@@ -157,7 +157,7 @@ def test_a_planted_change_of_one_stored_latent_stops_the_run_and_says_so(tmp_pat
         return found
 
     monkeypatch.setattr(made.policy, "rollout", planted)
-    with pytest.raises(Fault, match="update 0, step 0: the replayed log-probability differs"):
+    with pytest.raises(Fault, match="update 0, step 0: the replay differs from the rollout"):
         made.run()
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from diffalign.rules.ddpo import DDPO
 from diffalign.rules.flow_grpo import FlowGRPO
+from diffalign.rules.rlr import RLR
 from diffalign.rules.truncated_bp import TruncatedBP
 
-RULES = {rule.name: rule for rule in (FlowGRPO, DDPO, TruncatedBP)}
+RULES = {rule.name: rule for rule in (FlowGRPO, DDPO, TruncatedBP, RLR)}
 
-__all__ = ["DDPO", "RULES", "FlowGRPO", "TruncatedBP"]
+__all__ = ["DDPO", "RLR", "RULES", "FlowGRPO", "TruncatedBP"]

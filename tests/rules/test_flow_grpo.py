@@ -88,7 +88,7 @@ def test_a_changed_rollout_is_caught(what):
     plan, part, credit = rolled(rule, policy)
     getattr(part, what)[1][3] += 1e-6
     trainer = toy_trainer(rule, policy, 2, 8)
-    with pytest.raises(Fault, match="differs from the rollout's"):
+    with pytest.raises(Fault, match="the replay differs from the rollout by"):
         trainer.accumulate(plan.updates[0], part, credit, first=True)
     trainer.accumulate(plan.updates[0], part, credit, first=False)
 
