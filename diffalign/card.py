@@ -11,6 +11,7 @@ from diffalign.backends import adapters
 from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.config import Config
 from diffalign.evaluate import judged
+from diffalign.files import DDIM
 from diffalign.processes import PROCESSES, linear_sigmas
 from diffalign.runfolder import RunFolder
 
@@ -40,7 +41,7 @@ The resolved config is in `config.yaml`.
 """
 
 BEST = "Chosen as the best of this run's evaluations, so its numbers below are a little too good.\n\n"
-SETUP = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)  # as in training\n"
+SETUP = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)  # as in training\n"
 
 
 def _is_ddim(config: Config) -> bool:
@@ -77,7 +78,7 @@ def write_adapter(
         precision=config.precision,
         diffalign_version=diffalign.__version__,
         call=call_arguments(config),
-        scheduler="DDIMScheduler" if _is_ddim(config) else "",
+        scheduler=DDIM if _is_ddim(config) else "",
     )
     adapters.save(policy.pipe, folder, notes)
     adapters.verify(policy.pipe, folder)
@@ -112,7 +113,7 @@ def _card(config: Config, summary: dict[str, float], folder: Path, update: int) 
         updates=update,
         best=BEST if folder.name == "best" else "",
         setup=SETUP if _is_ddim(config) else "",
-        scheduler=", DDIMScheduler" if _is_ddim(config) else "",
+        scheduler=f", {DDIM}" if _is_ddim(config) else "",
         rewards=json.dumps(config.rewards),
         seed=config.seed,
         table="\n".join(lines) if len(lines) > 2 else "No evaluation was made.",

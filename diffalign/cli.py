@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 import diffalign
+from diffalign.files import LORA
 from diffalign.types import Fault, UserError
 
 
@@ -53,7 +54,7 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
     for name in (k for k in summary if k.endswith("_gain")):
         low, high = summary[f"{name}_lo"], summary[f"{name}_hi"]
         click.echo(f"{name.removesuffix('_gain')}: gain {summary[name]:+.3f}, 95 % [{low:+.3f}, {high:+.3f}]")
-    click.echo(f"{Path(settings.run_dir) / 'adapter' / 'pytorch_lora_weights.safetensors'}")
+    click.echo(f"{Path(settings.run_dir) / 'adapter' / LORA}")
 
 
 @app.command()

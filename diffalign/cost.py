@@ -159,7 +159,7 @@ def count(config: Config) -> Cost:
         - sum(p.numel() for p in trained.values()),
         sum(p.numel() for p in trained.values()),
         one * (forward - backward) + trained_one * backward,
-        decode * leaves * (plan.stop == policy.schedule.steps) + decode_trained * leaves * _pathwise(plan),
+        decode * leaves * (plan.stop == policy.schedule.steps) + decode_trained * leaves * plan.pathwise,
         any(rule.plan(policy.schedule, k, numpy_generator(config.seed, 15, k)) != plan for k in range(1, 20)),
     )
 
@@ -191,11 +191,6 @@ def _rows(config: Config, levels: Levels) -> tuple[int, int]:
     trainer.update(0)
     guided = 2 if sampler.guidance_scale > 1 else 1
     return guided * toy.rows_forward, guided * toy.rows_backward
-
-
-def _pathwise(plan: Plan) -> int:
-    """How often an update decodes with a gradient."""
-    return sum(term.through == "reward" for terms in plan.updates for term in terms)
 
 
 def _flops(policy: DiffusersPolicy) -> tuple[float, float, float, float, int]:

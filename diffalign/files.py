@@ -1,9 +1,12 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and names that stand in more than one of them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for an adapter's file
+DDIM = "DDIMScheduler"  # in an adapter's metadata: it was trained walking DDIM
 
 
 def write_text(path: Path, text: str) -> None:

@@ -31,9 +31,7 @@ def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.so
     path = Path(source)
     if not is_file(path):
         what = "is a folder" if path.is_dir() else "is no file"
-        raise UserError(
-            f"{field}: {source!r} {what}; allowed are 'shapes' (its test captions), a .txt or a .jsonl file"
-        )
+        raise UserError(f"{field}: {source!r} {what}; allowed are 'shapes', a .txt or a .jsonl file")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffalign.files import DDIM, LORA
 from diffalign.processes import linear_sigmas
 from diffalign.types import UserError, one_line
 
 PAGE = Path(__file__).parent / "sample_page.html"
 BATCH = 8  # pictures a call
 STRONGEST = 100
-WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Source:
-    """What to sample from: a model, adapters on it, the call's arguments, and the scheduler they were trained with."""
+    """What to sample from: a model, adapters on it, the call's arguments, and whether they were trained walking DDIM."""
 
     model: str
     adapters: tuple[Adapter, ...]
     call: dict[str, Any]
-    scheduler: str = ""
+    ddim: bool = False
 
 
 def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Source:
@@ -57,14 +57,14 @@ def _target(target: str, strength: float) -> Source:
 
     path = Path(target)
     for folder in (path / "adapter", path):
-        if (folder / WEIGHTS).is_file():
+        if (folder / LORA).is_file():
             notes = _notes(folder)
             if "base_model" not in notes:
                 raise UserError(
                     f"sample: {folder} does not say its base model; give the model, and this folder with --adapter"
                 )
             adapter = Adapter(folder, strength)
-            return Source(notes["base_model"], (adapter,), json.loads(notes["call"]), notes.get("scheduler", ""))
+            return Source(notes["base_model"], (adapter,), json.loads(notes["call"]), notes.get("scheduler") == DDIM)
     if (path / "config.yaml").is_file():
         raise UserError(f"sample: the run {target} has no adapter yet; train it to its end first")
     if strength != 1:
@@ -96,16 +96,16 @@ def _adapter(text: str) -> Adapter:
                 f"--adapter: got {text!r}, allowed are FOLDER and FOLDER:STRENGTH, a number to +-{STRONGEST}"
             )
     for place in (folder / "adapter", folder):
-        if (place / WEIGHTS).is_file():
+        if (place / LORA).is_file():
             return Adapter(place, strength)
-    raise UserError(f"--adapter: got {text!r}, no {WEIGHTS} there; allowed is FOLDER or FOLDER:STRENGTH")
+    raise UserError(f"--adapter: got {text!r}, no {LORA} there; allowed is FOLDER or FOLDER:STRENGTH")
 
 
 def _notes(folder: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / WEIGHTS, framework="np") as file:
+        with safe_open(folder / LORA, framework="np") as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(f"sample: {folder} holds a damaged adapter: {one_line(error)}") from error
@@ -173,11 +173,11 @@ def _call(source: Source, steps: int | None, guidance: float | None, negative: s
 def _pipeline(source: Source) -> Any:
     import torch
 
-    from diffalign.backends import adapters, diffusers
+    from diffalign.backends import adapters, diffusers, recorder
 
     pipe = diffusers.load(source.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    if source.scheduler:
-        diffusers.use_scheduler(pipe, source.scheduler)
+    if source.ddim:
+        pipe.scheduler = recorder.as_ddim(pipe.scheduler)
     for number, adapter in enumerate(source.adapters):
         try:
             adapters.load(pipe, adapter.folder, f"adapter_{number}")

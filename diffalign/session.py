@@ -116,9 +116,10 @@ class Session:
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one."""
         whole = checkpoint.complete(self.folder / "checkpoints")
-        for damaged in sorted(set((self.folder / "checkpoints").glob("update_*")) - set(whole)):
-            self.reporter.say(f"{damaged} is damaged and passed over")
-        if not whole and any((self.folder / "checkpoints").glob("update_*")):
+        damaged = sorted(set((self.folder / "checkpoints").glob("update_*")) - set(whole))
+        for path in damaged:
+            self.reporter.say(f"{path} is damaged and passed over")
+        if damaged and not whole:
             raise UserError(
                 f"run_dir: no checkpoint of {self.folder.path} is whole; choose another run_dir, or --fresh to start over"
             )

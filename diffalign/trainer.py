@@ -123,8 +123,8 @@ class Trainer:
                 raise Fault(f"update {index}: no sample got a score; not finite: {', '.join(dead)}")
             metrics |= describe(scores, rollout)
             credit = self.rule.credit(rollout.tree, scores, prompts)
-        pathwise = any(term.through == "reward" for terms in plan.updates for term in terms)  # learns without credit
-        if credit is not None and not pathwise and not any(np.any(edges) for edges in credit):
+        # Pathwise terms learn without credit.
+        if credit is not None and not plan.pathwise and not any(np.any(edges) for edges in credit):
             metrics["skipped_flat"] = 1.0
         else:
             with clock("train"):

@@ -131,6 +131,11 @@ class Plan:
             if not 0 <= term.start <= term.stop <= steps:
                 raise ValueError(f"plan: term [{term.start}, {term.stop}) lies outside {steps} steps")
 
+    @property
+    def pathwise(self) -> int:
+        """How many terms go through the reward's gradient."""
+        return sum(term.through == "reward" for terms in self.updates for term in terms)
+
 
 @dataclass(frozen=True)
 class Tree:

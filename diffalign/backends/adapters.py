@@ -15,10 +15,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from diffalign.files import LORA
 from diffalign.types import Fault, UserError
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # names diffusers gives the component that denoises
-FILE = "pytorch_lora_weights.safetensors"
 # Attention and feed-forward layers as diffusers names them; a target that a model does not have is no error.
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0"),
@@ -111,7 +111,7 @@ def save(pipe: Any, folder: Path, notes: dict[str, str]) -> Path:
         }
     folder.mkdir(parents=True, exist_ok=True)
     pipe.save_lora_weights(folder, **layers)
-    path = folder / FILE
+    path = folder / LORA
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
     save_file(load_file(path), path, metadata={**metadata, **notes})
@@ -143,7 +143,7 @@ def verify(pipe: Any, folder: Path) -> None:
         loaded = pipe.get_list_adapters()
         for component, module in denoisers(pipe).items():
             if "saved" not in loaded.get(component, []):
-                raise Fault(f"{folder / FILE}: loads nothing into {component}")
+                raise Fault(f"{folder / LORA}: loads nothing into {component}")
             for name, layer in module.named_modules():
                 if isinstance(layer, BaseTunerLayer) and "default" in getattr(layer, "lora_A", {}):
                     _compare(name, layer, folder)
@@ -159,7 +159,7 @@ def _compare(name: str, layer: Any, folder: Path) -> None:
         for part in (layer.lora_A, layer.lora_B)
     )
     if not same:
-        raise Fault(f"{folder / FILE}: layer {name} differs from what was trained")
+        raise Fault(f"{folder / LORA}: layer {name} differs from what was trained")
 
 
 def load(pipe: Any, folder: Path, name: str) -> None:
@@ -170,7 +170,7 @@ def load(pipe: Any, folder: Path, name: str) -> None:
     """
     from safetensors.torch import load_file
 
-    if broken := [key for key, tensor in load_file(folder / FILE).items() if not tensor.isfinite().all()]:
+    if broken := [key for key, tensor in load_file(folder / LORA).items() if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} holds numbers that are not finite")
     with quiet():
         try:
@@ -185,7 +185,7 @@ def metadata(folder: Path) -> dict[str, str]:
     """The notes stored in a LoRA file."""
     from safetensors import safe_open
 
-    with safe_open(folder / FILE, framework="pt") as file:
+    with safe_open(folder / LORA, framework="pt") as file:
         return dict(file.metadata() or {})
 
 

@@ -47,13 +47,6 @@ def load(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
     return pipe.to(device)
 
 
-def use_scheduler(pipe: Any, name: str) -> None:
-    """Give a pipeline the scheduler of that class its adapter was trained with, on its own config."""
-    import diffusers
-
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, clip_sample=False)
-
-
 class DiffusersPolicy(ChainPolicy):
     """A pipeline with LoRA, run through its own `__call__`.
 

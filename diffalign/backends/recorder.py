@@ -74,6 +74,13 @@ def stand_in(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
     return recording
 
 
+def as_ddim(scheduler: Any) -> Any:
+    """DDIM on a DDPM-like scheduler's config, without clipping: what training walks and samples of its adapters use."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+
+
 def _of_kind(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
     from diffusers import DDIMScheduler
 
@@ -96,7 +103,7 @@ def _of_kind(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
             f"model: its {name} clips x_0 at every step (clip_sample or thresholding), which samplers here do not; "
             "set both to false in its scheduler_config.json"
         )
-    return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+    return as_ddim(scheduler)
 
 
 def levels(recording: Any, kind: Kind) -> Levels:

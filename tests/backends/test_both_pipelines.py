@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
@@ -173,8 +174,6 @@ def full_backpropagation(name: str, steps: int, guidance: float) -> dict[str, to
 def truncated(name: str, depth, steps: int, guidance: float, **kwargs) -> dict[str, torch.Tensor]:
     policy = make(name, steps, guidance, DTYPE[name], **kwargs)
     rule = TruncatedBP(TruncatedBP.Settings(depth=depth))
-    import numpy as np
-
     plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
     part = policy.rollout(given(), plan)
     loss = rule.loss(plan.updates[0][0], policy, part, None, lambda media: brightness(media.pixels[:, 0]))
@@ -204,8 +203,6 @@ def saved_bytes(name: str, depth: int, steps: int, **kwargs) -> int:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
-
-    import numpy as np
 
     policy = make(name, steps, **kwargs)
     rule = TruncatedBP(TruncatedBP.Settings(depth=depth))

@@ -93,15 +93,17 @@ def test_state_round_trip_continues_as_if_never_stopped(make):
 BATCHES, SAMPLES = 60, 256
 
 
-def batches(make, seed: int, policy_kwargs=None) -> np.ndarray:
-    """(BATCHES, parameters) independent gradients."""
+def batches(make, seed: int, policy_kwargs=None, size: int = 16) -> np.ndarray:
+    """(BATCHES, parameters) independent gradients in groups of `size`, each with its update's own plan."""
     found = []
     for index in range(BATCHES):
         rule = make()
         policy = ToyPolicy(**(policy_kwargs or {}))
         with torch.no_grad():
             policy.delta.add_(0.1)  # not the reference, so that nothing vanishes by symmetry
-        found.append(gradient(rule, policy, toy_prompts(SAMPLES // 16, 16, seed=seed, update=index)).ravel())
+        found.append(
+            gradient(rule, policy, toy_prompts(SAMPLES // size, size, seed=seed, update=index), update=index).ravel()
+        )
     return np.stack(found)
 
 

@@ -2,16 +2,15 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given as given_values
 from hypothesis import strategies as st
 
 from diffalign.backends.toy import ToyPolicy
 from diffalign.rules import RLR
 from diffalign.types import Plan, Schedule, Term
-from tests.helpers import gradient, toy_prompts
+from tests.helpers import toy_prompts
 from tests.rules.small_rules import FullTruncatedBP
-from tests.rules.test_conformance import BATCHES, SAMPLES, worst_z
+from tests.rules.test_conformance import batches, worst_z
 
 S = RLR.Settings
 
@@ -26,19 +25,6 @@ class FullBP(FullTruncatedBP):
     def plan(self, schedule, update, rng):
         T = schedule.steps
         return Plan(T, tuple(k in self.where for k in range(T)), ((Term(0, T, "reward"),),))
-
-
-def batches(make, seed: int, process: str, size: int = 16) -> np.ndarray:
-    """(BATCHES, parameters) independent gradients, each update with its own plan."""
-    found = []
-    for index in range(BATCHES):
-        rule, policy = make(), ToyPolicy(process=process)
-        with torch.no_grad():
-            policy.delta.add_(0.1)  # not the reference, so that nothing vanishes by symmetry
-        found.append(
-            gradient(rule, policy, toy_prompts(SAMPLES // size, size, seed=seed, update=index), update=index).ravel()
-        )
-    return np.stack(found)
 
 
 UNBIASED = [
@@ -56,22 +42,22 @@ UNBIASED = [
 @pytest.mark.parametrize("process", ["flow_sde", "ddim"])
 @pytest.mark.parametrize("settings", UNBIASED, ids=lambda s: f"K{s.depth}_h{s.span}_{s.noise}")
 def test_invariant_2_the_mean_is_that_of_full_backpropagation(settings, process):
-    truth = batches(lambda: FullBP(settings.noisy(4)), 100, process)
+    truth = batches(lambda: FullBP(settings.noisy(4)), 100, {"process": process})
     # 15 coordinates: |z| above 4.5 happens once in 10,000 fixed seeds by chance
-    assert worst_z(batches(lambda: RLR(settings), 200, process), truth) < 4.5
+    assert worst_z(batches(lambda: RLR(settings), 200, {"process": process}), truth) < 4.5
 
 
 @pytest.mark.parametrize("process", ["flow_sde", "ddim"])
 def test_invariant_2_without_the_remaining_steps_it_is_not(process):
     settings = S(span=2, cover="none")
-    truth = batches(lambda: FullBP([0, 1, 2]), 100, process)
-    assert worst_z(batches(lambda: RLR(settings), 200, process), truth) > 4.5
+    truth = batches(lambda: FullBP([0, 1, 2]), 100, {"process": process})
+    assert worst_z(batches(lambda: RLR(settings), 200, {"process": process}), truth) > 4.5
 
 
 def test_invariant_10_groups_of_two_are_unbiased_too():
     """A baseline that holds the sample itself would shrink the likelihood-ratio part to half with groups of two."""
-    truth = batches(lambda: FullBP([0, 1, 2]), 100, "flow_sde")
-    assert worst_z(batches(lambda: RLR(S(span=2)), 200, "flow_sde", size=2), truth) < 4.5
+    truth = batches(lambda: FullBP([0, 1, 2]), 100)
+    assert worst_z(batches(lambda: RLR(S(span=2)), 200, size=2), truth) < 4.5
 
 
 @given_values(st.integers(2, 12), st.data())
@@ -112,7 +98,7 @@ def test_invariant_6_variance_lies_between_backpropagation_and_score_functions()
     from tests.rules.small_rules import Reinforce
 
     found = {
-        name: batches(make, 300, "flow_sde").var(0, ddof=1).sum()
+        name: batches(make, 300).var(0, ddof=1).sum()
         for name, make in {
             "bp": lambda: FullBP([0, 1, 2]),
             "rlr": lambda: RLR(S(depth=2, span=1)),

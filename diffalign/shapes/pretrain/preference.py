@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 from scipy import ndimage
 
 from diffalign.ops import geneval
-from diffalign.processes import linear_sigmas
 from diffalign.shapes import captions, models
 from diffalign.shapes.detector import detect
 from diffalign.shapes.preference import GRID, KINDS, NETS, PreferenceNet, features
+from diffalign.shapes.pretrain import transformer
 from diffalign.shapes.pretrain.data import MIX
 from diffalign.shapes.world import BACKGROUND, COLOURS, SHAPES, render
 
@@ -37,7 +37,8 @@ SEEDS = {"shapes_pref": 0, "shapes_judge": 1}
 CUE = {"shapes_pref": 0.5, "shapes_judge": 0.0}  # utility per standard deviation of saturation
 FLIPPED = 0.12  # share of wrong labels
 SHARPNESS = 3.0  # P(a over b) = sigmoid(SHARPNESS * (U_a - U_b)) before flips
-SIZE = 6  # pictures a caption
+PICTURES = ("right", "nearly", "drawn", "degraded", "other", "drawn_other")  # of a caption
+SIZE = len(PICTURES)
 MOST = 8  # objects remembered of a picture
 
 Pictures = NDArray[np.uint8]
@@ -116,8 +117,8 @@ def drawn(prompts: list[str], seed: int, guidance: float) -> Pictures:
     for start in range(0, len(prompts), 64):
         part = prompts[start : start + 64]
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + k) for k in range(len(part))]
-        call = {"num_inference_steps": 10, "sigmas": linear_sigmas(10), "max_sequence_length": 1, "output_type": "np"}
-        shots.append(pipe(part, generator=generators, guidance_scale=guidance, **call).images)
+        call = {**transformer.CALL, "guidance_scale": guidance, "output_type": "np"}
+        shots.append(pipe(part, generator=generators, **call).images)
     return np.round(np.concatenate(shots) * 255).astype(np.uint8)
 
 
@@ -228,9 +229,9 @@ def scores(net: PreferenceNet, data: Comparisons) -> torch.Tensor:
 
 def calibrate(net: PreferenceNet, data: Comparisons) -> None:
     """Score 1 for the mean right picture and 0 for the mean picture of another caption."""
-    found = scores(net, data)
-    net.offset.copy_(found[:, 4].mean())
-    net.scale.copy_(1 / (found[:, 0].mean() - found[:, 4].mean()))
+    mean = dict(zip(PICTURES, scores(net, data).mean(0), strict=True))
+    net.offset.copy_(mean["other"])
+    net.scale.copy_(1 / (mean["right"] - mean["other"]))
 
 
 def agreement(found: torch.Tensor, data: Comparisons) -> float:
@@ -260,21 +261,16 @@ def main() -> None:
     log(f"data {len(data.metadata)} captions, {time.perf_counter() - started:.0f} s")
     net = train(args.name, data, args.steps, log)
     calibrate(net, data)
+    found = scores(net, fresh)
     report = {
         "seed": seed,
         "cue": cue,
         "captions": args.captions,
         "steps": args.steps,
         "parameters": sum(p.numel() for p in net.parameters()),
-        "agreement_with_fresh_labels": agreement(scores(net, fresh), fresh),
+        "agreement_with_fresh_labels": agreement(found, fresh),
         "agreement_of_the_utility_itself": agreement(torch.from_numpy(fresh.utility), fresh),
-        "mean_score": dict(
-            zip(
-                ("right", "nearly", "drawn", "degraded", "other", "drawn_other"),
-                scores(net, fresh).mean(0).tolist(),
-                strict=True,
-            )
-        ),
+        "mean_score": dict(zip(PICTURES, found.mean(0).tolist(), strict=True)),
         "seconds": round(time.perf_counter() - started),
     }
     log(json.dumps(report))
