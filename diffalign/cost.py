@@ -57,8 +57,7 @@ class Cost:
             "std         " + " ".join(f"{self.schedule.std[k]:.3f}" for k in noisy),
         ]
         for number, terms in enumerate(self.plan.updates, 1):
-            shown = ", ".join(f"{t.through}[{t.start},{t.stop}) x {t.weight:.3g}" for t in terms)
-            lines.append(f"step {number}      {shown}")
+            lines.append(f"step {number}      {', '.join(map(str, terms))}")
         return [
             *lines,
             f"samples     {self.samples}",
@@ -159,7 +158,7 @@ def count(config: Config) -> Cost:
         - sum(p.numel() for p in trained.values()),
         sum(p.numel() for p in trained.values()),
         one * (forward - backward) + trained_one * backward,
-        decode * leaves * (plan.stop == policy.schedule.steps) + decode_trained * leaves * plan.pathwise,
+        decode * leaves * ((plan.stop == policy.schedule.steps) + 2 * plan.perturbed) + decode_trained * leaves * plan.pathwise,
         any(rule.plan(policy.schedule, k, numpy_generator(config.seed, 15, k)) != plan for k in range(1, 20)),
     )
 

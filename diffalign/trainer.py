@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -67,6 +67,10 @@ class Sampled:
     rollout: Rollout
     micro_batch: int
 
+    @property
+    def plan(self) -> Plan:
+        return self.rollout.plan
+
 
 class Trainer:
     """Runs a rule on a policy.
@@ -109,26 +113,13 @@ class Trainer:
         """
         clock = Clock(next(iter(self.policy.parameters.values())).device)
         started, forward, backward = time.perf_counter(), self.policy.rows_forward, self.policy.rows_backward
-        prompts = self.draw(index)
-        plan = self.rule.plan(self.policy.schedule, index, numpy_generator(self.seed, 15, index))
-        with clock("sample"):
-            rollout = self.fitting(lambda: self.policy.rollout(prompts, plan))
-            sampled = Sampled(rollout, self.policy.micro_batch)
-        metrics: Metrics = {}
-        credit: Credit | None = None
-        if plan.stop == self.policy.schedule.steps:
-            scores = self.fitting(lambda: self.score(rollout, clock))
-            if not scores.valid.any():
-                dead = [name for name, values in scores.by_name.items() if not np.isfinite(values).all()]
-                raise Fault(f"update {index}: no sample got a score; not finite: {', '.join(dead)}")
-            metrics |= describe(scores, rollout)
-            credit = self.rule.credit(rollout.tree, scores, prompts)
-        # Pathwise terms learn without credit.
-        if credit is not None and not plan.pathwise and not any(np.any(edges) for edges in credit):
+        sampled, credit, metrics = self._sample(index, clock)
+        by_credit = credit is not None and not sampled.plan.pathwise and not sampled.plan.perturbed
+        if by_credit and not any(np.any(edges) for edges in credit or ()):
             metrics["skipped_flat"] = 1.0
         else:
             with clock("train"):
-                metrics |= self._train(plan, sampled, credit, index)
+                metrics |= self._train(sampled, credit, index)
         self.policy.follow(self.rule.needs.shadows)
         if hasattr(self.rule, "after_update"):
             self.rule.after_update(metrics)
@@ -137,6 +128,27 @@ class Trainer:
         metrics["nfe"] = float(self.policy.rows_forward - forward)
         metrics["nfe_backward"] = float(self.policy.rows_backward - backward)
         return metrics
+
+    def gradient(self, index: int) -> Metrics:
+        """The gradient of update `index`'s first optimiser step, left in the parameters' `grad`; nothing else moves."""
+        sampled, credit, metrics = self._sample(index, Clock(next(iter(self.policy.parameters.values())).device))
+        where = f"update {index}"
+        return metrics | self._gradient(sampled.plan.updates[0], sampled, credit, first=True, where=where)
+
+    def _sample(self, index: int, clock: Clock) -> tuple[Sampled, Credit | None, Metrics]:
+        """Plan, sample, score and credit."""
+        prompts = self.draw(index)
+        plan = self.rule.plan(self.policy.schedule, index, numpy_generator(self.seed, 15, index))
+        with clock("sample"):
+            rollout = self.fitting(lambda: self.policy.rollout(prompts, plan))
+            sampled = Sampled(rollout, self.policy.micro_batch)
+        if plan.stop < self.policy.schedule.steps:
+            return sampled, None, {}
+        scores = self.fitting(lambda: self.score(rollout, clock))
+        if not scores.valid.any():
+            dead = [name for name, values in scores.by_name.items() if not np.isfinite(values).all()]
+            raise Fault(f"update {index}: no sample got a score; not finite: {', '.join(dead)}")
+        return sampled, self.rule.credit(rollout.tree, scores, prompts), describe(scores, rollout)
 
     def score(self, rollout: Rollout, clock: Clock) -> Scores:
         """Decode and score the leaves, a micro-batch at a time."""
@@ -176,10 +188,10 @@ class Trainer:
             self.micro_batch = self.policy.micro_batch = max(1, min(self.micro_batch, self.policy.micro_batch) // 2)
             self.notify(f"out of memory ({problem}): going on with optimizer.micro_batch {self.micro_batch}")
 
-    def _train(self, plan: Plan, sampled: Sampled, credit: Credit | None, index: int) -> Metrics:
+    def _train(self, sampled: Sampled, credit: Credit | None, index: int) -> Metrics:
         """The optimiser steps of one update; metrics are averaged over them."""
         sums: dict[str, list[float]] = defaultdict(list)
-        for number, terms in enumerate(plan.updates):
+        for number, terms in enumerate(sampled.plan.updates):
             first, where = number == 0, f"update {index}"
             values = self.fitting(functools.partial(self._gradient, terms, sampled, credit, first=first, where=where))
             norm = self._step()
@@ -219,11 +231,32 @@ class Trainer:
                 loss = self.rule.loss(term, self.policy, part, part_credit, reward)
                 if first and loss.gap is not None:
                     self._check_gap(float(loss.gap), where, term)
-                (loss.value * (term.weight * share)).backward()
-                for name, value in {**seen, **loss.metrics}.items():
+                norm = self._backward(term, loss.value, share)
+                logged: dict[str, Tensor | float] = {**seen, **loss.metrics, **norm}
+                for name, value in logged.items():
                     sums[name] += share * float(value)
                     weights[name] += share
         return {name: value / weights[name] for name, value in sums.items()}
+
+    def _backward(self, term: Term, value: Tensor, share: float) -> Metrics:
+        """Add a term's gradient; the norm of the part's own, unweighted, for rules that ask for it."""
+        if not self.rule.needs.term_norms:
+            (value * (term.weight * share)).backward()
+            return {}
+        parameters = list(self.policy.parameters.values())
+        sums = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        value.backward()
+        own = [p.grad for p in parameters]
+        for parameter, old, new in zip(parameters, sums, own, strict=True):
+            if new is not None:
+                scaled = new * (term.weight * share)
+                parameter.grad = scaled if old is None else old + scaled
+            else:
+                parameter.grad = old
+        norm = torch.stack([g.norm() for g in own if g is not None]).norm()
+        return {f"term_norm/{term.start}-{term.stop}": float(norm)}
 
     def _check_gap(self, gap: float, where: str, term: Term) -> None:
         allowed = EXACT_GAP if self.policy.exact else CLOSE_GAP
@@ -241,8 +274,9 @@ class Trainer:
             total = media.pixels.new_zeros(len(prompts))
             for name, function in self.rewards.items():
                 value = function(check_media(media), prompts)
-                if not isinstance(value, Tensor) or not value.requires_grad or not self._reaches(name, value, media):
+                if torch.is_grad_enabled() and not self._reaches(name, value, media):
                     raise Fault(f"reward {name}: has no gradient to the pictures")
+                value = torch.as_tensor(value, dtype=total.dtype, device=total.device)
                 if not value.isfinite().any():
                     raise Fault(f"reward {name}: no sample got a score, none is finite")
                 total = total + self.weights[name] * value
@@ -252,8 +286,10 @@ class Trainer:
 
         return reward
 
-    def _reaches(self, name: str, value: Tensor, media: Media) -> bool:
+    def _reaches(self, name: str, value: Tensor | Sequence[float], media: Media) -> bool:
         """Whether a reward's value depends on the pixels, found out at its first use."""
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return False
         if name not in self._proved and media.pixels.requires_grad:
             (slope,) = torch.autograd.grad(value.sum(), media.pixels, retain_graph=True, allow_unused=True)
             if slope is None:

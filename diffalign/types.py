@@ -9,7 +9,7 @@ at level T index scores. A chain is a forest that never branches: N_t = N everyw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -48,7 +48,8 @@ class Prompts:
     """What to draw: one entry a sample.
 
     text (N) strings; group (N,) integer ids of samples whose rewards are compared; seed (N,) keys of all noise of a sample;
-    group_seed (N,) keys a group shares; metadata (N) dicts for the rewards.
+    group_seed (N,) keys a group shares; metadata (N) dicts for the rewards; stages (N) tuples of equal length: what the
+    sampler is told instead of `text` on each stretch of the chain, empty to tell it `text` throughout.
     """
 
     text: list[str]
@@ -56,6 +57,7 @@ class Prompts:
     seed: Integers
     group_seed: Integers
     metadata: list[dict[str, Any]]
+    stages: list[tuple[str, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -69,7 +71,12 @@ class Prompts:
             self.seed[picked],
             self.group_seed[picked],
             [self.metadata[k] for k in picked],
+            [self.stages[k] for k in picked] if self.stages else [],
         )
+
+    def told(self, stretch: int) -> Prompts:
+        """The same with the texts of a stretch of the chain."""
+        return replace(self, text=[texts[stretch] for texts in self.stages]) if self.stages else self
 
 
 @dataclass(frozen=True)
@@ -93,12 +100,20 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Term:
-    """One piece of a loss: steps [start, stop) seen through the reward's gradient, log-probs, or the forward process."""
+    """One piece of a loss: steps [start, stop) seen through the reward's gradient, log-probs, the forward process, or noise
+    on the parameters. steps: those it is about, None: all; draw: key of noise of its own, 0: it has none.
+    """
 
     start: int
     stop: int
-    through: Literal["reward", "log_prob", "forward"]
+    through: Literal["reward", "log_prob", "forward", "parameters"]
     weight: float = 1.0
+    steps: tuple[int, ...] | None = None
+    draw: int = 0
+
+    def __str__(self) -> str:
+        at = "" if self.steps is None else f" at {', '.join(map(str, self.steps))}"
+        return f"{self.through}[{self.start},{self.stop}){at} x {self.weight:.3g}"
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,15 @@ class Plan:
     @property
     def pathwise(self) -> int:
         """How many terms go through the reward's gradient."""
-        return sum(term.through == "reward" for terms in self.updates for term in terms)
+        return self._count("reward")
+
+    @property
+    def perturbed(self) -> int:
+        """How many terms perturb the parameters."""
+        return self._count("parameters")
+
+    def _count(self, through: str) -> int:
+        return sum(term.through == through for terms in self.updates for term in terms)
 
 
 @dataclass(frozen=True)
@@ -257,24 +280,39 @@ class Transition:
 
 @dataclass(frozen=True)
 class Replay:
-    """A replayed span: x after it, and mean and std of its last step (x = mean + std * eps)."""
+    """A replayed span: x after it, mean and std of its last step (x = mean + std * eps), and the clean sample x_0 that its
+    last prediction implies."""
 
     x: Tensor
     mean: Tensor
     std: float
+    clean: Tensor
+
+
+@dataclass(frozen=True)
+class GraphBytes:
+    """What one micro-batch keeps for the gradient, in bytes: per replayed step, and for decoder and reward; `stored` is what
+    a step keeps without a graph, its latent and its noise."""
+
+    step: int
+    reward: int
+    stored: int
 
 
 @dataclass(frozen=True)
 class Needs:
     """What a rule cannot do without; checked before any weight is loaded.
 
-    groups: several samples a prompt, to compare; shadows: name -> decay per update.
+    groups: several samples a prompt, to compare; term_norms: the gradient norm of every term, `term_norm/<start>-<stop>` of
+    `after_update`'s metrics; graph_bytes: a call of `fit` before the first plan; shadows: name -> decay per update.
     """
 
     groups: bool = False
     differentiable_reward: bool = False
     stochastic_sampler: bool = False
     reference: bool = False
+    term_norms: bool = False
+    graph_bytes: bool = False
     shadows: dict[str, float] = field(default_factory=dict)
 
 
@@ -285,11 +323,15 @@ class Policy(Protocol):
 
     def rollout(self, prompts: Prompts, plan: Plan) -> Rollout: ...
     def transition(self, part: Rollout, step: int) -> Transition: ...
-    def replay(self, part: Rollout, start: int, stop: int) -> Replay: ...
+    def replay(
+        self, part: Rollout, start: int, stop: int, steps: Collection[int] | None = None, detached: bool = False
+    ) -> Replay: ...
     def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor: ...
     def decode(self, part: Rollout, x: Tensor) -> Media: ...
     def reference(self) -> AbstractContextManager[None]: ...
     def shadow(self, name: str) -> AbstractContextManager[None]: ...
+    def shifted(self, draw: int, steps: Collection[int], scale: float) -> AbstractContextManager[None]: ...
+    def along(self, draw: int, steps: Collection[int]) -> Tensor: ...
 
 
 class TrainablePolicy(Policy, Protocol):
@@ -313,7 +355,8 @@ RewardFunction = Callable[[Media], "Tensor"]
 
 
 class UpdateRule(Protocol):
-    """Three hooks. A rule that learns on the way also has `after_update`, `state_dict` and `load_state_dict`.
+    """Three hooks. A rule that learns on the way also has `after_update`, `state_dict` and `load_state_dict`; one that fits
+    its terms into memory has `fit`.
 
     Noise a loss needs is drawn with `randomness.normal(part.prompts.seed, shape, ...)`, so that it depends on the sample
     and the update alone, not on how a batch is cut.
@@ -328,6 +371,12 @@ class UpdateRule(Protocol):
     def loss(
         self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction
     ) -> Loss: ...
+
+
+class FittingRule(UpdateRule, Protocol):
+    """A rule that chooses how much graph to hold at once: told before the first plan, of what a run of `steps` steps takes."""
+
+    def fit(self, measured: GraphBytes, steps: int) -> None: ...
 
 
 class StatefulRule(UpdateRule, Protocol):

@@ -7,8 +7,9 @@ stored latent with the stored noise, which gives the same values and a graph.
 
 from __future__ import annotations
 
+import bisect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from diffalign.types import Media, Plan, Prompts, Replay, Rollout, Schedule, Tra
 
 OnStep = Callable[[int, Tensor, Tensor], Tensor]  # (step, prediction, latent as the network saw it) -> next latent
 Advance = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (step, latent, prediction, mean) -> next latents
+NO_SHIFT: tuple[int, frozenset[int], float] = (0, frozenset(), 0.0)  # draw, steps, scale
 
 
 def wide(x: Tensor) -> Tensor:
@@ -37,14 +39,24 @@ class ChainPolicy(ABC):
         timestep, levels: the sampler's (T,) timesteps and T+1 noise levels.
         process, noise_level: how a step follows from a prediction.
         micro_batch: roots per forward pass. Rollout and replay use the same batch shape, so first-pass ratios are exactly 1.
+        stretches: first steps of the stretches that prompts with stages tell apart.
     """
 
     parameters: dict[str, Tensor]
 
     def __init__(
-        self, timestep: np.ndarray, levels: Levels, process: Process, noise_level: float, micro_batch: int
+        self,
+        timestep: np.ndarray,
+        levels: Levels,
+        process: Process,
+        noise_level: float,
+        micro_batch: int,
+        stretches: Sequence[int] = (0,),
     ) -> None:
         self.levels = levels
+        self.stretches = tuple(stretches)
+        self._clean = levels.parts()[:2]
+        self._shift = NO_SHIFT
         self.noisy: Table = process.table(levels, noise_level)
         self.quiet: Table = process.table(levels, 0.0)
         gain = np.abs(self.noisy.prediction)
@@ -147,26 +159,52 @@ class ChainPolicy(ABC):
         return plan.correlation**0.5 * shared + (1 - plan.correlation) ** 0.5 * own
 
     def _walk(
-        self, prompts: Prompts, tree: Tree, plan: Plan, x: Tensor, start: int, stop: int, advance: Advance
+        self,
+        prompts: Prompts,
+        tree: Tree,
+        plan: Plan,
+        x: Tensor,
+        start: int,
+        stop: int,
+        advance: Advance,
+        steps: Collection[int] | None = None,
+        detached: bool = False,
     ) -> Tensor:
-        """Run steps [start, stop) over a forest: one drive per stretch without branching."""
-        latent = x
+        """Run steps [start, stop) over a forest: one drive per stretch of equal texts and parameters without branching.
+
+        steps: where the network's output carries gradient, None: everywhere; detached: its input carries none.
+        """
+        latent, graph = x, torch.is_grad_enabled()
 
         def on_step(step: int, prediction: Tensor, seen: Tensor) -> Tensor:
             nonlocal latent
             coefficient, gain, _ = self.table(plan, step)
             prediction = wide(prediction)
-            # mean = a x + b prediction, on our own wide copy of the latent
-            mean = coefficient * latent + gain * prediction
-            rows = len(latent)
-            latent = advance(step, latent, prediction, mean)
-            return latent.to(seen.dtype) if len(latent) == rows else seen
+            with torch.set_grad_enabled(graph):
+                # mean = a x + b prediction, on our own wide copy of the latent
+                mean = coefficient * latent + gain * prediction
+                rows = len(latent)
+                latent = advance(step, latent, prediction, mean)
+            shown = latent.detach() if detached else latent
+            return shown.to(seen.dtype) if len(latent) == rows else seen
+
+        def circumstances(step: int) -> tuple[int, int | None, bool]:
+            shifted = step if step in self._shift[1] else None
+            return self.stretch(step), shifted, graph and (steps is None or step in steps)
 
         while start < stop:
-            split = next((k + 1 for k in range(start, stop) if plan.branch[k] > 1), stop)
-            self.drive(prompts.select(tree.root[start]), latent, start, split, on_step)
-            start = split
+            stretch, shifted, learns = now = circumstances(start)
+            ends = (k + 1 for k in range(start, stop - 1) if plan.branch[k] > 1 or circumstances(k + 1) != now)
+            end = next(ends, stop)
+            told = prompts.select(tree.root[start]).told(stretch)
+            with self._moved(shifted), torch.set_grad_enabled(learns):
+                self.drive(told, latent.detach() if detached else latent, start, end, on_step)
+            start = end
         return latent
+
+    def stretch(self, step: int) -> int:
+        """Which stretch of the chain a step belongs to."""
+        return bisect.bisect_right(self.stretches, step) - 1
 
     def transition(self, part: Rollout, step: int) -> Transition:
         """Evaluate one step at the part's stored latents: one network row per node of its level."""
@@ -180,21 +218,28 @@ class ChainPolicy(ABC):
         self._walk(part.prompts, part.tree, single, part.x[step], step, step + 1, advance)
         return Transition(seen[0], seen[1], self.table(part.plan, step)[2])
 
-    def replay(self, part: Rollout, start: int, stop: int) -> Replay:
-        """Run steps [start, stop) from the stored latent with the same noise; `stop` may lie beyond where sampling ended."""
-        last: list[Tensor] = [part.x[start]]
+    def replay(
+        self, part: Rollout, start: int, stop: int, steps: Collection[int] | None = None, detached: bool = False
+    ) -> Replay:
+        """Run steps [start, stop) from the stored latent with the same noise; `stop` may lie beyond where sampling ended.
+
+        steps: where the network's output carries gradient, None: everywhere; elsewhere it is a constant. detached: gradient flows
+        along the latents, x' = a x + b f(sg[x]), and not through the network's input (DRTune, arXiv 2405.00760).
+        """
+        last = [part.x[start], part.x[start]]
 
         def advance(step: int, x: Tensor, prediction: Tensor, mean: Tensor) -> Tensor:
-            last[0] = mean
+            clean_x, clean_prediction = (float(column[step]) for column in self._clean)
+            last[:] = mean, clean_x * x + clean_prediction * prediction
             child, std = mean[part.tree.parent[step]], self.table(part.plan, step)[2]
             if std == 0:
                 return child
             stored = part.eps[step] if step < len(part.eps) else None
             return child + std * (self._noise(part.prompts, part.plan, step, like=mean) if stored is None else stored)
 
-        x = self._walk(part.prompts, part.tree, part.plan, part.x[start], start, stop, advance)
+        x = self._walk(part.prompts, part.tree, part.plan, part.x[start], start, stop, advance, steps, detached)
         std = self.table(part.plan, stop - 1)[2] if stop > start else 0.0
-        return Replay(x, last[0], std)
+        return Replay(x, last[0], std, last[1])
 
     @torch.no_grad()
     def recomputed(self, rollout: Rollout) -> Rollout:
@@ -215,6 +260,52 @@ class ChainPolicy(ABC):
         """Decode latents of the part's leaves."""
         return self.pixels(part.prompts.select(part.tree.leaf_root), x)
 
+    # -- noise on the parameters
+
+    def _direction(self, draw: int, step: int) -> dict[str, Tensor]:
+        """Standard normal noise of the parameters' shapes, a function of draw and step alone."""
+        return {
+            k: normal([draw], p.shape, 16, step, index, like=p)[0]
+            for index, (k, p) in enumerate(self.parameters.items())
+        }
+
+    @contextmanager
+    def shifted(self, draw: int, steps: Collection[int], scale: float) -> Iterator[None]:
+        """Walk each of some steps with parameters + scale * its own noise, without gradient, for the length of the context."""
+        self._shift = draw, frozenset(steps), scale
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._shift = NO_SHIFT
+
+    def along(self, draw: int, steps: Collection[int]) -> Tensor:
+        """<parameters, sum of the steps' noises>: its gradient is that sum."""
+        noises = [self._direction(draw, step) for step in steps]
+        return torch.stack([(p * sum(noise[k] for noise in noises)).sum() for k, p in self.parameters.items()]).sum()
+
+    @contextmanager
+    def _moved(self, step: int | None) -> Iterator[None]:
+        if step is None:
+            yield
+            return
+        draw, _, scale = self._shift
+        noise = self._direction(draw, step)
+        with self._swapped({k: p.data + scale * noise[k] for k, p in self.parameters.items()}):
+            yield
+
+    @contextmanager
+    def _swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Other values for the parameters, for the length of the context."""
+        own = {k: p.data for k, p in self.parameters.items()}
+        try:
+            for k, p in self.parameters.items():
+                p.data = values[k]
+            yield
+        finally:
+            for k, p in self.parameters.items():
+                p.data = own[k]
+
     # -- shadows: slow copies of the parameters
 
     def add_shadows(self, decays: dict[str, float]) -> None:
@@ -232,15 +323,8 @@ class ChainPolicy(ABC):
     @contextmanager
     def shadow(self, name: str) -> Iterator[None]:
         """Use a shadow's parameters, without gradient, for the length of the context."""
-        own = {k: p.data for k, p in self.parameters.items()}
-        with torch.no_grad():
-            try:
-                for k, p in self.parameters.items():
-                    p.data = self.shadows[name][k]
-                yield
-            finally:
-                for k, p in self.parameters.items():
-                    p.data = own[k]
+        with torch.no_grad(), self._swapped(self.shadows[name]):
+            yield
 
 
 def child_seeds(seeds: list[int], children: int) -> list[int]:

@@ -56,6 +56,7 @@ class DiffusersPolicy(ChainPolicy):
         sigmas: "pipeline" for the scheduler's own noise levels, "linear" for evenly spaced ones.
         parameters: what is trained, from `adapters.attach`; empty to sample only.
         gradient_checkpointing: keep only the inputs of network calls and of the decoder for the gradient.
+        stretches: first steps of the stretches that prompts with stages tell apart.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class DiffusersPolicy(ChainPolicy):
         micro_batch: int = 8,
         parameters: dict[str, Tensor] | None = None,
         gradient_checkpointing: bool = False,
+        stretches: Sequence[int] = (0,),
     ) -> None:
         self.pipe = pipe
         self.parameters = parameters or {}
@@ -86,7 +88,8 @@ class DiffusersPolicy(ChainPolicy):
         with torch.no_grad():  # an empty run: the pipeline sets its timesteps as it would to sample
             self._run(["a"], None, (0, 0), None, [torch.Generator().manual_seed(0)], "latent")
         timestep = self._recorder.full_timesteps.double().cpu().numpy()
-        super().__init__(timestep, recorder.levels(self._recorder, process.kind), process, noise_level, micro_batch)
+        levels = recorder.levels(self._recorder, process.kind)
+        super().__init__(timestep, levels, process, noise_level, micro_batch, stretches)
         for module in adapters.denoisers(pipe).values():
             module.forward = self._counted(module.forward, gradient_checkpointing)
         self._checkpoint_decoder = gradient_checkpointing

@@ -5,22 +5,26 @@ The gradient of E[R] is a sum over the copies of the parameters at each step. Ev
 - the last K steps by the reward's own gradient (FO; K = 1 is the paper's),
 - a span of steps that ends in a noisy one by that step's noise (HO): with x' = Phi(theta) + std eps, the gradient is
   E[(R - b) d<Phi, eps / std>], the reward's graph is never entered,
-- every other step before by a span of its own (C).
+- every other step before (C) by a span of its own (`lr`), by noise on the parameters as in the paper (`zo`), or in
+  expectation, the span being drawn among blocks and weighing 1 / p (`is`).
 
-Any unbiased estimator may serve each copy, so the sum is unbiased for every choice of the span (theorem 6.3).
+Any unbiased estimator may serve each copy, so the sum is unbiased for every choice of the span (theorem 6.3), as long as the
+choice does not depend on this update's noise.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from diffalign import ops
 from diffalign.rules.settings import Settings
 from diffalign.types import (
     Credit,
+    GraphBytes,
     Loss,
     Needs,
     Plan,
@@ -32,7 +36,23 @@ from diffalign.types import (
     Scores,
     Term,
     Tree,
+    UserError,
 )
+
+DECAY = 0.9  # of running gradient norms, per update
+GIB = 2**30
+Span = tuple[int, int]  # steps [start, stop)
+
+
+def _count(least: int) -> BeforeValidator:
+    """A whole number or `auto`: one message for the whole union."""
+
+    def check(value: object) -> object:
+        if value == "auto" or (type(value) is int and value >= least):
+            return value
+        raise ValueError(f"allowed are a whole number from {least}, or auto")
+
+    return BeforeValidator(check)
 
 
 class RLR:
@@ -47,58 +67,171 @@ class RLR:
     class Settings(Settings):
         """Keys of `rule:` for rlr."""
 
-        depth: int = Field(1, ge=1, description="K: last steps with the reward's gradient")
-        span: int = Field(2, ge=1, description="h: noisy steps in the span that borrows its last one's noise")
-        cover: Literal["lr", "none"] = Field(
-            "lr", description="the other steps: lr: spans of one noisy step each; none: left out, biased"
+        depth: Annotated[int | Literal["auto"], _count(0)] = Field(
+            1, description="K: last steps with the reward's gradient; 0: none, REINFORCE; auto: as memory_gib allows"
+        )
+        span: Annotated[int | Literal["auto"], _count(1)] = Field(
+            2, description="h: noisy steps in the span that borrows its last one's noise; auto: as memory_gib allows"
+        )
+        cover: Literal["lr", "zo", "is", "none"] = Field(
+            "lr",
+            description="the other steps: lr: spans of one noisy step each; zo: antithetic noise on the parameters, as in the "
+            "paper; is: only the drawn block of `span`, weighing 1 / p; none: left out, biased",
         )
         noise: list[int] | None = Field(None, min_length=1, description="noisy steps; null: all before the last K")
+        start: Literal["uniform", "norms"] = Field(
+            "uniform", description="norms: spans are drawn in proportion to their gradients' running norms"
+        )
+        between: tuple[int, int] | None = Field(
+            None, description="steps [first, stop) the span lies in; null: anywhere"
+        )
         least_std: float = Field(
             0.02, ge=0, description="the span's last step is drawn among those with this std or more"
         )
+        perturbation: float = Field(0.01, gt=0, description="std of zo's noise on each parameter")
+        pairs: int = Field(1, ge=1, description="antithetic pairs of zo per update")
+        memory_gib: float | None = Field(
+            None, gt=0, description="for the gradient's graph of a micro-batch, weights not counted; with auto"
+        )
 
-        def noisy(self, steps: int) -> list[int]:
+        def noisy(self, steps: int, depth: int) -> list[int]:
             """The steps that inject noise."""
-            return list(range(steps - self.depth)) if self.noise is None else sorted(set(self.noise))
+            return list(range(steps - depth)) if self.noise is None else sorted(set(self.noise))
 
         def problems(self, steps: int) -> list[str]:
             """What is wrong with these settings for a sampler of `steps` steps."""
+            found = []
+            auto = [name for name in ("depth", "span") if getattr(self, name) == "auto"]
+            if bool(auto) != (self.memory_gib is not None):
+                given = f"got {self.memory_gib} with depth {self.depth} and span {self.span}"
+                found.append(f"rule.memory_gib: {given}; allowed with depth or span auto, which need it")
+            if self.depth == "auto" and self.noise is not None:
+                found.append("rule.depth: got auto with rule.noise; allowed is a number, or noise on all steps before")
+            if self.cover == "is" and self.between is not None:
+                found.append("rule.between: got steps with cover is, which must be able to draw all; allowed is null")
+            if self.between is not None and not 0 <= self.between[0] < self.between[1] <= steps:
+                found.append(
+                    f"rule.between: got {list(self.between)}, allowed is 0 <= first < stop <= sampler.steps ({steps})"
+                )
+            return found if found or "auto" in (self.depth, self.span) else self._uncovered(steps)
+
+        def _uncovered(self, steps: int) -> list[str]:
+            assert isinstance(self.depth, int)
+            assert isinstance(self.span, int)
             if self.depth >= steps:
                 return [
                     f"rule.depth: got {self.depth}, allowed is less than sampler.steps ({steps}); all of it is truncated_bp"
                 ]
-            noisy, last = self.noisy(steps), steps - self.depth - 1
-            found = []
-            if noisy[0] < 0 or noisy[-1] != last:
+            found, noisy, last = [], self.noisy(steps, self.depth), steps - self.depth - 1
+            if noisy[0] < 0 or noisy[-1] >= steps or last not in noisy:
                 found.append(
-                    f"rule.noise: got {noisy}, allowed are steps 0 to {last} with {last}, the one before the last rule.depth, among "
-                    "them: what lies between two noisy steps is covered by the later one's noise"
+                    f"rule.noise: got {noisy}, allowed are steps 0 to {steps - 1} with {last}, the one before the last rule.depth, "
+                    "among them: what lies between two noisy steps is covered by the later one's noise"
                 )
-            if self.span > len(noisy):
-                found.append(f"rule.span: got {self.span}, allowed is 1 to the number of noisy steps ({len(noisy)})")
+            elif self.span > (count := sum(k <= last for k in noisy)):
+                found.append(
+                    f"rule.span: got {self.span}, allowed is 1 to the number of noisy steps before the last rule.depth ({count})"
+                )
+            elif self.between is not None and not self.spans(steps, self.depth, self.span):
+                found.append(f"rule.between: got {list(self.between)}, no span of {self.span} noisy steps lies in it")
             return found
+
+        def stretches(self, steps: int, depth: int) -> list[Span]:
+            """The chain before the last `depth` steps, cut after every noisy step."""
+            noisy = [k for k in self.noisy(steps, depth) if k < steps - depth]
+            return list(zip([0, *(k + 1 for k in noisy)], (k + 1 for k in noisy), strict=False))
+
+        def spans(self, steps: int, depth: int, span: int) -> list[Span]:
+            """What can be drawn: every run of `span` stretches, or, for `is`, blocks that cover each stretch once."""
+            cut = self.stretches(steps, depth)
+            if self.cover == "is":
+                return [(cut[k][0], cut[min(k + span, len(cut)) - 1][1]) for k in range(0, len(cut), span)]
+            low, high = self.between or (0, steps)
+            runs = [(cut[k][0], cut[k + span - 1][1]) for k in range(len(cut) - span + 1)]
+            return [(a, b) for a, b in runs if low <= a and b <= high]
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or self.Settings()
+        self.depth, self.span = self.settings.depth, self.settings.span
+        self.norms: dict[str, float] = {}  # running gradient norm of a span, by "start-stop"
 
     @property
     def needs(self) -> Needs:
-        return Needs(groups=True, differentiable_reward=True, stochastic_sampler=True)
+        s = self.settings
+        return Needs(
+            groups=True,
+            differentiable_reward=s.depth != 0,
+            stochastic_sampler=True,
+            term_norms=s.start == "norms",
+            graph_bytes="auto" in (s.depth, s.span),
+        )
+
+    def fit(self, measured: GraphBytes, steps: int) -> None:
+        """Choose what is `auto`, the depth first, by the paper's rule for h; terms are freed one by one.
+
+        Raises:
+            UserError: if not even one step fits.
+        """
+        s = self.settings
+        assert s.memory_gib is not None
+        budget = s.memory_gib * GIB
+        if s.depth == "auto":
+            longest = fitting_steps(budget - measured.reward, measured, steps)
+            if longest < 1:
+                least = (measured.reward + measured.step + measured.stored * (steps - 1)) / GIB
+                raise UserError(
+                    f"rule.memory_gib: got {s.memory_gib:g}, one step with decoder and reward takes {least:.3g}; allowed is more, "
+                    "a smaller optimizer.micro_batch, or optimizer.gradient_checkpointing"
+                )
+            self.depth = min(longest, steps - 1)
+        assert isinstance(self.depth, int)
+        if s.span == "auto":
+            count = len(s.stretches(steps, self.depth))
+            self.span = max(1, min(fitting_steps(budget, measured, steps), steps // 2 - 1, count))
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
-        """Sample to the end; FO on the last K steps, HO on a drawn span, a span for every other noisy step."""
+        """Sample to the end; FO on the last K steps, HO on a drawn span, and whatever covers the rest.
+
+        Raises:
+            UserError: if no step that may end a span has noise enough.
+        """
         s, steps = self.settings, schedule.steps
-        noisy = s.noisy(steps)
-        # A stretch ends with a noisy step and holds the deterministic ones before it.
-        stretches = list(zip([0, *(k + 1 for k in noisy)], (k + 1 for k in noisy), strict=False))
-        ends = [k for k in range(s.span - 1, len(noisy)) if schedule.std[noisy[k]] >= s.least_std]
-        end = int(rng.choice(ends or [len(noisy) - 1]))
-        chosen = range(end - s.span + 1, end + 1)
-        spans = [(stretches[chosen[0]][0], stretches[chosen[-1]][1])]
+        assert isinstance(self.depth, int)
+        assert isinstance(self.span, int)
+        noisy = s.noisy(steps, self.depth)
+        if still := [k for k in noisy if not schedule.std[k] > 0]:
+            raise UserError(
+                f"rule: steps {still} have no noise with this sampler, so theirs cannot be borrowed; see rule.noise"
+            )
+        found = s.spans(steps, self.depth, self.span)
+        spans = [span for span in found if s.cover == "is" or schedule.std[span[1] - 1] >= s.least_std]
+        if not spans:
+            highest = max(schedule.std[stop - 1] for _, stop in found)
+            raise UserError(
+                f"rule.least_std: got {s.least_std:g}, allowed is {highest:.3g} or less, the most a span ends in"
+            )
+        chance = self._chances(spans)
+        drawn = int(rng.choice(len(spans), p=chance))
+        start, stop = spans[drawn]
+        weight = 1 / chance[drawn] if s.cover == "is" else 1.0
+        terms = [Term(steps - self.depth, steps, "reward")] if self.depth else []
+        terms += [Term(start, stop, "log_prob", weight)]
+        rest = [cut for cut in s.stretches(steps, self.depth) if cut[1] <= start or cut[0] >= stop]
         if s.cover == "lr":
-            spans += [stretch for k, stretch in enumerate(stretches) if k not in chosen]
-        terms = (Term(steps - s.depth, steps, "reward"), *(Term(a, b, "log_prob") for a, b in spans))
-        return Plan(steps, tuple(k in noisy for k in range(steps)), (terms,))
+            terms += [Term(a, b, "log_prob") for a, b in rest]
+        elif s.cover == "zo" and rest:
+            copies = tuple(k for a, b in rest for k in range(a, b))
+            draws = rng.integers(1, 2**62, s.pairs)
+            terms += [Term(copies[0], steps, "parameters", 1 / s.pairs, copies, int(draw)) for draw in draws]
+        return Plan(steps, tuple(k in noisy for k in range(steps)), (tuple(terms),))
+
+    def _chances(self, spans: Sequence[Span]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Equal, or in proportion to running norms; a span not yet seen counts as their mean."""
+        seen = [self.norms[key] for a, b in spans if (key := f"{a}-{b}") in self.norms]
+        if self.settings.start == "uniform" or not sum(seen) > 0:
+            return np.full(len(spans), 1 / len(spans))
+        norms = np.array([self.norms.get(f"{a}-{b}", float(np.mean(seen))) for a, b in spans])
+        return norms / norms.sum()
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """R less the mean of the others of its group: a baseline that does not depend on the sample's own noise."""
@@ -106,7 +239,9 @@ class RLR:
         return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
-        """-R(x_0) through the last K steps, or -(R - b) <Phi, eps / std> of a span, averaged over the part."""
+        """-R(x_0) through the last K steps, or an estimate of its gradient at earlier copies, averaged over the part."""
+        if term.through == "parameters":
+            return self._perturbed(term, policy, part, reward)
         span = policy.replay(part, term.start, term.stop)
         if term.through == "reward":
             return Loss(-reward(policy.decode(part, span.x)).mean())
@@ -114,6 +249,40 @@ class RLR:
         eps = part.eps[term.stop - 1]
         assert eps is not None, f"step {term.stop - 1} is deterministic"
         advantage = span.mean.new_tensor(credit[term.stop - 1])
-        # Summed over latent dimensions: with a mean this would be 1 / D of its weight beside the pathwise term.
+        # -(R - b) <Phi, eps / std>, summed over latent dimensions: with a mean it would have 1 / D of its weight beside the
+        # pathwise term.
         value = -(advantage * ops.gaussian.score_inner(span.mean, eps, span.std)).mean()
         return Loss(value, gap=(span.x.detach() - part.x[term.stop]).abs().max())
+
+    def _perturbed(self, term: Term, policy: Policy, part: Rollout, reward: RewardFunction) -> Loss:
+        """(R+ - R-) / (2 s) zeta with noise zeta_i of its own on every step's parameters, on the sample's own noises."""
+        assert term.steps is not None
+        ends = []
+        for scale in (self.settings.perturbation, -self.settings.perturbation):
+            with policy.shifted(term.draw, term.steps, scale):
+                ends.append(reward(policy.decode(part, policy.replay(part, term.start, term.stop).x)).mean())
+        # sum_i d J / d theta_i ~ (R+ - R-) / (2 s) sum_i zeta_i, s the noise's std
+        slope = (ends[0] - ends[1]) / (2 * self.settings.perturbation)
+        return Loss(-slope * policy.along(term.draw, term.steps), {"slope": slope})
+
+    def after_update(self, metrics: dict[str, float]) -> None:
+        """Keep running norms of the spans' gradients."""
+        for name, norm in metrics.items():
+            if name.startswith("term_norm/") and np.isfinite(norm):
+                span = name.removeprefix("term_norm/")
+                self.norms[span] = DECAY * self.norms.get(span, norm) + (1 - DECAY) * norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": self.norms, "depth": self.depth, "span": self.span}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.norms, self.depth, self.span = dict(state["norms"]), state["depth"], state["span"]
+
+
+def fitting_steps(budget: float, measured: GraphBytes, steps: int) -> int:
+    """How many of `steps` steps can hold their graph within a budget in bytes, at least 0.
+
+    The first entry of h* (arXiv 2502.00639, sec. 6): floor((B - B_z (T - 1)) / (B_h - B_z)), with B_h what a step takes with
+    its graph and B_z what it takes without.
+    """
+    return max(0, int((budget - measured.stored * (steps - 1)) // (measured.step - measured.stored)))
