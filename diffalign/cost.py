@@ -158,7 +158,8 @@ def count(config: Config) -> Cost:
         - sum(p.numel() for p in trained.values()),
         sum(p.numel() for p in trained.values()),
         one * (forward - backward) + trained_one * backward,
-        decode * leaves * ((plan.stop == policy.schedule.steps) + 2 * plan.perturbed) + decode_trained * leaves * plan.pathwise,
+        decode * leaves * ((plan.stop == policy.schedule.steps) + 2 * plan.perturbed)
+        + decode_trained * leaves * plan.pathwise,
         any(rule.plan(policy.schedule, k, numpy_generator(config.seed, 15, k)) != plan for k in range(1, 20)),
     )
 

@@ -43,16 +43,8 @@ def gradient(
 ) -> np.ndarray:
     """The rule's gradient of the loss on some prompts, through the trainer's own path."""
     trainer = toy_trainer(rule, policy, micro_batch=micro_batch or len(given))
-    plan = rule.plan(policy.schedule, update, np.random.default_rng(update))
-    rollout = policy.rollout(given, plan)
-    credit = None
-    if plan.stop == policy.schedule.steps:
-        from diffalign.trainer import Clock
-
-        scores = trainer.score(rollout, Clock(torch.device("cpu")))
-        credit = rule.credit(rollout.tree, scores, given)
-    trainer.optimizer.zero_grad(set_to_none=True)
-    trainer.accumulate(plan.updates[0], rollout, credit, first=True)
+    trainer.draw = lambda _: given
+    trainer.gradient(update)
     assert policy.delta.grad is not None
     return policy.delta.grad.numpy().copy()
 

@@ -199,7 +199,7 @@ class RLR:
         assert isinstance(self.depth, int)
         assert isinstance(self.span, int)
         noisy = s.noisy(steps, self.depth)
-        if still := [k for k in noisy if not schedule.std[k] > 0]:
+        if still := [k for k in noisy if k < steps - self.depth and not schedule.std[k] > 0]:
             raise UserError(
                 f"rule: steps {still} have no noise with this sampler, so theirs cannot be borrowed; see rule.noise"
             )

@@ -1,7 +1,18 @@
-"""Truncated backpropagation of the reward: DRaFT-K (arXiv 2309.17400), AlignProp (arXiv 2310.03739), and all of it at K = T."""
+"""Backpropagation of the reward through part of the chain: DRaFT-K (arXiv 2309.17400), AlignProp (arXiv 2310.03739) and kin.
+
+| method | settings |
+|---|---|
+| DRaFT-K, exact at K = T | depth: K, or all |
+| AlignProp | depth: [low, high], noise: true |
+| DRaFT-LV | depth: 1, variants: 2 |
+| ReFL (arXiv 2304.05977) | judged: [low, high], objective: hinge |
+| DRTune (arXiv 2405.00760) | depth: all, detached: true, trained: 3, judged: [low, high] |
+| VADER (arXiv 2407.08737) | frames: random |
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -34,7 +45,10 @@ def _depth(value: object) -> object:
 
 
 class TruncatedBP:
-    """The reward's gradient through the decoder and the last K sampling steps; what came before is sampled without a graph."""
+    """The reward's gradient through the decoder and the last K sampling steps; what came before is sampled without a graph.
+
+    With `judged` the chain ends early, after that many steps, and the reward sees the clean sample implied there.
+    """
 
     name: ClassVar[str] = "truncated_bp"
 
@@ -47,6 +61,22 @@ class TruncatedBP:
         objective: Literal["linear", "hinge"] = Field("linear", description="hinge: rewards above `target` do not pull")
         target: float | None = Field(None, description="of the hinge, in the reward's units", allow_inf_nan=False)
         noise: bool = Field(False, description="sample with the process's noise, as AlignProp does; false: as DRaFT")
+        variants: int = Field(
+            0,
+            ge=0,
+            description="the finished latent noised anew to the last step's level so many times (DRaFT-LV); depth 1",
+        )
+        judged: tuple[int, int] | None = Field(
+            None,
+            description="[low, high]: steps, drawn anew, after which the implied clean sample is judged; null: all",
+        )
+        detached: bool = Field(False, description="no gradient through the network's input (DRTune)")
+        trained: int | None = Field(
+            None, ge=1, description="of the steps with gradient, so many, evenly spaced from a drawn one; detached only"
+        )
+        frames: Literal["all", "random", "three", "alternate"] = Field(
+            "all", description="of a video, judged: a random one, first, middle and last, or every other (VADER)"
+        )
 
         def problems(self, steps: int) -> list[str]:
             """What is wrong with these settings for a sampler of `steps` steps."""
@@ -55,6 +85,28 @@ class TruncatedBP:
             if not low <= high <= steps:
                 given = low if low == high else [low, high]
                 found.append(f"rule.depth: got {given}, allowed is 1 <= low <= high <= sampler.steps ({steps}), or all")
+            if self.variants and (self.depth, self.judged, self.detached) != (1, None, False):
+                found.append(
+                    f"rule.variants: got {self.variants}; allowed with depth 1, without judged and detached, which noise no finished latent"
+                )
+            if self.judged is not None and not 1 <= self.judged[0] <= self.judged[1] <= steps:
+                found.append(
+                    f"rule.judged: got {list(self.judged)}, allowed is 1 <= low <= high <= sampler.steps ({steps})"
+                )
+            elif self.judged is not None and self.depth != "all" and high > self.judged[0]:
+                found.append(
+                    f"rule.depth: got {high}, allowed is up to the least of rule.judged ({self.judged[0]}), or all"
+                )
+            if self.trained is not None and not self.detached:
+                found.append(
+                    f"rule.trained: got {self.trained} without rule.detached; allowed is null, or detached: true"
+                )
+            elif self.trained is not None and self.trained > (
+                least := low if self.judged is None else min(low, self.judged[0])
+            ):
+                found.append(
+                    f"rule.trained: got {self.trained}, allowed is up to the least steps with gradient ({least})"
+                )
             if (self.objective == "hinge") != (self.target is not None):
                 found.append(
                     f"rule.target: got {self.target} with objective {self.objective}; a hinge has a target, linear none"
@@ -75,20 +127,59 @@ class TruncatedBP:
         return Needs(differentiable_reward=True, stochastic_sampler=self.settings.noise)
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
-        """Sample without a graph to level T - K; the rest is the term's. The last step is never noisy."""
-        steps = schedule.steps
-        low, high = self.settings.range(steps)
-        first = steps - int(rng.integers(low, high + 1))
-        noise = (self.settings.noise,) * (steps - 1) + (False,)
-        return Plan(first, noise, ((Term(first, steps, "reward"),),))
+        """Sample without a graph to where the gradient begins; the rest is the term's. The last step is never noisy."""
+        s, steps = self.settings, schedule.steps
+        low, high = s.range(steps)
+        depth = int(rng.integers(low, high + 1))
+        end = steps if s.judged is None else int(rng.integers(s.judged[0], s.judged[1] + 1))
+        first = max(0, end - depth)
+        noise = (s.noise,) * (steps - 1) + (False,)
+        chosen = None if s.trained is None else _spaced(first, end, s.trained, rng)
+        weight = 1 / (1 + s.variants)
+        draws = rng.integers(1, 2**62, 1 + s.variants) if s.variants or s.frames == "random" else [0]
+        terms = tuple(Term(first, end, "reward", weight, chosen, int(draw)) for draw in draws)
+        # Variants start from the finished latent.
+        return Plan(steps if s.variants else first, noise, (terms,))
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit | None:
         return None
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """-R(x_0), or max(0, target - R(x_0)), averaged over the part."""
-        value = reward(policy.decode(part, policy.replay(part, term.start, term.stop).x))
-        if self.settings.target is None:
+        s = self.settings
+        if term != part.plan.updates[0][0]:
+            part = _noised_anew(part, policy.schedule, term)
+        span = policy.replay(part, term.start, term.stop, term.steps, s.detached)
+        media = policy.decode(part, span.x if term.stop == policy.schedule.steps else span.clean)
+        value = reward(replace(media, pixels=media.pixels[:, _frames(s.frames, media.pixels.shape[1], term.draw)]))
+        if s.target is None:
             return Loss(-value.mean())
-        below = (self.settings.target - value).clamp(min=0)
+        below = (s.target - value).clamp(min=0)
         return Loss(below.mean(), {"below_target": (below > 0).double().mean().detach()})
+
+
+def _spaced(first: int, stop: int, count: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """`count` evenly spaced steps of [first, stop), from a drawn one."""
+    apart = (stop - first) // count
+    offset = first + int(rng.integers(apart))
+    return tuple(offset + apart * k for k in range(count))
+
+
+def _noised_anew(part: Rollout, schedule: Schedule, term: Term) -> Rollout:
+    """The part with the finished latent, noised forward to the last step's level, in the place of the one it came from."""
+    from diffalign.randomness import normal
+
+    clean = part.x[-1]
+    noise = normal([int(seed) for seed in part.prompts.seed], clean.shape[1:], 17, term.draw, like=clean)
+    # x_1' = alpha_1 x_0 + sigma_1 e' (DRaFT-LV, arXiv 2309.17400, sec. 4)
+    x = float(schedule.alpha[term.start]) * clean + float(schedule.sigma[term.start]) * noise
+    return replace(part, x=[*part.x[: term.start], x, *part.x[term.start + 1 :]])
+
+
+def _frames(which: str, count: int, draw: int) -> list[int]:
+    """Indices of the frames that are judged."""
+    if which == "random":
+        return [int(np.random.default_rng(draw).integers(count))]
+    if which == "three":
+        return sorted({0, count // 2, count - 1})
+    return list(range(0, count, 2 if which == "alternate" else 1))

@@ -6,7 +6,9 @@ import torch
 
 from diffalign.backends.toy import ToyPolicy
 from diffalign.evaluate import quiet_plan
+from diffalign.rules import RLR as RLRRule
 from diffalign.rules import RULES
+from diffalign.rules import TruncatedBP as TBP
 from diffalign.types import Plan, Term, UpdateRule
 from tests.helpers import gradient, toy_prompts, toy_reward, toy_trainer
 from tests.rules.small_rules import RLR, Branching, FullTruncatedBP, Matching, Reinforce, TruncatedBP
@@ -19,7 +21,15 @@ SMALL = {
     "branching": Branching,
     "matching": Matching,
 }
-FACTORIES = {**RULES, **{f"small_{name}": make for name, make in SMALL.items()}}
+FORMS = {
+    "rlr_parameter_noise": lambda: RLRRule(RLRRule.Settings(cover="zo", pairs=8)),
+    "rlr_blocks_by_norms": lambda: RLRRule(RLRRule.Settings(span=1, cover="is", start="norms")),
+    "draft_lv": lambda: TBP(TBP.Settings(variants=2)),
+    "refl": lambda: TBP(TBP.Settings(judged=(2, 3), objective="hinge", target=5.0)),
+    "drtune": lambda: TBP(TBP.Settings(depth="all", detached=True, trained=2, judged=(3, 4))),
+    "vader": lambda: TBP(TBP.Settings(frames="random")),
+}
+FACTORIES = {**RULES, **FORMS, **{f"small_{name}": make for name, make in SMALL.items()}}
 every_rule = pytest.mark.parametrize("make", FACTORIES.values(), ids=FACTORIES.keys())
 both_kinds = pytest.mark.parametrize("process", ["flow_sde", "ddim"])
 

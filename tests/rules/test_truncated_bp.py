@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
+from diffalign.randomness import normal, numpy_generator
 from diffalign.rules import TruncatedBP
+from diffalign.types import Media
 from tests.helpers import gradient, toy_prompts, toy_reward
 
 S = TruncatedBP.Settings
@@ -91,8 +95,135 @@ def test_training_rewards_are_logged_though_sampling_stops_early():
         ({"depth": (3, 2)}, "rule.depth: got [3, 2]"),
         ({"objective": "hinge"}, "rule.target: got None with objective hinge"),
         ({"target": 1.0}, "rule.target: got 1.0 with objective linear"),
+        ({"variants": 2, "depth": 2}, "rule.variants: got 2; allowed with depth 1"),
+        ({"judged": (0, 3)}, "rule.judged: got [0, 3], allowed is 1 <= low <= high <= sampler.steps (10)"),
+        ({"judged": (2, 3), "depth": 3}, "rule.depth: got 3, allowed is up to the least of rule.judged (2), or all"),
+        ({"trained": 2}, "rule.trained: got 2 without rule.detached"),
+        (
+            {"trained": 4, "detached": True, "depth": "all", "judged": (3, 9)},
+            "rule.trained: got 4, allowed is up to the least steps with gradient (3)",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_named(settings, expected):
     assert any(expected in line for line in S(**settings).problems(10))
     assert not S(depth=10).problems(10)
+
+
+# -- relatives
+
+
+def setting(policy: ToyPolicy, given, rule: TruncatedBP):
+    plan = rule.plan(policy.schedule, 0, numpy_generator(0, 15, 0))  # the trainer's
+    return plan, policy.rollout(given, plan)
+
+
+def output(policy: ToyPolicy, x: torch.Tensor, step: int, delta: torch.Tensor) -> torch.Tensor:
+    time = torch.full((len(x), 1), float(policy.schedule.sigma[step]), dtype=torch.float64)
+    return torch.cat([x, time, torch.ones_like(time)], 1) @ (policy.base + delta).T
+
+
+def reward_gradient(policy: ToyPolicy, x: torch.Tensor, given) -> torch.Tensor:
+    """-d mean R / d x at finished latents."""
+    x = x.detach().requires_grad_()
+    (-toy_reward(policy.pixels(given, x), given).mean()).backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("process", ["flow_sde", "ddim"])
+@pytest.mark.parametrize("trained", [None, 2])
+def test_invariant_21_drtune_is_a_product_of_scalars(process, trained):
+    """The gradient of copy t is (product of a_s after t) b_t (d net / d theta)^T dR/dx."""
+    policy, given = ToyPolicy(process=process), toy_prompts(2, 8)
+    rule = TruncatedBP(S(depth="all", detached=True, trained=trained))
+    plan, part = setting(policy, given, rule)
+    steps = plan.updates[0][0].steps or range(4)
+    assert len(steps) == (trained or 4)
+    x, features = part.x[0], []
+    for k in range(4):
+        time = torch.full((len(x), 1), float(policy.schedule.sigma[k]), dtype=torch.float64)
+        features.append(torch.cat([x, time, torch.ones_like(time)], 1))
+        x = (
+            float(policy.quiet.x[k]) * x + float(policy.quiet.prediction[k]) * output(policy, x, k, policy.delta)
+        ).detach()
+    slope = reward_gradient(policy, x, given)
+    expected = sum(
+        np.prod(policy.quiet.x[k + 1 :]) * policy.quiet.prediction[k] * (slope.T @ features[k]) for k in steps
+    )
+    np.testing.assert_allclose(gradient(rule, policy, given), expected.numpy(), rtol=1e-10, atol=1e-14)
+
+
+def test_drtune_trains_evenly_spaced_steps_from_every_offset():
+    rule, rng = TruncatedBP(S(depth="all", detached=True, trained=3, judged=(6, 10))), np.random.default_rng(0)
+    plans = [rule.plan(ToyPolicy(steps=10).schedule, k, rng).updates[0][0] for k in range(400)]
+    assert {term.stop for term in plans} == set(range(6, 11))
+    for term in plans:
+        assert len({b - a for a, b in zip(term.steps, term.steps[1:], strict=False)}) == 1
+        assert 0 <= term.steps[0] <= term.steps[-1] < term.stop
+    assert {term.steps[0] for term in plans} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("process", ["flow_sde", "ddim"])
+def test_refl_judges_the_clean_sample_a_step_implies(process):
+    policy, given = ToyPolicy(process=process), toy_prompts(2, 8)
+    rule = TruncatedBP(S(judged=(2, 2)))
+    _, part = setting(policy, given, rule)
+    delta = policy.delta.detach().clone().requires_grad_()
+    x, k = part.x[1], 1
+    alpha, sigma = float(policy.schedule.alpha[k]), float(policy.schedule.sigma[k])
+    network = output(policy, x, k, delta)
+    clean = x - sigma * network if process == "flow_sde" else (x - sigma * network) / alpha
+    (-toy_reward(policy.pixels(given, clean), given).mean()).backward()
+    np.testing.assert_allclose(gradient(rule, policy, given), delta.grad.numpy(), rtol=1e-10, atol=1e-14)
+    assert np.abs(gradient(TruncatedBP(S(depth=1)), policy, given) - delta.grad.numpy()).max() > 1e-4
+
+
+def test_draft_lv_averages_the_last_step_over_new_noise():
+    policy, given = ToyPolicy(), toy_prompts(2, 8)
+    rule = TruncatedBP(S(variants=2))
+    plan, part = setting(policy, given, rule)
+    delta = policy.delta.detach().clone().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for number, term in enumerate(plan.updates[0]):
+        x = part.x[3]
+        if number:
+            noise = normal([int(s) for s in given.seed], (3,), 17, term.draw, like=x)
+            x = (1 - float(policy.schedule.sigma[3])) * part.x[4] + float(policy.schedule.sigma[3]) * noise
+        end = float(policy.quiet.x[3]) * x + float(policy.quiet.prediction[3]) * output(policy, x, 3, delta)
+        total = total - toy_reward(policy.pixels(given, end), given).mean() / 3
+    total.backward()
+    np.testing.assert_allclose(gradient(rule, policy, given), delta.grad.numpy(), rtol=1e-10, atol=1e-14)
+    # invariant 21: without variants it is DRaFT-1
+    one = gradient(TruncatedBP(S(variants=0)), policy, given)
+    np.testing.assert_array_equal(one, gradient(TruncatedBP(S(depth=1)), policy, given))
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"), [("all", [0, 1, 2, 3, 4]), ("three", [0, 2, 4]), ("alternate", [0, 2, 4])]
+)
+def test_vader_judges_some_frames(which, expected):
+    assert judged_frames(which, 0) == expected
+
+
+def test_vader_draws_one_frame_evenly():
+    counts = np.bincount([judged_frames("random", draw)[0] for draw in range(500)], minlength=5)
+    assert (np.abs(counts - 100) < 4.5 * 8.9).all()  # standard deviation 8.9
+
+
+def judged_frames(which: str, draw: int) -> list[int]:
+    """The frames a reward is shown of five, each of its index's brightness."""
+    policy, given = ToyPolicy(), toy_prompts(1, 2)
+    rule = TruncatedBP(S(frames=which))
+    plan, part = setting(policy, given, rule)
+    term = replace(plan.updates[0][0], draw=draw)
+    part = replace(part, plan=replace(part.plan, updates=((term,),)))
+    frames = torch.arange(5, dtype=torch.float64).view(1, 5, 1, 1, 1).expand(2, 5, 3, 1, 1)
+    policy.decode = lambda part, x: Media(frames + 0 * x.sum())
+    seen: list[torch.Tensor] = []
+
+    def reward(media):
+        seen.append(media.pixels[0, :, 0, 0, 0].detach())
+        return media.pixels.flatten(1).sum(1)
+
+    rule.loss(term, policy, part, None, reward)
+    return [int(value) for value in seen[0]]
