@@ -76,6 +76,7 @@ def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None
             micro_batch=config.optimizer.micro_batch,
             parameters=parameters,
             gradient_checkpointing=config.optimizer.gradient_checkpointing,
+            stretches=config.stretches(),
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"sampler: {type(pipe).__name__} does not accept these settings: {one_line(error)}") from error

@@ -114,6 +114,27 @@ def plan(config: str, overrides: tuple[str, ...]) -> None:
         click.echo(line)
 
 
+@app.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--endpoint", required=True, help="OpenAI-compatible address, such as http://localhost:8000/v1.")
+@click.option("--model", required=True, help="The language model's name there.")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="File for prompts.stages; it may exist.")
+@click.option("--count", type=click.IntRange(2, 100), default=3, show_default=True, help="Stages a prompt.")
+@click.option("--key", envvar="OPENAI_API_KEY", show_envvar=True, help="Sent as a bearer token.")
+def stages(
+    config: str, overrides: tuple[str, ...], endpoint: str, model: str, out: str, count: int, key: str | None
+) -> None:
+    """Ask a language model for stage prompts of CONFIG's training and evaluation prompts."""
+    from diffalign import config as configs
+    from diffalign import stages as stage_prompts
+
+    settings = configs.load(config, overrides)
+    entries = [*settings.training_prompts(), *settings.evaluation_prompts()]
+    asked = stage_prompts.write(entries, Path(out), endpoint, model, key, count, click.echo)
+    click.echo(f"{out}: {asked} asked for; use prompts.stages={out}")
+
+
 @app.command("config")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")

@@ -43,6 +43,12 @@ class PromptsConfig(_Section):
     source: str = Field("shapes", description="'shapes', or a .txt or .jsonl file")
     tasks: list[Task] = Field([], description="of the shapes world; empty: all six")
     split: Split = Field("train", description="of the shapes world; splits share no combination")
+    stages: str | None = Field(
+        None,
+        description="what the sampler is told on stretches of the chain: 'shapes', or a .jsonl file of prompts with `stages` "
+        "(see diffalign stages); rewards see the prompt itself",
+    )
+    stretches: list[int] | None = Field(None, description="first steps of the stretches; null: of equal length")
     groups: int = Field(4, ge=1, le=LARGEST, description="prompts per update")
     group_size: int = Field(16, ge=1, le=LARGEST, description="samples per prompt")
 
@@ -89,6 +95,9 @@ class EvaluationConfig(_Section):
     source: str | None = Field(None, description="null: prompts.source")
     tasks: list[Task] | None = Field(None, description="null: prompts.tasks")
     split: Split = "test"
+    stages: bool = Field(
+        False, description="sample with stage prompts too; false: as others will, with the prompt alone"
+    )
     images_per_prompt: int = Field(4, ge=1)
     every: int = Field(0, ge=0, description="updates between evaluations; 0: before and after only")
     seed: int = 1234
@@ -135,6 +144,23 @@ class Config(_Section):
 
     def training_prompts(self) -> list[prompt_files.Entry]:
         return prompt_files.read(self.prompts.source, self.prompts.tasks, self.prompts.split)
+
+    def training_stages(self) -> prompt_files.Stages:
+        """Stage prompts of the training prompts; empty without."""
+        stages = self.prompts.stages
+        return {} if stages is None else prompt_files.read_stages(stages, self.training_prompts())
+
+    def evaluation_stages(self) -> prompt_files.Stages:
+        """Stage prompts of the evaluation prompts; empty without."""
+        stages = self.prompts.stages if self.evaluation.stages else None
+        return {} if stages is None else prompt_files.read_stages(stages, self.evaluation_prompts())
+
+    def stretches(self) -> tuple[int, ...]:
+        """First steps of the stretches that stage prompts tell apart."""
+        if self.prompts.stretches is not None:
+            return tuple(self.prompts.stretches)
+        count = len(next(iter(self.training_stages().values()), ("",)))
+        return tuple(k * self.sampler.steps // count for k in range(count))
 
     def evaluation_prompts(self) -> list[prompt_files.Entry]:
         source = self.evaluation.source or self.prompts.source
@@ -336,12 +362,40 @@ def _check_names(config: Config) -> list[str]:
                     problems.append(
                         f"{section}: {name} needs {key!r} in every prompt's metadata; use prompts.source: shapes"
                     )
+    if not problems:
+        problems += _check_stages(config)
     for name in config.output.trackers:
         if importlib.util.find_spec(name) is None:
             problems.append(f"output.trackers: {name} is not installed; pip install 'diffalign[trackers]'")
     if config.rewards and not any(config.rewards.values()):
         problems.append(f"rewards: got only zero weights {config.rewards}, allowed is at least one other")
     return problems
+
+
+def _check_stages(config: Config) -> list[str]:
+    """Stage prompts for every prompt, and as many stretches as stages."""
+    given = config.prompts.stretches
+    if config.prompts.stages is None:
+        problems = [] if given is None else [f"prompts.stretches: got {given} without prompts.stages"]
+        if config.evaluation.stages:
+            problems.append("evaluation.stages: got true without prompts.stages")
+        return problems
+    try:
+        counts = {len(texts) for texts in (*config.training_stages().values(), *config.evaluation_stages().values())}
+    except UserError as error:
+        return list(error.problems)
+    if len(counts) > 1:
+        return [f"prompts.stages: got {min(counts)} to {max(counts)} stages a prompt; allowed is one number for all"]
+    steps, count = config.sampler.steps, counts.pop()
+    if count > steps:
+        return [f"prompts.stages: got {count} stages, allowed are up to sampler.steps ({steps})"]
+    if given is None or (
+        given[:1] == [0] and sorted(set(given)) == given and given[-1] < steps and len(given) == count
+    ):
+        return []
+    return [
+        f"prompts.stretches: got {given}, allowed are {count} rising steps from 0 to less than sampler.steps ({steps})"
+    ]
 
 
 def _check_together(config: Config, settings: Any) -> list[str]:

@@ -11,7 +11,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.backends.toy import ToyPolicy
 from diffalign.config import Config
 from diffalign.evaluate import quiet_plan
+from diffalign.measure import graph_bytes
 from diffalign.processes import Levels
 from diffalign.randomness import numpy_generator
 from diffalign.shapes import models
 from diffalign.trainer import Trainer
-from diffalign.types import Media, Plan, Prompts, Schedule, UserError, one_line
+from diffalign.types import FittingRule, Media, Plan, Prompts, Schedule, UpdateRule, UserError, one_line
 
 LARGEST = 200_000_000  # parameters that are built to be counted
 
@@ -45,13 +46,13 @@ class Cost:
     trained: int
     flops: float
     decode_flops: float
-    varies: bool  # from update to update
+    notes: tuple[str, ...]
 
     def lines(self, rate: float) -> list[str]:
         """A report; `rate` is this machine's matrix rate in FLOP/s."""
         noisy = [k for k, on in enumerate(self.plan.noise) if on and self.schedule.std[k] > 0]
         total = self.flops + self.decode_flops
-        lines = ["note        the plan is drawn anew for every update; this is the first one's"] if self.varies else []
+        lines = [f"note        {note}" for note in self.notes]
         lines += [
             f"sampler     {self.schedule.steps} steps to level {self.plan.stop}, noise on steps {noisy or 'none'}",
             "std         " + " ".join(f"{self.schedule.std[k]:.3f}" for k in noisy),
@@ -140,8 +141,16 @@ def count(config: Config) -> Cost:
     trained = adapters.attach(pipe, lora.rank, lora.alpha, lora.targets, config.seed)
     policy = build.policy(config, pipe, trained)
     rule = config.make_rule()
-    plan = rule.plan(policy.schedule, 0, numpy_generator(config.seed, 15, 0))
-    forward, backward = _rows(config, policy.levels)
+    notes = []
+    if rule.needs.graph_bytes:
+        batch = prompts.fixed([{"prompt": "a"}], config.optimizer.micro_batch, 0)
+        cast(FittingRule, rule).fit(graph_bytes(policy, {"toy": _toy_reward}, batch), policy.schedule.steps)
+        notes.append("what is auto was fitted without the reward's own graph, which a run counts")
+    plans = [rule.plan(policy.schedule, k, numpy_generator(config.seed, 15, k)) for k in range(20)]
+    if any(other != plans[0] for other in plans):
+        notes.append("the plan is drawn anew for every update; this is the first one's")
+    plan = plans[0]
+    forward, backward = _rows(config, rule, policy.levels)
     again = backward if config.optimizer.gradient_checkpointing else 0  # rows that run again for the gradient
     one, trained_one, decode, decode_trained, latent = _flops(policy)
     levels = sum(int(np.prod(plan.branch[:t])) for t in range(plan.stop + 1))
@@ -160,11 +169,15 @@ def count(config: Config) -> Cost:
         one * (forward - backward) + trained_one * backward,
         decode * leaves * ((plan.stop == policy.schedule.steps) + 2 * plan.perturbed)
         + decode_trained * leaves * plan.pathwise,
-        any(rule.plan(policy.schedule, k, numpy_generator(config.seed, 15, k)) != plan for k in range(1, 20)),
+        tuple(notes),
     )
 
 
-def _rows(config: Config, levels: Levels) -> tuple[int, int]:
+def _toy_reward(media: Media, given: Prompts) -> torch.Tensor:
+    return media.pixels.flatten(1).sum(1)
+
+
+def _rows(config: Config, rule: UpdateRule, levels: Levels) -> tuple[int, int]:
     """Rows of one update, (forward, with backward), counted on a toy chain with the same levels."""
     sampler = config.sampler
     toy = ToyPolicy(
@@ -173,15 +186,11 @@ def _rows(config: Config, levels: Levels) -> tuple[int, int]:
         levels=levels,
         micro_batch=config.optimizer.micro_batch,
     )
-
-    def reward(media: Media, given: Prompts) -> torch.Tensor:
-        return media.pixels.flatten(1).sum(1)
-
     entries = [{"prompt": "a"}]
     trainer = Trainer(
-        config.make_rule(),
+        rule,
         toy,
-        {"toy": reward},
+        {"toy": _toy_reward},
         {"toy": 1.0},
         torch.optim.SGD(toy.parameters.values(), lr=0.0),
         lambda update: prompts.draw(entries, config.prompts.groups, config.prompts.group_size, config.seed, update),

@@ -16,6 +16,7 @@ from diffalign.files import is_file
 from diffalign.types import Prompts, UserError
 
 Entry = dict[str, Any]
+Stages = dict[str, tuple[str, ...]]  # prompt -> what the sampler is told instead, on each stretch of the chain
 
 
 def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.source") -> list[Entry]:
@@ -59,7 +60,33 @@ def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.so
     return entries
 
 
-def draw(entries: list[Entry], groups: int, group_size: int, seed: int, update: int) -> Prompts:
+def read_stages(source: str, entries: list[Entry], field: str = "prompts.stages") -> Stages:
+    """Each entry's stage prompts: of the shapes world by name, or from JSON lines of objects with `prompt` and `stages`.
+
+    Raises:
+        UserError: naming the file and what is broken or missing.
+    """
+    wanted = list(dict.fromkeys(entry["prompt"] for entry in entries))
+    if source == "shapes":
+        from diffalign.shapes import captions
+
+        return {prompt: captions.stages(prompt) for prompt in wanted}
+    found: Stages = {}
+    for entry in read(source, (), "", field):
+        texts = entry.get("stages")
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise UserError(f"{field}: {source}: {entry['prompt']!r} has stages {texts!r}, expected a list of texts")
+        found[entry["prompt"]] = tuple(texts)
+    if missing := [prompt for prompt in wanted if prompt not in found]:
+        raise UserError(f"{field}: {source} lacks {len(missing)} of {len(wanted)} prompts, such as {missing[0]!r}")
+    if len(counts := {len(found[prompt]) for prompt in wanted}) > 1:
+        raise UserError(f"{field}: {source} has {min(counts)} to {max(counts)} stages a prompt; allowed is one number")
+    return {prompt: found[prompt] for prompt in wanted}
+
+
+def draw(
+    entries: list[Entry], groups: int, group_size: int, seed: int, update: int, stages: Stages | None = None
+) -> Prompts:
     """`groups` prompts of one pass after another over shuffled entries, each `group_size` times, with keys for noise."""
     from diffalign.randomness import key, numpy_generator
 
@@ -76,14 +103,20 @@ def draw(entries: list[Entry], groups: int, group_size: int, seed: int, update: 
         seed=np.array([key(seed, 12, update, k) for k in range(count)]),
         group_seed=np.array([key(seed, 13, update, int(g)) for g in group]),
         metadata=chosen,
+        stages=_told(chosen, stages),
     )
 
 
-def fixed(entries: list[Entry], images_per_prompt: int, seed: int) -> Prompts:
+def _told(chosen: list[Entry], stages: Stages | None) -> list[tuple[str, ...]]:
+    return [stages[entry["prompt"]] for entry in chosen] if stages else []
+
+
+def fixed(entries: list[Entry], images_per_prompt: int, seed: int, stages: Stages | None = None) -> Prompts:
     """Every entry `images_per_prompt` times with fixed seeds, whatever the update: for evaluation."""
     from diffalign.randomness import key
 
     group = np.repeat(np.arange(len(entries)), images_per_prompt)
     seeds = np.array([key(seed, 14, k) for k in range(len(group))])
     chosen = [entries[g] for g in group]
-    return Prompts([entry["prompt"] for entry in chosen], group, seeds, seeds, chosen)
+    texts = [entry["prompt"] for entry in chosen]
+    return Prompts(texts, group, seeds, seeds, chosen, _told(chosen, stages))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from diffalign import checkpoint, evaluate, figures, prompts, trackers
 from diffalign.build import build
 from diffalign.card import write_adapter
 from diffalign.config import Config
+from diffalign.measure import graph_bytes
 from diffalign.progress import Reporter
+from diffalign.randomness import numpy_generator
 from diffalign.runfolder import RunFolder, open_run
 from diffalign.trainer import Metrics, Trainer
-from diffalign.types import Fault, UserError, one_line
+from diffalign.types import Fault, FittingRule, UserError, one_line
 
 NONFINITE_LIMIT = 10  # updates in a row without a finite gradient that end a run
 
@@ -69,27 +71,44 @@ class Session:
         )
         self.averages = {} if optimizer.ema is None else {"ema": optimizer.ema}
         self.policy.add_shadows(self.averages)
-        entries = config.training_prompts()
+        entries, stages = config.training_prompts(), config.training_stages()
         self.trainer = Trainer(
             self.rule,
             self.policy,
             self.parts.rewards,
             config.rewards,
             self.optimizer,
-            lambda update: prompts.draw(entries, config.prompts.groups, config.prompts.group_size, config.seed, update),
+            lambda update: prompts.draw(
+                entries, config.prompts.groups, config.prompts.group_size, config.seed, update, stages
+            ),
             micro_batch=optimizer.micro_batch,
             max_grad_norm=optimizer.max_grad_norm,
             seed=config.seed,
             notify=reporter.say,
         )
         settings = config.evaluation
-        self.fixed = prompts.fixed(config.evaluation_prompts(), settings.images_per_prompt, settings.seed)
-        content = json.dumps([entries, self.fixed.text, self.fixed.metadata], sort_keys=True)
+        self.fixed = prompts.fixed(
+            config.evaluation_prompts(), settings.images_per_prompt, settings.seed, config.evaluation_stages()
+        )
+        content = json.dumps([entries, stages, self.fixed.text, self.fixed.stages, self.fixed.metadata], sort_keys=True)
         self.prompts_digest = hashlib.sha256(content.encode()).hexdigest()
+        self._fit()
         self.done = 0
         self.skipped = 0
         self.saved = -1
         self.stop_code: int | None = None
+
+    def _fit(self) -> None:
+        """Let the rule fit its terms into memory if it does, and refuse settings that this sampler cannot run."""
+        schedule = self.policy.schedule
+        fitting = self.rule.needs.graph_bytes
+        if fitting:
+            batch = self.trainer.draw(0).select(range(min(self.policy.micro_batch, self.config.samples_per_update)))
+            rule = cast(FittingRule, self.rule)
+            rule.fit(graph_bytes(self.policy, self.parts.rewards, batch), schedule.steps)
+        plan = self.rule.plan(schedule, 0, numpy_generator(self.config.seed, 15, 0))
+        if fitting:
+            self.reporter.say(f"fitted into memory: {', '.join(map(str, plan.updates[0]))}")
 
     # -- state
 

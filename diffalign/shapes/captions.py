@@ -111,6 +111,17 @@ def captions(task: str, name: str) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def stages(prompt: str) -> tuple[str, str, str]:
+    """Coarse, middle and fine prompts of a caption: shapes, numbers and places first, colours afterwards."""
+    words = [word for word in prompt.split() if word not in COLOURS]
+    following = [*words[1:], ""]
+    articles = [
+        ("an" if n[:1] in "aeiou" and n else "a") if w in ("a", "an") else w
+        for w, n in zip(words, following, strict=True)
+    ]
+    return " ".join(articles), prompt, prompt
+
+
 def scene(combination: Combination, rng: np.random.Generator) -> Scene:
     """A random scene that satisfies a combination: what the caption leaves open is uniform over what fits."""
     kinds = combination.things * combination.count

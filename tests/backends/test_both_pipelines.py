@@ -1,13 +1,14 @@
 """Both embedded pipelines, U-Net with DDIM and transformer with a flow, through the same code, held against plain diffusers."""
 
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
-from diffalign import prompts
+from diffalign import measure, prompts
 from diffalign.backends import adapters, diffusers
 from diffalign.evaluate import quiet_plan
 from diffalign.ops import gaussian
@@ -137,6 +138,30 @@ def test_a_process_of_the_other_kind_is_refused_with_those_that_fit():
         diffusers.DiffusersPolicy(pipe, PROCESSES["ddim"], steps=4)
 
 
+# -- stage prompts
+
+
+@both
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_stage_prompts_are_told_on_their_stretches_in_rollout_and_replay(name, guidance):
+    other = ["a photo of a blue square", "a photo of three red circles"]
+    staged = make(name, guidance=guidance, stretches=(0, 2))
+    batch = replace(given(), stages=[(a, b) for a, b in zip(TEXTS, other, strict=True)])
+    part = staged.rollout(batch, noisy(4))
+    for start, stop in ((0, 4), (1, 3), (1, 2), (3, 4)):
+        assert torch.equal(staged.replay(part, start, stop).x, part.x[stop])
+    for step in range(3):
+        now = staged.transition(part, step)
+        assert torch.equal(gaussian.log_prob(part.x[step + 1], now.mean, now.std, "mean"), part.log_prob[step])
+    # the same by hand: two steps with the first text, then two with the other from where they ended
+    plain = make(name, guidance=guidance)
+    first = plain.rollout(given(), noisy(4))
+    assert torch.equal(first.x[2], part.x[2])
+    assert not torch.equal(first.x[3], part.x[3])
+    second = replace(first, prompts=replace(first.prompts, text=other))
+    assert torch.equal(plain.replay(second, 2, 4).x, part.x[4])
+
+
 # -- the reward's gradient
 
 
@@ -198,21 +223,11 @@ def test_truncated_bp_through_every_step_is_full_backpropagation(name, guidance,
 
 def saved_bytes(name: str, depth: int, steps: int, **kwargs) -> int:
     """Bytes that autograd keeps of one truncated backpropagation, the decoder included."""
-    sizes: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
     policy = make(name, steps, **kwargs)
     rule = TruncatedBP(TruncatedBP.Settings(depth=depth))
     plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
     part = policy.rollout(given(), plan)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        x = policy.replay(part, plan.stop, steps).x  # kept alive: storages are told apart by address
-        media = policy.decode(part, x)
-    assert media.pixels.requires_grad
-    return sum(sizes.values())
+    return measure.saved_bytes(lambda: policy.decode(part, policy.replay(part, plan.stop, steps).x))
 
 
 @both
