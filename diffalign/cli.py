@@ -115,6 +115,32 @@ def plan(config: str, overrides: tuple[str, ...]) -> None:
 
 
 @app.command()
+@click.argument("configs", nargs=-1, required=True, metavar="CONFIG[@KEY=VALUE]... [KEY=VALUE]...")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the table, JSON and figure.")
+@click.option("--batches", type=click.IntRange(4, 100_000), default=32, show_default=True, help="Gradients a rule.")
+@click.option("--chain", is_flag=True, help="On the Gaussian chain, with the first CONFIG's sampler.")
+def gradients(configs: tuple[str, ...], out: str, batches: int, chain: bool) -> None:
+    """Bias, variance and cost of rules' gradients on one batch, against full backpropagation.
+
+    Model, sampler, rewards and prompts are the first CONFIG's, changed by KEY=VALUE; of the others only the rule counts.
+    CONFIG@KEY=VALUE changes a setting of a rule: rlr/shapes-sd3@depth=1@span=2.
+    """
+    from diffalign import gradients as instrument
+
+    overrides = tuple(word for word in configs if "=" in word.split("@")[0])
+    names = tuple(word for word in configs if word not in overrides)
+    if not names:
+        raise UserError("gradients: no CONFIG given, only overrides")
+    specs = instrument.specifications(names, overrides)
+    found = instrument.run(specs, Path(out), batches, chain, click.echo)
+    from diffalign.gradients import report
+
+    for line in report.table(found):
+        click.echo(line)
+    click.echo(str(Path(out) / "gradients.png"))
+
+
+@app.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--endpoint", required=True, help="OpenAI-compatible address, such as http://localhost:8000/v1.")

@@ -196,6 +196,28 @@ def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     Raises:
         UserError: with every mistake found.
     """
+    raw = _read(name)
+    problems = [problem for override in overrides if (problem := _override(raw, override))]
+    return validate(raw, problems)
+
+
+def rule_of(name: str, settings: list[str]) -> dict[str, Any]:
+    """The rule of a config with some settings changed by `key=value`, not yet checked.
+
+    Raises:
+        UserError: if the config has none, or a setting is not `key=value`.
+    """
+    raw = _read(name)
+    problems = [problem for setting in settings if (problem := _override(raw, f"rule.{setting}"))]
+    if not isinstance(raw.get("rule"), dict):
+        problems.append(f"config: {name} has no rule")
+    if problems:
+        raise UserError(*problems)
+    return raw["rule"]
+
+
+def _read(name: str) -> dict[str, Any]:
+    """A config file as plain data."""
     path = find(name)
     try:
         text = path.read_text(encoding="utf-8")
@@ -207,8 +229,7 @@ def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     if strange := [key for key in raw if not isinstance(key, str)]:
         raise UserError(f"config: {path}: keys must be words, got {', '.join(map(repr, strange))}")
     raw.setdefault("run_dir", f"runs/{path.parent.name}/{path.stem}")
-    problems = [problem for override in overrides if (problem := _override(raw, override))]
-    return validate(raw, problems)
+    return raw
 
 
 def _parse(text: str, where: str) -> Any:

@@ -80,6 +80,7 @@ class Trainer:
         rewards, weights: what is maximised.
         optimizer: over the policy's parameters; one step per `Plan.updates` entry.
         micro_batch: samples whose graph is held at once; halved for good where memory does not suffice.
+        term_norms: also return the gradient norm of every term.
         notify: told what a user should know.
     """
 
@@ -95,12 +96,13 @@ class Trainer:
         micro_batch: int,
         max_grad_norm: float = 1.0,
         seed: int = 0,
+        term_norms: bool = False,
         notify: Callable[[str], None] = print,
     ) -> None:
         self.rule, self.policy, self.optimizer, self.draw = rule, policy, optimizer, draw
         self.rewards, self.weights = rewards, weights
         self.micro_batch, self.max_grad_norm, self.seed = micro_batch, max_grad_norm, seed
-        self.notify = notify
+        self.notify, self.term_norms = notify, term_norms or rule.needs.term_norms
         self.nonfinite_in_a_row = 0
         self._proved: set[str] = set()
         policy.add_shadows(rule.needs.shadows)
@@ -239,8 +241,8 @@ class Trainer:
         return {name: value / weights[name] for name, value in sums.items()}
 
     def _backward(self, term: Term, value: Tensor, share: float) -> Metrics:
-        """Add a term's gradient; the norm of the part's own, unweighted, for rules that ask for it."""
-        if not self.rule.needs.term_norms:
+        """Add a term's gradient; the norm of the part's own, unweighted, where it is asked for."""
+        if not self.term_norms:
             (value * (term.weight * share)).backward()
             return {}
         parameters = list(self.policy.parameters.values())

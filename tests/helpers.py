@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from diffalign import prompts
-from diffalign.backends.toy import ToyPolicy
+from diffalign.backends.toy import ToyPolicy, toy_reward
 from diffalign.trainer import Trainer
-from diffalign.types import Media, Prompts, UpdateRule
-
-WEIGHT = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
-
-
-def toy_reward(media: Media, given: Prompts) -> Tensor:
-    """Smooth, not linear in the pixels, so that every order of the chain matters."""
-    pixels = media.pixels.flatten(1)
-    return pixels @ WEIGHT - (pixels[:, 0] - 0.3) ** 2
+from diffalign.types import Prompts, UpdateRule
 
 
 def toy_prompts(groups: int, group_size: int, seed: int = 0, update: int = 0) -> Prompts:

@@ -20,7 +20,7 @@ LAYERS = [
     {"shapes.pretrain", "prompts"},
     {"config", "evaluate", "figures", "trainer"},
     {"checkpoint", "runfolder", "trackers", "progress", "build", "measure"},
-    {"card", "cost", "doctor", "sampling", "stages"},
+    {"card", "cost", "doctor", "sampling", "stages", "gradients"},
     {"session"},
     {"cli"},
     {"__main__"},
