@@ -79,6 +79,8 @@ def graph_bytes(policy: TrainablePolicy, rewards: dict[str, Reward], prompts: Pr
         media = policy.decode(part, policy.replay(part, steps - 1, steps).x)
         return torch.stack([torch.as_tensor(reward(media, prompts)).sum() for reward in rewards.values()])
 
-    step = saved_bytes(lambda: policy.replay(part, steps - 1, steps))
+    one = saved_bytes(lambda: policy.replay(part, steps - 1, steps))
+    two = saved_bytes(lambda: policy.replay(part, steps - 2, steps))
     latent = part.x[0]
-    return GraphBytes(step, saved_bytes(judged) - step, 2 * latent.numel() * latent.element_size())
+    # A step whose input carries gradient keeps more than the first one.
+    return GraphBytes(two - one, saved_bytes(judged) - one, 2 * latent.numel() * latent.element_size())

@@ -57,7 +57,10 @@ PATHWISE = ("truncated_bp", "rlr")
 
 def tiny(name: str) -> list[str]:
     """The overrides that make a config as little work as possible."""
-    return [*(o for o in TINY if "window" not in o), "rule.depth=1"] if any(rule in name for rule in PATHWISE) else TINY
+    if not any(rule in name for rule in PATHWISE):
+        return TINY
+    noise = ["rule.noise=[0, 1]"] if "rlr" in name else []
+    return [*(o for o in TINY if "window" not in o), "rule.depth=1", *noise]
 
 
 def tiny_config(run_dir, *overrides: str, name: str = "flow_grpo/shapes-sd3"):

@@ -21,6 +21,7 @@ FLOW, DDIM, TABLE = (f"diffalign/processes/{name}.py" for name in ("flow_sde", "
 SHARED, GRPO, DDPO, TBP = (
     f"diffalign/rules/{name}.py" for name in ("policy_gradient", "flow_grpo", "ddpo", "truncated_bp")
 )
+RLR, CHAIN = "diffalign/rules/rlr.py", "diffalign/backends/chain.py"
 GENEVAL, TRAINER = "diffalign/ops/geneval.py", "diffalign/trainer.py"
 
 MUTATIONS = [
@@ -69,10 +70,32 @@ MUTATIONS = [
     Mutation("history never forgets", DDPO, "float(reward)][-s.history :]", "float(reward)]"),
     Mutation("score sign", DDPO, "Loss(-(step.advantage", "Loss((step.advantage"),
     Mutation("reward sign", TBP, "Loss(-value.mean())", "Loss(value.mean())"),
-    Mutation("hinge turned over", TBP, "(self.settings.target - value)", "(value - self.settings.target)"),
+    Mutation("hinge turned over", TBP, "(s.target - value)", "(value - s.target)"),
+    Mutation("one step less", TBP, "first = max(0, end - depth)", "first = max(0, end - depth + 1)"),
+    Mutation("variants on the stored latent", TBP, "if term != part.plan.updates[0][0]:", "if False:"),
+    Mutation("variants unweighted", TBP, "weight = 1 / (1 + s.variants)", "weight = 1.0"),
+    Mutation("finished latent judged early", TBP, "else span.clean)", "else span.x)"),
+    Mutation("input not detached", CHAIN, "shown = latent.detach() if detached", "shown = latent if detached"),
     Mutation(
-        "one step less", TBP, "steps - int(rng.integers(low, high + 1))", "steps - int(rng.integers(low, high + 1)) + 1"
+        "clean sample of the wrong latent", CHAIN, "clean_x * x + clean_prediction", "clean_x * mean + clean_prediction"
     ),
+    Mutation(
+        "perturbed the same way everywhere",
+        CHAIN,
+        "normal([draw], p.shape, 16, step, index",
+        "normal([draw], p.shape, 16, index",
+    ),
+    Mutation("parameter noise sign", RLR, "slope = (ends[0] - ends[1])", "slope = (ends[1] - ends[0])"),
+    Mutation("parameter noise scale", RLR, "/ (2 * self.settings.perturbation)", "/ self.settings.perturbation"),
+    Mutation("block weight forgotten", RLR, "1 / chance[drawn] if", "1.0 if"),
+    Mutation("likelihood-ratio sign", RLR, "value = -(advantage * ops", "value = (advantage * ops"),
+    Mutation(
+        "baseline with the sample itself",
+        RLR,
+        "advantages.leave_one_out(scores.total,",
+        "advantages.group_relative(scores.total,",
+    ),
+    Mutation("rest covered by half", RLR, "for a, b in rest]\n        elif", "for a, b in rest[1:]]\n        elif"),
     Mutation("old log-probs kept", TRAINER, "if first and stale and", "if not first and stale and"),
     Mutation("exclude off by one", GENEVAL, "if len(found) >= clause", "if len(found) > clause"),
 ]

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign import checkpoint, evaluate, session
+from diffalign import config as configs
 from diffalign.progress import Reporter
 from diffalign.runfolder import RunFolder, open_run, read_rows
 from diffalign.session import Interrupted, Session
@@ -59,6 +60,74 @@ def test_every_config_that_ships_trains_and_its_adapter_moves(name, tmp_path):
     rows = [row for row in read_rows(tmp_path / "run") if "seconds/total" in row]
     assert len(rows) == 2
     assert all(np.isfinite(row["reward/total"]) and row["grad_norm"] > 0 for row in rows if "skipped_flat" not in row)
+
+
+FORMS = {
+    "draft_lv": ("truncated_bp", "{name: truncated_bp, variants: 2}"),
+    "alignprop": ("truncated_bp", "{name: truncated_bp, depth: [1, 3], noise: true}"),
+    "refl": ("truncated_bp", "{name: truncated_bp, judged: [1, 2], objective: hinge, target: 5}"),
+    "drtune": ("truncated_bp", "{name: truncated_bp, depth: all, detached: true, trained: 1, judged: [2, 3]}"),
+    "vader": ("truncated_bp", "{name: truncated_bp, frames: random}"),
+    "rlr_parameter_noise": ("rlr", "{name: rlr, cover: zo, start: norms}"),
+    "rlr_blocks": ("rlr", "{name: rlr, span: 1, cover: is}"),
+    "rlr_in_memory": ("rlr", "{name: rlr, depth: auto, span: auto, memory_gib: 1}"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("model", ["shapes-sd3", "shapes-sd"])
+def test_every_form_of_the_pathwise_rules_trains_on_both_pipelines(form, model, tmp_path):
+    rule, settings = FORMS[form]
+    base = "truncated_bp/shapes-sd" if model == "shapes-sd" else "rlr/shapes-sd3"
+    sampler = "sampler.process=ddim" if model == "shapes-sd" else "sampler.process=flow_sde"
+    kept = [o for o in TINY if "window" not in o]
+    config = configs.load(
+        base,
+        [
+            *kept,
+            f"rule={settings}",
+            sampler,
+            "sampler.noise_level=0.7",
+            "evaluation.enabled=false",
+            f"run_dir={tmp_path / 'run'}",
+        ],
+    )
+    session.train(config, quiet=True)
+    adapter = load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
+    assert any(tensor.abs().max() > 0 for key, tensor in adapter.items() if "lora_B" in key or "lora.up" in key)
+    assert all(np.isfinite(row["grad_norm"]) for row in read_rows(tmp_path / "run") if "seconds/total" in row)
+
+
+def test_settings_that_the_sampler_cannot_run_are_refused_before_anything_is_written(tmp_path):
+    for rule, expected in (
+        ("{name: rlr, least_std: 5}", r"rule\.least_std: got 5, allowed is .* or less"),
+        (
+            "{name: rlr, depth: auto, memory_gib: 0.001}",
+            r"rule\.memory_gib: got 0\.001, one step with decoder and reward takes",
+        ),
+    ):
+        kept = [o for o in TINY if "window" not in o]
+        config = configs.load("rlr/shapes-sd3", [*kept, f"rule={rule}", f"run_dir={tmp_path / 'run'}"])
+        with pytest.raises(UserError, match=expected):
+            session.train(config, quiet=True)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_with_running_norms_resumes_as_if_never_stopped(tmp_path):
+    kept = [o for o in TINY if "window" not in o]
+    rule = "rule={name: rlr, span: 1, start: norms, depth: auto, memory_gib: 1}"
+
+    def run(folder, updates: int):
+        config = configs.load(
+            "rlr/shapes-sd3",
+            [*kept, rule, "sampler.steps=4", "evaluation.enabled=false", f"updates={updates}", f"run_dir={folder}"],
+        )
+        session.train(config, quiet=True)
+        return load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "parts", 2)
+    assert same(run(tmp_path / "parts", 4), whole)
 
 
 def test_a_run_leaves_everything_a_user_needs(whole):

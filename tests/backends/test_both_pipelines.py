@@ -13,7 +13,8 @@ from diffalign.backends import adapters, diffusers
 from diffalign.evaluate import quiet_plan
 from diffalign.ops import gaussian
 from diffalign.processes import PROCESSES
-from diffalign.rules import TruncatedBP
+from diffalign.rules import RLR, TruncatedBP
+from diffalign.trainer import Trainer
 from diffalign.types import Plan, Prompts, UserError
 
 PROCESS = {"shapes-sd3": "flow_sde", "shapes-sd": "ddim"}
@@ -237,6 +238,64 @@ def test_memory_grows_with_the_depth_and_not_with_the_steps(name):
     assert step > 0.2 * one
     assert four - two == pytest.approx(2 * step, rel=0.1)
     assert saved_bytes(name, 2, 16) == pytest.approx(two, rel=0.02)
+
+
+def laboratory(name: str, rule, steps: int) -> Trainer:
+    """A trainer on the pipeline, to take gradients with; one reward, the pictures' brightness."""
+    policy = make(name, steps)
+    rewards = {"brightness": lambda media, given: brightness(media.pixels)}
+    optimizer = torch.optim.SGD(policy.parameters.values(), lr=0.0)
+    return Trainer(rule, policy, rewards, {"brightness": 1.0}, optimizer, lambda update: given(2), micro_batch=4)
+
+
+@both
+def test_invariant_20_rlr_holds_its_largest_term_only(name):
+    """Whatever the length of the chain, while full backpropagation grows with it."""
+
+    def peak(rule, steps: int) -> int:
+        trainer = laboratory(name, rule, steps)
+        with measure.Saved() as saved:
+            trainer.gradient(0)
+        assert saved.total == 0
+        return saved.peak
+
+    def largest(rule, steps: int) -> int:
+        trainer = laboratory(name, rule, steps)
+        policy, terms = trainer.policy, rule.plan(trainer.policy.schedule, 0, np.random.default_rng(0)).updates[0]
+        part = policy.rollout(given(2), noisy(steps))
+
+        def work(term):
+            x = policy.replay(part, term.start, term.stop).x
+            return brightness(policy.decode(part, x).pixels) if term.through == "reward" else x
+
+        return max(measure.saved_bytes(lambda term=term: work(term)) for term in terms)
+
+    full = {}
+    for steps in (5, 10, 20):
+        rule = RLR(RLR.Settings(depth=1, span=2))
+        assert peak(rule, steps) == pytest.approx(largest(rule, steps), rel=0.05)
+        full[steps] = peak(TruncatedBP(TruncatedBP.Settings(depth="all")), steps)
+    step = (full[10] - full[5]) / 5
+    assert full[20] - full[10] == pytest.approx(10 * step, rel=0.05)
+    assert peak(rule, 20) < full[20] / 5
+
+
+@both
+def test_a_memory_budget_chooses_depth_and_span_that_keep_to_it(name):
+    trainer = laboratory(name, RLR(), 10)
+    found = measure.graph_bytes(trainer.policy, trainer.rewards, given(2))
+    for steps in (1.0, 2.5, 4.0):  # graphs of as many steps, beside decoder and reward
+        budget = found.reward + steps * found.step + 9 * found.stored
+        rule = RLR(RLR.Settings(depth="auto", span="auto", memory_gib=budget / 2**30))
+        rule.fit(found, 10)
+        assert rule.depth == int(steps)
+        trainer = laboratory(name, rule, 10)
+        with measure.Saved() as saved:
+            trainer.gradient(0)
+        assert saved.peak <= 1.01 * budget
+        assert saved.peak > 0.5 * budget
+    with pytest.raises(UserError, match=r"rule\.memory_gib: got .*, one step with decoder and reward takes"):
+        RLR(RLR.Settings(depth="auto", memory_gib=found.reward / 2**30)).fit(found, 10)
 
 
 @both
