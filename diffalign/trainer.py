@@ -7,8 +7,8 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from diffalign.rewards.base import Reward, check_media, evaluate
 from diffalign.types import (
     Credit,
     Fault,
+    Floats,
     Media,
     Plan,
     Prompts,
@@ -142,7 +143,9 @@ class Trainer:
         prompts = self.draw(index)
         plan = self.rule.plan(self.policy.schedule, index, numpy_generator(self.seed, 15, index))
         with clock("sample"):
-            rollout = self.fitting(lambda: self.policy.rollout(prompts, plan))
+            sampler = self.policy.shadow(plan.sampled_by) if plan.sampled_by else nullcontext()
+            with sampler:
+                rollout = self.fitting(lambda: self.policy.rollout(prompts, plan))
             sampled = Sampled(rollout, self.policy.micro_batch)
         if plan.stop < self.policy.schedule.steps:
             return sampled, None, {}
@@ -150,6 +153,8 @@ class Trainer:
         if not scores.valid.any():
             dead = [name for name, values in scores.by_name.items() if not np.isfinite(values).all()]
             raise Fault(f"update {index}: no sample got a score; not finite: {', '.join(dead)}")
+        if self.rule.needs.log_probs:
+            scores = replace(scores, log_prob=[_edges(rollout, step) for step in range(plan.stop)])
         return sampled, self.rule.credit(rollout.tree, scores, prompts), describe(scores, rollout)
 
     def score(self, rollout: Rollout, clock: Clock) -> Scores:
@@ -320,6 +325,12 @@ def select_credit(credit: Credit | None, rollout: Rollout, rows: Rows) -> Credit
         return None
     kept = rollout.tree.nodes(rows)
     return [edges[kept[t + 1]] for t, edges in enumerate(credit)]
+
+
+def _edges(rollout: Rollout, step: int) -> Floats:
+    """Log-probs of a step's edges (N_{t+1},), 0 where it is deterministic."""
+    found = rollout.log_prob[step]
+    return np.zeros(len(rollout.tree.parent[step])) if found is None else found.double().cpu().numpy()
 
 
 def describe(scores: Scores, rollout: Rollout) -> Metrics:

@@ -84,7 +84,8 @@ class Schedule:
     """The sampler as configured, float64.
 
     timestep (T,) what the network is told; alpha, sigma (T+1,) with x_t = alpha x_0 + sigma noise; std (T,) of the noise each
-    step injects when its noise is on (0: deterministic); gain (T,) = |d mean / d prediction| of each step, noise on.
+    step injects when its noise is on (0: deterministic); gain (T,) = |d mean / d prediction| of each step, noise on;
+    prediction: what the network predicts: velocity, epsilon, v_prediction or sample.
     """
 
     timestep: Floats
@@ -92,6 +93,7 @@ class Schedule:
     sigma: Floats
     std: Floats
     gain: Floats
+    prediction: str = "velocity"
 
     @property
     def steps(self) -> int:
@@ -122,7 +124,7 @@ class Plan:
 
     stop: level to sample to (T: to the end); noise (T): which steps inject noise; updates: the optimiser steps, each a tuple
     of terms; branch (T): children of every node at a step; correlation: of siblings' noise, in [0, 1]; shared_start: one
-    initial noise per group; keep_mean: store each step's mean.
+    initial noise per group; keep_mean: store each step's mean; sampled_by: the shadow that samples, "": the parameters.
     """
 
     stop: int
@@ -132,6 +134,7 @@ class Plan:
     correlation: float = 0.0
     shared_start: bool = False
     keep_mean: bool = False
+    sampled_by: str = ""
 
     def __post_init__(self) -> None:
         steps = len(self.noise)
@@ -249,11 +252,16 @@ class Media:
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of N_T media: by_name and total (N_T,) float64; valid (N_T,) False where a reward had no score."""
+    """Rewards of N_T media: by_name and total (N_T,) float64; valid (N_T,) False where a reward had no score.
+
+    log_prob: of the rollout's edges, T arrays (N_{t+1},), averaged over latent dimensions and 0 where a step is
+    deterministic; only for rules that need it.
+    """
 
     by_name: dict[str, Floats]
     total: Floats
     valid: NDArray[np.bool_]
+    log_prob: list[Floats] | None = None
 
 
 Credit = list[Floats]  # per step t, (N_{t+1},): how much better than expected each edge was
@@ -304,7 +312,8 @@ class Needs:
     """What a rule cannot do without; checked before any weight is loaded.
 
     groups: several samples a prompt, to compare; term_norms: the gradient norm of every term, `term_norm/<start>-<stop>` of
-    `after_update`'s metrics; graph_bytes: a call of `fit` before the first plan; shadows: name -> decay per update.
+    `after_update`'s metrics; log_probs: those of the rollout's edges in `Scores`; graph_bytes: a call of `fit` before the first
+    plan; shadows: name -> decay per update.
     """
 
     groups: bool = False
@@ -312,6 +321,7 @@ class Needs:
     stochastic_sampler: bool = False
     reference: bool = False
     term_norms: bool = False
+    log_probs: bool = False
     graph_bytes: bool = False
     shadows: dict[str, float] = field(default_factory=dict)
 

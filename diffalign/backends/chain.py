@@ -60,7 +60,7 @@ class ChainPolicy(ABC):
         self.noisy: Table = process.table(levels, noise_level)
         self.quiet: Table = process.table(levels, 0.0)
         gain = np.abs(self.noisy.prediction)
-        self.schedule = Schedule(timestep, levels.alpha, levels.sigma, self.noisy.std, gain)
+        self.schedule = Schedule(timestep, levels.alpha, levels.sigma, self.noisy.std, gain, levels.prediction)
         self.micro_batch = micro_batch
         self.shadows: dict[str, dict[str, Tensor]] = {}
         self.rows_forward = 0

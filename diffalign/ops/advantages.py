@@ -28,11 +28,13 @@ def group_relative(
     scale: Scale = "group",
     eps: float = 1e-4,
     limit: float = 5.0,
+    spread_of: tuple[Floats, NDArray[np.int64], NDArray[np.bool_]] | None = None,
 ) -> Floats:
     """A = (r - mean of its group) / (std + eps), clipped to +-limit (Flow-GRPO, arXiv 2505.05470, eq. 6); all (N,).
 
     The standard deviation is the population's, of the group, or of all centred rewards (`batch`), or 1 (`none`). Groups
-    without spread and invalid rewards get exactly 0.
+    without spread and invalid rewards get exactly 0. spread_of: the (reward, group, valid) whose standard deviation by group
+    is taken instead, (M,) each.
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale: got {scale!r}, allowed are group, batch, none")
@@ -44,7 +46,8 @@ def group_relative(
         # Rounding gives equal rewards a tiny spread, and dividing by it would give them full-size advantages.
         if np.ptp(values[rows]) > FLAT * max(1.0, abs(mean)):
             centred[rows] = values[rows] - mean
-            spread[rows] = values[rows].std()
+            other = values[rows] if spread_of is None else spread_of[0][(spread_of[1] == name) & spread_of[2]]
+            spread[rows] = other.std()
     if scale == "none":
         return np.clip(centred, -limit, limit)
     if scale == "batch" and centred.any():
@@ -73,6 +76,48 @@ def leave_one_out(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bo
             # r_i - (S - r_i) / (n - 1)
             advantage[rows] = values[rows] - (values[rows].sum() - values[rows]) / (len(rows) - 1)
     return advantage
+
+
+def extremes(advantage: Floats, group: NDArray[np.int64], valid: NDArray[np.bool_], count: int) -> Floats:
+    """The advantages of each group's `count` best and `count` worst, 0 for the others; all (N,).
+
+    Groups of fewer than twice as many keep all (DanceGRPO's best-of-N selection, arXiv 2505.07818).
+    """
+    kept = np.zeros_like(advantage)
+    for name in np.unique(group[valid]):
+        rows = np.flatnonzero((group == name) & valid)
+        order = rows[np.argsort(advantage[rows], kind="stable")]
+        chosen = order if len(rows) < 2 * count else np.concatenate([order[:count], order[-count:]])
+        kept[chosen] = advantage[chosen]
+    return kept
+
+
+def fuse(
+    leaf: Floats,
+    valid: NDArray[np.bool_],
+    parent: list[NDArray[np.int64]],
+    log_prob: list[Floats] | None = None,
+    beta: float = 0.0,
+) -> tuple[list[Floats], list[NDArray[np.bool_]]]:
+    """Rewards of all nodes: r(n) = sum_l w_l r_l over the leaves below, w = softmax(beta log p(l | n)) (BranchGRPO, eq. 4).
+
+    leaf, valid (N_T,); log_prob: of every edge, T arrays (N_{t+1},); beta 0: the plain mean. Returns values and whether there is
+    one, T+1 arrays (N_t,) each: a node without a valid leaf has none, and 0.
+    """
+    values: list[Floats] = [np.where(valid, leaf, 0.0)]
+    weights: list[Floats] = [np.where(valid, 0.0, -np.inf)]  # log of the sum over the leaves below of p^beta
+    for step in reversed(range(len(parent))):
+        index, count = parent[step], int(parent[step].max()) + 1
+        edge = weights[0] if beta == 0 or log_prob is None else weights[0] + beta * log_prob[step]
+        highest = np.full(count, -np.inf)
+        np.maximum.at(highest, index, edge)
+        finite = np.where(np.isfinite(highest), highest, 0.0)
+        share = np.exp(edge - finite[index])
+        total: Floats = np.bincount(index, share, minlength=count).astype(np.float64)
+        sums: Floats = np.bincount(index, share * values[0], minlength=count).astype(np.float64)
+        values.insert(0, np.divide(sums, total, out=np.zeros(count), where=total > 0))
+        weights.insert(0, finite + np.log(total, out=np.full(count, -np.inf), where=total > 0))
+    return values, [np.isfinite(weight) for weight in weights]
 
 
 def average_to_parents(leaf: Floats, parent: list[NDArray[np.int64]]) -> list[Floats]:

@@ -1,16 +1,54 @@
-"""The forward process of rectified flow: noised samples and velocity targets."""
+"""The forward process of a sampler's levels: noised samples, what a network is to predict of them, and errors of predictions.
+
+alpha, sigma are the level's numbers in x_t = alpha x_0 + sigma n.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-
-def noised(x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-    """x_t = (1 - t) x_0 + t n for x0, noise (N, D...) and time (N,) in [0, 1] (arXiv 2209.03003)."""
-    t = time.reshape(-1, *[1] * (x0.ndim - 1)).to(x0)
-    return (1 - t) * x0 + t * noise
+SMALL = 1e-10
 
 
-def velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """The target v = n - x_0."""
-    return noise - x0
+def noised(x0: Tensor, noise: Tensor, alpha: float, sigma: float) -> Tensor:
+    """x_t = alpha x_0 + sigma n, (N, D...)."""
+    return alpha * x0 + sigma * noise
+
+
+def target(x0: Tensor, noise: Tensor, alpha: float, sigma: float, prediction: str) -> Tensor:
+    """What the network would predict knowing x_0 and n, (N, D...): n - x_0, n, alpha n - sigma x_0, or x_0."""
+    return {
+        "velocity": lambda: noise - x0,
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: alpha * noise - sigma * x0,
+        "sample": lambda: x0,
+    }[prediction]()
+
+
+def clean(x: Tensor, predicted: Tensor, alpha: float, sigma: float, prediction: str) -> Tensor:
+    """The x_0 that a prediction at x_t implies, (N, D...)."""
+    return {
+        "velocity": lambda: (x - sigma * predicted) / (alpha + sigma),
+        "epsilon": lambda: (x - sigma * predicted) / alpha,
+        "v_prediction": lambda: alpha * x - sigma * predicted,
+        "sample": lambda: predicted,
+    }[prediction]()
+
+
+def error(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference over latent dimensions, (N, D...) to (N,)."""
+    return ((a - b) ** 2).flatten(1).mean(1)
+
+
+def weighted(ell: Tensor, time: float, kind: str, power: float = 0.25) -> Tensor:
+    """AWM's bounded growth functions of a squared error (N,) at a time in (0, 1] (arXiv 2509.25050, released code).
+
+    uniform: ell; t: t ell; t2: t^2 ell; huber: t (sqrt(ell + 1e-10) - 1e-5); ghuber: (t / p) ((ell + 1e-10)^p - (1e-10)^p).
+    """
+    return {
+        "uniform": lambda: ell,
+        "t": lambda: time * ell,
+        "t2": lambda: time**2 * ell,
+        "huber": lambda: time * ((ell + SMALL).sqrt() - SMALL**0.5),
+        "ghuber": lambda: time / power * ((ell + SMALL) ** power - SMALL**power),
+    }[kind]()

@@ -5,11 +5,15 @@ Importing this needs neither torch nor diffusers: settings are checked before ei
 
 from __future__ import annotations
 
+from diffalign.rules.awm import AWM
+from diffalign.rules.branch_grpo import BranchGRPO
 from diffalign.rules.ddpo import DDPO
 from diffalign.rules.flow_grpo import FlowGRPO
+from diffalign.rules.grpo_guard import GRPOGuard
+from diffalign.rules.nft import NFT
 from diffalign.rules.rlr import RLR
 from diffalign.rules.truncated_bp import TruncatedBP
 
-RULES = {rule.name: rule for rule in (FlowGRPO, DDPO, TruncatedBP, RLR)}
+RULES = {rule.name: rule for rule in (FlowGRPO, GRPOGuard, BranchGRPO, DDPO, TruncatedBP, RLR, AWM, NFT)}
 
-__all__ = ["DDPO", "RLR", "RULES", "FlowGRPO", "TruncatedBP"]
+__all__ = ["AWM", "DDPO", "NFT", "RLR", "RULES", "BranchGRPO", "FlowGRPO", "GRPOGuard", "TruncatedBP"]

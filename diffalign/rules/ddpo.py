@@ -66,7 +66,7 @@ class DDPO:
         return Needs(stochastic_sampler=True)
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
-        return policy_gradient.plan(schedule, self.settings)
+        return policy_gradient.plan(schedule, self.settings, update, rng)
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """(r - mean) / std of the prompt's last rewards, these included; of the batch while they are few."""

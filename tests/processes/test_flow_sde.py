@@ -111,3 +111,26 @@ def test_T9_gain_of_flow_sde():
 def test_levels_must_fall_within_unit_interval(levels):
     with pytest.raises(ValueError, match="must fall"):
         table(np.array(levels), 0.7)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.8, 1.0])
+def test_T6_cps_keeps_the_coefficients_of_signal_and_noise(eta):
+    """With the true velocity, x' = (1 - t') x_0 + c x_1 + s xi with c^2 + s^2 = t'^2."""
+    sigma = shifted(10)
+    found = PROCESSES["cps"].table(Levels.flow(sigma), eta)
+    t, after = sigma[:-1], sigma[1:]
+    # x = (1 - t) x_0 + t x_1 and v = x_1 - x_0
+    signal = found.x * (1 - t) - found.prediction
+    noise = found.x * t + found.prediction
+    np.testing.assert_allclose(signal, 1 - after, atol=1e-12)
+    np.testing.assert_allclose(noise**2 + found.std**2, after**2, atol=1e-12)
+    np.testing.assert_allclose(found.std, after * np.sin(eta * np.pi / 2), atol=1e-15)
+    assert found.std[-1] == 0
+
+
+def test_T4_cps_is_not_marginal_preserving_and_by_how_much():
+    def cps(sigma, eta):
+        return PROCESSES["cps"].table(Levels.flow(sigma), eta)
+
+    assert moments(cps, shifted(20), 0.8)[1] == pytest.approx(0.12242, abs=2e-5)
+    assert moments(cps, shifted(10), 0.8)[1] == pytest.approx(0.09896, abs=2e-5)

@@ -154,12 +154,13 @@ class Matching:
         seeds = [int(seed) for seed in part.prompts.seed]
         noise = normal(seeds, x0.shape[1:], 77, term.start, like=x0)
         time = normal(seeds, (1,), 78, term.start, like=x0)[:, 0].sigmoid()
-        xt = matching.noised(x0, noise, time)
+        at = time[:, None]
+        xt = (1 - at) * x0 + at * noise
         predicted = policy.predict(part, xt, time)
         with policy.shadow("old"):
             old = policy.predict(part, xt, time)
-        error = ((predicted - matching.velocity(x0, noise)) ** 2).flatten(1).mean(1)
-        drift = ((predicted - old) ** 2).flatten(1).mean(1)
+        error = matching.error(predicted, noise - x0)
+        drift = matching.error(predicted, old)
         advantage = error.new_tensor(credit[-1])
         return Loss((advantage * error + 2 * drift).mean(), {"drift": drift.mean().detach()})
 

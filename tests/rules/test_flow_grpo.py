@@ -170,3 +170,110 @@ def test_terms_outside_the_chain_are_refused():
 
     with pytest.raises(ValueError, match="outside"):
         Plan(3, (True, True, False), ((Term(2, 4, "log_prob"),),))
+
+
+# -- windows, shared beginnings, selection
+
+
+def starts(settings, updates: int, steps: int = 10) -> list[tuple[int, ...]]:
+    rule, schedule = FlowGRPO(settings), ToyPolicy(steps=steps).schedule
+    plans = [rule.plan(schedule, k, np.random.default_rng([7, k])) for k in range(updates)]
+    return [tuple(k for k, on in enumerate(plan.noise) if on) for plan in plans]
+
+
+def test_T27_a_random_window_starts_everywhere_alike():
+    found = starts(S(window=(0, 5), window_steps=3), 3000)
+    assert all(len(window) == 3 and window[-1] - window[0] == 2 for window in found)
+    counts = np.bincount([window[0] for window in found], minlength=3)
+    assert (np.abs(counts - 1000) < 4.5 * 25.8).all()  # three starts; standard deviation 25.8
+    assert {window[0] for window in starts(S(window_steps=2), 300)} == set(range(8))  # never the last step
+
+
+def test_T28_a_sliding_window_is_never_short_and_wraps():
+    found = starts(S(window_steps=4, window_move="sliding", window_every=2), 14, steps=8)
+    assert [window[0] for window in found] == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0, 1, 1, 2, 2]
+    assert all(len(window) == 4 for window in found)
+
+
+def test_T29_only_the_window_is_trained_and_has_log_probs():
+    policy, rule = ToyPolicy(steps=8), FlowGRPO(S(window=(2, 6), window_steps=2))
+    given = toy_prompts(2, 4)
+    plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
+    part = policy.rollout(given, plan)
+    noisy = [k for k, on in enumerate(plan.noise) if on]
+    assert [k for k, log_prob in enumerate(part.log_prob) if log_prob is not None] == noisy
+    assert [term.start for term in plan.updates[0]] == noisy
+    trainer = toy_trainer(rule, policy, 2, 4)
+    before = policy.rows_forward
+    trainer.update(0)
+    assert policy.rows_forward - before == 8 * 8 + 8 * 2  # T steps to sample, w to train
+
+
+def test_a_fan_shares_the_beginning_and_its_cost():
+    policy, rule = ToyPolicy(steps=8), FlowGRPO(S(window=(3, 5), fan=6))
+    assert not rule.needs.groups
+    trainer = toy_trainer(rule, policy, 2, 1)
+    trainer.update(0)
+    # sampling: 4 steps of 2 rows, 4 of 12; training: one step of 2 rows, one of 12
+    assert policy.rows_forward == 4 * 2 + 4 * 12 + 2 + 12
+    part = policy.rollout(toy_prompts(2, 1), rule.plan(policy.schedule, 0, np.random.default_rng(0)))
+    assert [len(x) for x in part.x] == [2, 2, 2, 2, 12, 12, 12, 12, 12]
+    assert len(torch.unique(part.x[4], dim=0)) == 12
+
+
+def test_best_and_worst_are_learned_from():
+    tree, given = Tree.grow(8, (1, 1)), toy_prompts(2, 4)
+    scores = Scores({}, np.array([0.0, 3.0, 1.0, 2.0, 5.0, 5.0, 9.0, 1.0]), np.ones(8, bool))
+    whole, kept = (FlowGRPO(S(keep=keep)).credit(tree, scores, given)[-1] for keep in (None, 2))
+    assert np.flatnonzero(kept).tolist() == [0, 1, 6, 7]
+    np.testing.assert_array_equal(kept[kept != 0], whole[kept != 0])  # normalised before the selection
+    assert S(keep=3).problems(10) == ["rule.keep: got 3, allowed are even numbers: half best, half worst"]
+
+
+def test_T40_the_means_divergence_is_that_of_the_gaussians():
+    policy, rule = ToyPolicy(), FlowGRPO(S(kl=0.5, kl_space="mean"))
+    plan, part, credit = rolled(rule, policy)
+    with torch.no_grad():
+        policy.delta.add_(0.1)
+    term = plan.updates[0][1]
+    now = policy.transition(part, term.start)
+    with policy.reference():
+        base = policy.transition(part, term.start)
+    torch_kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(now.mean, now.std), torch.distributions.Normal(base.mean, base.std)
+    ).mean()
+    found = rule.loss(term, policy, part, credit, None).metrics["kl"]
+    torch.testing.assert_close(found, torch_kl.detach(), rtol=1e-9, atol=0)
+    # the same in the prediction's difference: gain^2 mean(dv^2) / (2 s^2)
+    gain = policy.schedule.gain[term.start]
+    by_v = gain**2 * ((now.prediction - base.prediction) ** 2).mean() / (2 * now.std**2)
+    torch.testing.assert_close(found, by_v.detach(), rtol=1e-9, atol=0)
+
+
+def test_unweighted_ratios_lack_the_variance():
+    policy = ToyPolicy(process="cps", noise_level=0.8)
+    rule = FlowGRPO(S(ratio="unweighted", inner_updates=2))
+    plan, part, credit = rolled(rule, policy)
+    with torch.no_grad():
+        policy.delta.add_(0.05)
+    for term in plan.updates[0]:
+        k = term.start
+        now = policy.transition(part, k)
+        old_mean = part.x[k + 1] - part.std[k] * part.eps[k]
+        expected = (-((part.x[k + 1] - now.mean) ** 2) + (part.x[k + 1] - old_mean) ** 2).mean(1)
+        found = rule.loss(term, policy, part, credit, None).metrics["ratio"]
+        torch.testing.assert_close(found, expected.exp().mean().detach(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"window": (0, 4), "window_steps": 5},
+            "rule.window_steps: got 5, allowed is up to the window's noisy steps (4)",
+        ),
+        ({"window_steps": 8}, "rule.window_steps: got 8, allowed is up to the window's noisy steps (7)"),
+    ],
+)
+def test_windows_that_do_not_fit_are_named(settings, expected):
+    assert S(**settings).problems(8) == [expected]
