@@ -39,6 +39,7 @@ def device(config: Config) -> str:
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise UserError("device: got 'cuda', torch sees no CUDA device; allowed here is cpu")
+    # The process's own: `World.join` chose it.
     return "cuda" if available and config.device != "cpu" else "cpu"
 
 

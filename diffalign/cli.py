@@ -39,18 +39,17 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
     from diffalign import config as configs
     from diffalign.runfolder import open_run
 
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-        raise UserError(
-            "WORLD_SIZE: got more than one process, this version trains in one; start it without a launcher"
-        )
     settings = configs.load(config, overrides)
-    open_run(settings, fresh).close()  # refused before torch is imported
+    if os.environ.get("RANK", "0") == "0":
+        open_run(settings, fresh).close()  # refused before torch is imported
     from diffalign import session
 
     try:
         summary = session.train(settings, fresh=fresh, quiet=quiet)
     except session.Interrupted as error:
         fail(error.code, str(error))
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first process says it
     for name in (k for k in summary if k.endswith("_gain")):
         low, high = summary[f"{name}_lo"], summary[f"{name}_hi"]
         click.echo(f"{name.removesuffix('_gain')}: gain {summary[name]:+.3f}, 95 % [{low:+.3f}, {high:+.3f}]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from scipy import stats
 
 from diffalign.files import write_text
 from diffalign.rewards.base import Reward, check_media, evaluate, to_uint8
-from diffalign.types import Fault, Integers, Plan, Policy, Prompts, chunks, one_line
+from diffalign.types import Fault, Integers, Plan, Policy, Prompts, Rows, chunks, one_line
 
 Floats = NDArray[np.float64]
 FEW = 8  # with fewer prompts than this, images are resampled instead of prompts
@@ -110,27 +110,38 @@ def quiet_plan(steps: int) -> Plan:
     return Plan(stop=steps, noise=(False,) * steps, updates=())
 
 
-@torch.no_grad()
-def run(
-    policy: Policy,
-    rewards: dict[str, Reward],
-    prompts: Prompts,
-    micro_batch: int,
-    update: int,
-) -> Evaluation:
+def run(policy: Policy, rewards: dict[str, Reward], prompts: Prompts, micro_batch: int, update: int) -> Evaluation:
     """Sample every prompt without noise and score it."""
+    return joined([(range(len(prompts)), scores(policy, rewards, prompts, micro_batch))], prompts, update)
+
+
+def joined(found: Sequence[tuple[Rows, dict[str, Floats]]], prompts: Prompts, update: int) -> Evaluation:
+    """An evaluation from parts: which prompts, and their scores by reward.
+
+    Raises:
+        Fault: if a reward gave no score at all.
+    """
+    whole = {name: np.empty(len(prompts)) for name in found[0][1]}
+    for rows, columns in found:
+        for name, values in columns.items():
+            whole[name][np.asarray(rows, dtype=np.int64)] = values
+    if silent := [name for name, values in whole.items() if not np.isfinite(values).any()]:
+        raise Fault(f"evaluation after update {update}: no sample got a score; not finite: {', '.join(silent)}")
+    return Evaluation(update, whole, prompts.group)
+
+
+@torch.no_grad()
+def scores(policy: Policy, rewards: dict[str, Reward], prompts: Prompts, micro_batch: int) -> dict[str, Floats]:
+    """Scores (n,) by reward of deterministic samples, in the order of the prompts."""
     plan = quiet_plan(policy.schedule.steps)
     weights = dict.fromkeys(rewards, 1.0)
     columns: dict[str, list[Floats]] = {name: [] for name in rewards}
     for rows in chunks(len(prompts), micro_batch):
         part = policy.rollout(prompts.select(rows), plan)
-        scores = evaluate(rewards, weights, check_media(policy.decode(part, part.x[-1])), part.prompts)
-        for name, values in scores.by_name.items():
+        found = evaluate(rewards, weights, check_media(policy.decode(part, part.x[-1])), part.prompts)
+        for name, values in found.by_name.items():
             columns[name].append(values)
-    found = {name: np.concatenate(parts) for name, parts in columns.items()}
-    if silent := [name for name, values in found.items() if not np.isfinite(values).any()]:
-        raise Fault(f"evaluation after update {update}: no sample got a score; not finite: {', '.join(silent)}")
-    return Evaluation(update, found, prompts.group)
+    return {name: np.concatenate([np.empty(0), *parts]) for name, parts in columns.items()}
 
 
 @torch.no_grad()

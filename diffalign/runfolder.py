@@ -37,10 +37,10 @@ class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `checkpoints/`, `samples/`, `evaluation/`, `adapter/`,
     `best/`, `curves.png`.
 
-    Held by one process at a time; a second one is refused.
+    Held by one process at a time; a second one is refused. The others of a run that has several read it, without a lock.
     """
 
-    def __init__(self, path: Path, lock: IO[str], fresh: bool = False) -> None:
+    def __init__(self, path: Path, lock: IO[str] | None = None, fresh: bool = False) -> None:
         self.path, self._lock, self._fresh = path, lock, fresh
 
     def __truediv__(self, name: str) -> Path:
@@ -53,7 +53,8 @@ class RunFolder:
         write_text(self.path / CONFIG, configs.dump(config))
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one object to `metrics.jsonl`; numbers that are not finite have no place in JSON and are left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -19,6 +21,7 @@ from diffalign import checkpoint, evaluate, figures, prompts, trackers
 from diffalign.build import build
 from diffalign.card import write_adapter
 from diffalign.config import Config
+from diffalign.distributed import ALONE, World
 from diffalign.measure import graph_bytes
 from diffalign.progress import Reporter
 from diffalign.randomness import numpy_generator
@@ -45,10 +48,13 @@ def train(config: Config, *, fresh: bool = False, quiet: bool = False) -> dict[s
         Fault: if something stopped the run; the last checkpoint is kept.
         Interrupted: on SIGTERM or Ctrl-C, after saving.
     """
-    folder = open_run(config, fresh)
-    reporter = Reporter(quiet)
+    world = World.join()
+    reporter = Reporter(quiet or not world.leads)
+    folder = RunFolder(Path(config.run_dir))
     try:
-        return Session(config, folder, reporter).run()
+        opened = world.together(lambda: open_run(config, fresh) if world.leads else None)
+        folder = opened or folder
+        return Session(config, folder, reporter, world).run()
     except OSError as error:
         raise Fault(
             f"{error.filename or config.run_dir}: {error.strerror or error}; the last checkpoint is kept"
@@ -56,14 +62,19 @@ def train(config: Config, *, fresh: bool = False, quiet: bool = False) -> dict[s
     finally:
         reporter.close()
         folder.close()
+        world.leave()
 
 
 class Session:
     """A run: what to train, where it is kept, how far it is."""
 
-    def __init__(self, config: Config, folder: RunFolder, reporter: Reporter) -> None:
-        self.config, self.folder, self.reporter = config, folder, reporter
-        self.parts = build(config)
+    def __init__(self, config: Config, folder: RunFolder, reporter: Reporter, world: World = ALONE) -> None:
+        self.config, self.folder, self.reporter, self.world = config, folder, reporter, world
+        if (most := config.samples_per_update // config.optimizer.micro_batch) < world.size:
+            raise UserError(
+                f"optimizer.micro_batch: got {most} micro-batches for {world.size} processes; allowed is one each"
+            )
+        self.parts = world.together(lambda: build(config))
         self.policy, self.rule = self.parts.policy, config.make_rule()
         optimizer = config.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -84,6 +95,7 @@ class Session:
             micro_batch=optimizer.micro_batch,
             max_grad_norm=optimizer.max_grad_norm,
             seed=config.seed,
+            world=world,
             notify=reporter.say,
         )
         settings = config.evaluation
@@ -129,11 +141,12 @@ class Session:
 
     def save(self) -> None:
         if self.saved != self.done:
-            checkpoint.save(self.folder / "checkpoints", self.state(), self.config.output.keep, best=self.best())
+            keep, folder = self.config.output.keep, self.folder / "checkpoints"
+            self.world.lead(lambda: checkpoint.save(folder, self.state(), keep, best=self.best()))
             self.saved = self.done
 
-    def resume(self) -> None:
-        """Take up the newest whole checkpoint, if there is one."""
+    def _newest(self) -> Path | None:
+        """The newest whole checkpoint, if there is one; without, the run's rows are taken back."""
         whole = checkpoint.complete(self.folder / "checkpoints")
         damaged = sorted(set((self.folder / "checkpoints").glob("update_*")) - set(whole))
         for path in damaged:
@@ -146,8 +159,15 @@ class Session:
             if self.folder.rows():
                 self.reporter.say("no whole checkpoint: starting from the beginning")
             self.folder.rewind(-1)
+            return None
+        return whole[-1]
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint, if there is one; processes may be more or fewer than before."""
+        newest = self.world.lead(self._newest)
+        if newest is None:
             return
-        state = checkpoint.load(whole[-1])
+        state = checkpoint.load(newest)
         if state.notes["prompts"] != self.prompts_digest:
             raise UserError("prompts.source: the prompts are not those the run began with; restore them, or --fresh")
         with torch.no_grad():
@@ -165,8 +185,8 @@ class Session:
         self.done = self.saved = state.update
         self.skipped = state.notes["skipped"]
         self.trainer.micro_batch = self.policy.micro_batch = state.notes["micro_batch"]
-        self.folder.rewind(self.done)
-        self.reporter.say(f"resuming after update {self.done} from {whole[-1]}")
+        self.world.lead(lambda: self.folder.rewind(self.done))
+        self.reporter.say(f"resuming after update {self.done} from {newest}")
 
     def best(self) -> int | None:
         """The update whose evaluation has the highest mean of the first judging reward; None before the second one."""
@@ -183,18 +203,19 @@ class Session:
     def run(self) -> dict[str, float]:
         """Train to `config.updates`, evaluate, and write the adapter; returns the final evaluation's summary."""
         started = time.perf_counter()
-        self.folder.begin(self.config)
+        self.world.lead(lambda: self.folder.begin(self.config))
         self.resume()
         with self._signals():
             if self.done == 0:
                 self._look(0)
             for index in range(self.done, self.config.updates):
                 row = self._update(index)
-                self.folder.append({"update": self.done, **row})
+                self.world.lead(functools.partial(self.folder.append, {"update": self.done, **row}))
                 self._tidy()
-                if self.stop_code is not None:
+                codes = [code for code in self.world.gather(self.stop_code) if code is not None]
+                if codes:
                     self.save()
-                    raise Interrupted(self.stop_code)
+                    raise Interrupted(codes[0])
             self.save()
             self.reporter.close()
             summary = self._finish()
@@ -222,19 +243,19 @@ class Session:
         if torch.cuda.is_available():
             row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["skipped"] = float(self.skipped)
-        self.tracker.log(row, self.done)
+        self.world.lead(lambda: self.tracker.log(row, self.done))
         return row
 
     def _tidy(self) -> None:
         output, every = self.config.output, self.config.evaluation.every
         last = self.done == self.config.updates
         if not last and self.done % output.sample_every == 0:
-            self._samples(self.done)
+            self.world.lead(lambda: self._samples(self.done))
         judged = bool(every) and self.done % every == 0
         if judged and not last:
             self._evaluate(self.done)
-            if self.best() == self.done and self.config.evaluation.enabled:
-                self._write_best()
+            if self.config.evaluation.enabled:
+                self.world.lead(lambda: self._write_best() if self.best() == self.done else None)
         # After grids and evaluation: a checkpoint says that everything up to it was done.
         if self.done % output.checkpoint_every == 0 or judged or last:
             self.save()
@@ -252,7 +273,7 @@ class Session:
 
     def _look(self, update: int) -> None:
         """Sample grid and evaluation."""
-        self._samples(update)
+        self.world.lead(lambda: self._samples(update))
         self._evaluate(update)
 
     def _shown(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -282,10 +303,19 @@ class Session:
             return {}
         self.reporter.say(f"evaluating {len(self.fixed)} images")
         with self._published():
-            rewards = self.parts.eval_rewards
-            found = self.trainer.fitting(
-                lambda: evaluate.run(self.policy, rewards, self.fixed, self.trainer.micro_batch, update)
+            rows, trainer = self.world.rows(len(self.fixed), self.trainer.dealt), self.trainer
+            own = self.fixed.select(rows)
+            scores = self.world.together(
+                lambda: trainer.fitting(
+                    lambda: evaluate.scores(self.policy, self.parts.eval_rewards, own, trainer.micro_batch)
+                )
             )
+        found = evaluate.joined(self.world.gather((rows, scores)), self.fixed, update)
+        return self.world.lead(lambda: self._judged(found))
+
+    def _judged(self, found: evaluate.Evaluation) -> dict[str, float]:
+        """Keep an evaluation and say what it found."""
+        update = found.update
         found.save(self._evaluation_path(update), seed=self.config.evaluation.seed, prompts=self.fixed.text)
         summary = found.summary(self._baseline() if update else None)
         self.folder.append({"update": update, **summary})
@@ -295,18 +325,22 @@ class Session:
 
     def _finish(self) -> dict[str, float]:
         path = self._evaluation_path(self.done)
-        if path.is_file():
-            summary = evaluate.Evaluation.read(path).summary(self._baseline())
+        if self.world.lead(path.is_file):
+            summary = self.world.lead(lambda: evaluate.Evaluation.read(path).summary(self._baseline()))
         else:
-            self._samples(self.done)
+            self.world.lead(lambda: self._samples(self.done))
             summary = self._evaluate(self.done)
+        self.world.lead(lambda: self._leave(summary))
+        return summary
+
+    def _leave(self, summary: dict[str, float]) -> None:
+        """Curves, pictures and the adapter."""
         self._curves()
         self._before_after()
         with self._published():
             write_adapter(self.config, self.policy, self.folder, summary, "adapter", self.done)
         if self.config.evaluation.every and self.best() == self.done:
             self._write_best()
-        return summary
 
     def _title(self) -> str:
         return f"{self.config.rule['name']} on {self.config.model}, seed {self.config.seed}"

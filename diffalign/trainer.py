@@ -8,13 +8,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.distributed import ALONE, World
 from diffalign.memory import out_of_memory, release
 from diffalign.randomness import numpy_generator
 from diffalign.rewards.base import Reward, check_media, evaluate
@@ -22,6 +23,7 @@ from diffalign.types import (
     Credit,
     Fault,
     Floats,
+    Integers,
     Media,
     Plan,
     Prompts,
@@ -31,6 +33,7 @@ from diffalign.types import (
     Scores,
     Term,
     TrainablePolicy,
+    Tree,
     UpdateRule,
     chunks,
     one_line,
@@ -63,10 +66,11 @@ class Clock:
 
 @dataclass
 class Sampled:
-    """A rollout, and the micro-batch its log-probs were computed with."""
+    """This process's rollout, the micro-batch its log-probs were computed with, and the samples of all processes."""
 
     rollout: Rollout
     micro_batch: int
+    total: int
 
     @property
     def plan(self) -> Plan:
@@ -82,6 +86,7 @@ class Trainer:
         optimizer: over the policy's parameters; one step per `Plan.updates` entry.
         micro_batch: samples whose graph is held at once; halved for good where memory does not suffice.
         term_norms: also return the gradient norm of every term.
+        world: the processes that share the work; each samples its own micro-batches.
         notify: told what a user should know.
     """
 
@@ -98,12 +103,14 @@ class Trainer:
         max_grad_norm: float = 1.0,
         seed: int = 0,
         term_norms: bool = False,
+        world: World = ALONE,
         notify: Callable[[str], None] = print,
     ) -> None:
         self.rule, self.policy, self.optimizer, self.draw = rule, policy, optimizer, draw
         self.rewards, self.weights = rewards, weights
         self.micro_batch, self.max_grad_norm, self.seed = micro_batch, max_grad_norm, seed
         self.notify, self.term_norms = notify, term_norms or rule.needs.term_norms
+        self.world, self.dealt = world, micro_batch
         self.nonfinite_in_a_row = 0
         self._proved: set[str] = set()
         policy.add_shadows(rule.needs.shadows)
@@ -123,13 +130,14 @@ class Trainer:
         else:
             with clock("train"):
                 metrics |= self._train(sampled, credit, index)
+        self.world.check_equal(self.policy.parameters, f"update {index}")
         self.policy.follow(self.rule.needs.shadows)
         if hasattr(self.rule, "after_update"):
             self.rule.after_update(metrics)
         metrics |= {f"seconds/{phase}": value for phase, value in clock.seconds.items()}
         metrics["seconds/total"] = time.perf_counter() - started
-        metrics["nfe"] = float(self.policy.rows_forward - forward)
-        metrics["nfe_backward"] = float(self.policy.rows_backward - backward)
+        rows = self.world.gather((self.policy.rows_forward - forward, self.policy.rows_backward - backward))
+        metrics["nfe"], metrics["nfe_backward"] = (float(sum(column)) for column in zip(*rows, strict=True))
         return metrics
 
     def gradient(self, index: int) -> Metrics:
@@ -142,20 +150,26 @@ class Trainer:
         """Plan, sample, score and credit."""
         prompts = self.draw(index)
         plan = self.rule.plan(self.policy.schedule, index, numpy_generator(self.seed, 15, index))
-        with clock("sample"):
+        rows = self.world.rows(len(prompts), self.dealt)
+        whole = plan.stop == self.policy.schedule.steps
+
+        def own() -> tuple[Sampled, Scores | None]:
             sampler = self.policy.shadow(plan.sampled_by) if plan.sampled_by else nullcontext()
-            with sampler:
-                rollout = self.fitting(lambda: self.policy.rollout(prompts, plan))
-            sampled = Sampled(rollout, self.policy.micro_batch)
-        if plan.stop < self.policy.schedule.steps:
+            with clock("sample"), sampler:
+                rollout = self.fitting(lambda: self.policy.rollout(prompts.select(rows), plan))
+            sampled = Sampled(rollout, self.policy.micro_batch, len(prompts))
+            return sampled, self.fitting(lambda: self.score(rollout, clock)) if whole else None
+
+        sampled, part = self.world.together(own)
+        if part is None:
             return sampled, None, {}
-        scores = self.fitting(lambda: self.score(rollout, clock))
+        tree = Tree.grow(len(prompts), plan.branch)
+        scores = joined_scores(self.world.gather((rows, part)), tree)
         if not scores.valid.any():
             dead = [name for name, values in scores.by_name.items() if not np.isfinite(values).all()]
             raise Fault(f"update {index}: no sample got a score; not finite: {', '.join(dead)}")
-        if self.rule.needs.log_probs:
-            scores = replace(scores, log_prob=[_edges(rollout, step) for step in range(plan.stop)])
-        return sampled, self.rule.credit(rollout.tree, scores, prompts), describe(scores, rollout)
+        credit = self.rule.credit(tree, scores, prompts)
+        return sampled, credit and select_credit(credit, tree, rows), describe(scores, prompts.group[tree.leaf_root])
 
     def score(self, rollout: Rollout, clock: Clock) -> Scores:
         """Decode and score the leaves, a micro-batch at a time."""
@@ -166,10 +180,12 @@ class Trainer:
                 media = check_media(self.policy.decode(part, part.x[-1]))
             with clock("reward"), torch.no_grad():
                 parts.append(evaluate(self.rewards, self.weights, media, part.at(-1)))
+        steps = range(rollout.plan.stop) if self.rule.needs.log_probs else ()
         return Scores(
             {name: np.concatenate([part.by_name[name] for part in parts]) for name in self.rewards},
             np.concatenate([part.total for part in parts]),
             np.concatenate([part.valid for part in parts]),
+            [_edges(rollout, step) for step in steps] or None,
         )
 
     def fitting(self, work: Callable[[], T]) -> T:
@@ -200,7 +216,9 @@ class Trainer:
         sums: dict[str, list[float]] = defaultdict(list)
         for number, terms in enumerate(sampled.plan.updates):
             first, where = number == 0, f"update {index}"
-            values = self.fitting(functools.partial(self._gradient, terms, sampled, credit, first=first, where=where))
+            work = functools.partial(self._gradient, terms, sampled, credit, first=first, where=where)
+            values = self.world.together(functools.partial(self.fitting, work))
+            values = self.world.average(values, len(sampled.rollout.prompts) / sampled.total)
             norm = self._step()
             for name, value in {**values, **norm}.items():
                 sums[name].append(value)
@@ -217,21 +235,30 @@ class Trainer:
             self.notify(f"{where}: old log-probabilities are computed again, for the smaller micro-batch")
             sampled.rollout = self.policy.recomputed(sampled.rollout)
             sampled.micro_batch = self.policy.micro_batch
-        return self.accumulate(terms, sampled.rollout, credit, first=first, where=where)
+        return self.accumulate(terms, sampled.rollout, credit, first=first, where=where, total=sampled.total)
 
     def accumulate(
-        self, terms: tuple[Term, ...], rollout: Rollout, credit: Credit | None, *, first: bool, where: str = ""
+        self,
+        terms: tuple[Term, ...],
+        rollout: Rollout,
+        credit: Credit | None,
+        *,
+        first: bool,
+        where: str = "",
+        total: int | None = None,
     ) -> Metrics:
         """Add the gradient of a sum of terms to the parameters, freeing each term's graph before the next.
 
-        A part of n of N samples weighs n / N, so the cut into micro-batches does not change the gradient.
+        A part of n of N samples weighs n / N, so the cut into micro-batches and processes does not change the gradient.
+        total: N, the rollout's if it is all there is.
         """
+        total = total or len(rollout.prompts)
         sums: dict[str, float] = defaultdict(float)
         weights: dict[str, float] = defaultdict(float)
         for rows in chunks(len(rollout.prompts), self.micro_batch):
             part = rollout.select(rows)
-            part_credit = select_credit(credit, rollout, rows)
-            share = len(rows) / len(rollout.prompts)
+            part_credit = None if credit is None else select_credit(credit, rollout.tree, rows)
+            share = len(rows) / total
             for term in terms:
                 seen: dict[str, Tensor] = {}
                 reward = self._bound_reward(part, seen)
@@ -310,6 +337,7 @@ class Trainer:
         for parameter in parameters:
             if parameter.grad is None:  # a part of the model that no term touched
                 parameter.grad = torch.zeros_like(parameter)
+        self.world.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         if math.isfinite(norm):
             self.optimizer.step()
@@ -319,12 +347,33 @@ class Trainer:
         return {"skipped_nonfinite": 1.0}
 
 
-def select_credit(credit: Credit | None, rollout: Rollout, rows: Rows) -> Credit | None:
+def select_credit(credit: Credit, tree: Tree, rows: Rows) -> Credit:
     """The credit of the edges that grow from some roots."""
-    if credit is None:
-        return None
-    kept = rollout.tree.nodes(rows)
+    kept = tree.nodes(rows)
     return [edges[kept[t + 1]] for t, edges in enumerate(credit)]
+
+
+def joined_scores(found: list[tuple[list[int], Scores]], tree: Tree) -> Scores:
+    """The scores of all samples from those of every process and the rows they are of."""
+    if len(found) == 1:
+        return found[0][1]
+    order = [row for rows, _ in found for row in rows]
+    places = tree.nodes(order)  # of what the processes found, level by level, one after another
+
+    def put(level: int, values: Sequence[np.ndarray]) -> np.ndarray:
+        joined = np.concatenate(values)
+        whole = np.empty_like(joined)
+        whole[places[level]] = joined
+        return whole
+
+    parts = [scores for _, scores in found]
+    steps = range(len(parts[0].log_prob or ()))
+    return Scores(
+        {name: put(-1, [part.by_name[name] for part in parts]) for name in parts[0].by_name},
+        put(-1, [part.total for part in parts]),
+        put(-1, [part.valid for part in parts]),
+        [put(step + 1, [(part.log_prob or [])[step] for part in parts]) for step in steps] or None,
+    )
 
 
 def _edges(rollout: Rollout, step: int) -> Floats:
@@ -333,12 +382,11 @@ def _edges(rollout: Rollout, step: int) -> Floats:
     return np.zeros(len(rollout.tree.parent[step])) if found is None else found.double().cpu().numpy()
 
 
-def describe(scores: Scores, rollout: Rollout) -> Metrics:
-    """Mean of every reward over valid samples, their share, and the share of groups without spread."""
+def describe(scores: Scores, group: Integers) -> Metrics:
+    """Mean of every reward over valid samples, their share, and the share of groups (of the samples' ids) without spread."""
     valid = scores.valid
     metrics = {"reward/valid": float(valid.mean()), "reward/total": float(scores.total[valid].mean())}
     metrics |= {f"reward/{name}": float(values[valid].mean()) for name, values in scores.by_name.items()}
-    group = rollout.prompts.group[rollout.tree.leaf_root]
     spread = [np.ptp(scores.total[(group == g) & valid]) if ((group == g) & valid).any() else 0.0 for g in set(group)]
     metrics["groups_flat"] = float(np.mean(np.asarray(spread) == 0))
     return metrics

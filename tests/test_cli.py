@@ -289,10 +289,3 @@ def test_a_fault_is_exit_code_3_and_keeps_what_was_there(trained, tmp_path):
     assert done.returncode == 3
     assert "ConnectionError: reward server is down" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_several_processes_are_refused_not_ignored(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    done = run("train", "flow_grpo/shapes-sd3")
-    assert done.returncode == 2
-    assert "more than one process" in done.stderr

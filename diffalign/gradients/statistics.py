@@ -95,7 +95,8 @@ def cosine(products: Products) -> Interval:
     count, value = len(products.rule), of(products)
     left_out = np.array([of(products.without(k)) for k in range(count)])
     half = quantile(count) * np.sqrt((count - 1) * left_out.var())
-    return Interval(value, float(value - half), float(min(1.0, value + half)))
+    # Free of noise's shrinking, an estimate may overshoot what a cosine can be.
+    return Interval(*(float(np.clip(v, -1, 1)) for v in (value, value - half, value + half)))
 
 
 def variance(products: Floats) -> float:

@@ -1,0 +1,129 @@
+"""Several processes as one: each samples its share, everything that is decided is decided on what all of them found.
+
+Start them with `accelerate launch` or `torchrun`. With one process everything here is a plain function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffalign.types import Fault, chunks, one_line
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls) -> World:
+        """Meet the processes that a launcher started, if one did: it says who and where in the environment."""
+        if not dist.is_available() or os.environ.get("WORLD_SIZE", "1") in ("", "0", "1"):
+            return cls()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def leave(self) -> None:
+        """Part from the others."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def rows(self, count: int, micro_batch: int) -> list[int]:
+        """This process's share of `count` rows: every `size`-th micro-batch."""
+        return self._share(count, micro_batch, self.rank)
+
+    def _share(self, count: int, micro_batch: int, rank: int) -> list[int]:
+        return [
+            row for number, rows in enumerate(chunks(count, micro_batch)) if number % self.size == rank for row in rows
+        ]
+
+    def gather(self, item: T) -> list[T]:
+        """Everybody's item, in the order of ranks; a plain object, no tensors."""
+        if self.size == 1:
+            return [item]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, item)
+        return found
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do some work that does not communicate; if it fails anywhere it fails everywhere.
+
+        Raises:
+            Fault: if another process failed; a failure of one's own as it is.
+        """
+        if self.size == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        problems = self.gather(None if error is None else one_line(error))
+        if error is not None:
+            raise error
+        for rank, problem in enumerate(problems):
+            if problem is not None:
+                raise Fault(f"process {rank}: {problem}")
+        return result  # type: ignore[return-value]
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """Let the first process do some work, and give everybody its result."""
+        return self.gather(self.together(lambda: work() if self.leads else None))[0]  # type: ignore[return-value]
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their sums over all processes, in one go."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def average(self, metrics: dict[str, float], weight: float) -> dict[str, float]:
+        """Metrics averaged over the processes that have them, by weight."""
+        if self.size == 1:
+            return metrics
+        found = self.gather((metrics, weight))
+        names = dict.fromkeys(name for other, _ in found for name in other)
+        return {
+            name: sum(other[name] * w for other, w in found if name in other)
+            / sum(w for other, w in found if name in other)
+            for name in names
+        }
+
+    def check_equal(self, parameters: dict[str, Tensor], where: str) -> None:
+        """Hold the processes' parameters against each other.
+
+        Raises:
+            Fault: if they differ in a single bit.
+        """
+        if self.size == 1:
+            return
+        digest = hashlib.sha256()
+        for parameter in parameters.values():
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if len(digests := set(self.gather(digest.hexdigest()))) > 1:
+            raise Fault(f"{where}: the processes hold {len(digests)} different adapters; they must be equal")
+
+
+ALONE = World()
