@@ -102,11 +102,20 @@ def sample(
 @app.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def plan(config: str, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--preview", type=click.Path(dir_okay=False), help="Picture of samples with and without noise; loads weights."
+)
+def plan(config: str, overrides: tuple[str, ...], preview: str | None) -> None:
     """Say what one update of CONFIG does and costs; loads no weights."""
     from diffalign import config as configs
 
     settings = configs.load(config, overrides)
+    if preview is not None:
+        from diffalign import preview as previews
+
+        for line in previews.write(settings, Path(preview)):
+            click.echo(line)
+        return
     from diffalign import cost
 
     for line in cost.count(settings).lines(cost.matrix_rate()):

@@ -185,6 +185,7 @@ class Trainer:
             {name: np.concatenate([part.by_name[name] for part in parts]) for name in self.rewards},
             np.concatenate([part.total for part in parts]),
             np.concatenate([part.valid for part in parts]),
+            self.weights,
             [_edges(rollout, step) for step in steps] or None,
         )
 
@@ -372,6 +373,7 @@ def joined_scores(found: list[tuple[list[int], Scores]], tree: Tree) -> Scores:
         {name: put(-1, [part.by_name[name] for part in parts]) for name in parts[0].by_name},
         put(-1, [part.total for part in parts]),
         put(-1, [part.valid for part in parts]),
+        parts[0].weights,
         [put(step + 1, [(part.log_prob or [])[step] for part in parts]) for step in steps] or None,
     )
 

@@ -254,13 +254,14 @@ class Media:
 class Scores:
     """Rewards of N_T media: by_name and total (N_T,) float64; valid (N_T,) False where a reward had no score.
 
-    log_prob: of the rollout's edges, T arrays (N_{t+1},), averaged over latent dimensions and 0 where a step is
-    deterministic; only for rules that need it.
+    weights: of the rewards in `total`; log_prob: of the rollout's edges, T arrays (N_{t+1},), averaged over latent dimensions
+    and 0 where a step is deterministic; only for rules that need it.
     """
 
     by_name: dict[str, Floats]
     total: Floats
     valid: NDArray[np.bool_]
+    weights: dict[str, float] = field(default_factory=dict)
     log_prob: list[Floats] | None = None
 
 

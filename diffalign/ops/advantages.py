@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from diffalign.types import Scores
 
 Floats = NDArray[np.float64]
 Scale = Literal["group", "batch", "none"]
@@ -76,6 +79,23 @@ def leave_one_out(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bo
             # r_i - (S - r_i) / (n - 1)
             advantage[rows] = values[rows] - (values[rows].sum() - values[rows]) / (len(rows) - 1)
     return advantage
+
+
+def gated(scores: Scores, group: NDArray[np.int64], least: dict[str, float]) -> Scores:
+    """The scores with every sample that falls short of a reward's least at its group's worst, in `total` and by name."""
+    short = np.zeros(len(scores.total), bool)
+    for name, value in least.items():
+        short |= scores.valid & (scores.by_name[name] < value)
+    if not short.any():
+        return scores
+
+    def lowered(values: Floats) -> Floats:
+        found = values.copy()
+        for name in np.unique(group[short]):
+            found[short & (group == name)] = values[(group == name) & scores.valid].min()
+        return found
+
+    return replace(scores, total=lowered(scores.total), by_name={k: lowered(v) for k, v in scores.by_name.items()})
 
 
 def extremes(advantage: Floats, group: NDArray[np.int64], valid: NDArray[np.bool_], count: int) -> Floats:

@@ -56,4 +56,4 @@ def evaluate(rewards: dict[str, Reward], weights: dict[str, float], media: Media
         by_name[name] = values
     total = sum((weights[name] * values for name, values in by_name.items()), np.zeros(len(prompts)))
     valid = np.isfinite(total)
-    return Scores(by_name, np.where(valid, total, 0.0), valid)
+    return Scores(by_name, np.where(valid, total, 0.0), valid, weights)

@@ -92,6 +92,13 @@ class GroupSettings(SurrogateSettings):
         ge=1,
         description="children of each sample at its first noisy step, which share what came before (Flow-GRPO-Fast)",
     )
+    baseline: Literal["group", "leave_one_out"] = Field(
+        "group", description="what rewards are compared with: the group's mean, or that of the others in it, undivided"
+    )
+    combine: Literal["sum", "normalised"] = Field(
+        "sum", description="several rewards: sum: weighted, then normalised; normalised: each by itself, then weighted"
+    )
+    gate: dict[str, float] = Field({}, description="reward: least; samples below it count as the worst of their group")
     keep: int | None = Field(
         None,
         ge=2,
@@ -216,12 +223,28 @@ class GroupRule(SurrogateRule):
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """The leaf's group-relative advantage, the same on every edge that leads to it; 0 between best and worst with `keep`."""
         s, group = self.settings, prompts.group[tree.leaf_root]
-        advantage = ops.advantages.group_relative(
-            scores.total, group, scores.valid, scale=s.scale, limit=s.advantage_limit
-        )
+        if unknown := [name for name in s.gate if name not in scores.by_name]:
+            raise UserError(
+                f"rule.gate: got {unknown[0]!r}, allowed are this run's rewards: {', '.join(scores.by_name)}"
+            )
+        advantage = self._advantage(ops.advantages.gated(scores, group, s.gate), group)
         if s.keep is not None:
             advantage = ops.advantages.extremes(advantage, group, scores.valid, s.keep // 2)
         return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
+
+    def _advantage(self, scores: Scores, group: np.ndarray) -> np.ndarray:
+        s = self.settings
+
+        def of(reward: np.ndarray) -> np.ndarray:
+            if s.baseline == "leave_one_out":
+                return ops.advantages.leave_one_out(reward, group, scores.valid)
+            return ops.advantages.group_relative(reward, group, scores.valid, scale=s.scale, limit=s.advantage_limit)
+
+        if s.combine == "sum":
+            return of(scores.total)
+        values = {name: np.where(scores.valid, scores.by_name[name], 0.0) for name in scores.weights}
+        parts = [weight * of(values[name]) for name, weight in scores.weights.items()]
+        return np.clip(np.sum(parts, 0), -s.advantage_limit, s.advantage_limit)
 
 
 def divergence(term: Term, policy: Policy, part: Rollout, now: Transition, settings: SurrogateSettings) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from diffalign.backends.toy import ToyPolicy
 from diffalign.rules import FlowGRPO
 from diffalign.trainer import Clock
-from diffalign.types import Fault, Scores, Term, Tree
+from diffalign.types import Fault, Scores, Term, Tree, UserError
 from tests.helpers import gradient, toy_prompts, toy_trainer
 
 S = FlowGRPO.Settings
@@ -277,3 +277,44 @@ def test_unweighted_ratios_lack_the_variance():
 )
 def test_windows_that_do_not_fit_are_named(settings, expected):
     assert S(**settings).problems(8) == [expected]
+
+
+# -- several rewards
+
+
+def judged(weights: dict[str, float], **columns: list[float]) -> Scores:
+    by_name = {name: np.array(values, float) for name, values in columns.items()}
+    total = sum(weights[name] * values for name, values in by_name.items())
+    return Scores(by_name, total, np.isfinite(total), weights)
+
+
+TREE8 = Tree.grow(8, (1,))
+
+
+def leaf(settings, scores: Scores) -> np.ndarray:
+    return FlowGRPO(settings).credit(TREE8, scores, toy_prompts(2, 4))[-1]
+
+
+def test_T25_each_reward_can_be_normalised_by_itself():
+    big, small = [0, 10, 20, 30, 5, 5, 6, 6], [0.3, 0.2, 0.1, 0.0, 0.1, 0.2, 0.1, 0.2]
+    scores = judged({"big": 1.0, "small": 2.0}, big=big, small=small)
+    alone = {n: leaf(S(), judged({n: 1.0}, **{n: v})) for n, v in (("big", big), ("small", small))}
+    np.testing.assert_allclose(leaf(S(combine="normalised"), scores), alone["big"] + 2 * alone["small"])
+    # summed, the big one decides alone
+    assert np.corrcoef(leaf(S(), scores)[:4], alone["big"][:4])[0, 1] > 0.999
+    np.testing.assert_allclose(leaf(S(combine="normalised"), judged({"big": 1.0}, big=big)), alone["big"])
+
+
+def test_a_gate_puts_what_falls_short_last():
+    scores = judged({"a": 1.0, "b": 0.0}, a=[1, 2, 3, 4, 1, 2, 3, 4], b=[1, 1, 1, 0, 1, 1, 1, 1])
+    found = leaf(S(gate={"b": 0.5}), scores)
+    assert found[3] == found[0] == found[:4].min()  # the best by a, but below the gate
+    np.testing.assert_allclose(found[4:], leaf(S(), scores)[4:])
+    with pytest.raises(UserError, match="rule.gate: got 'c', allowed are this run's rewards: a, b"):
+        leaf(S(gate={"c": 0.5}), scores)
+
+
+def test_leave_one_out_compares_with_the_others_undivided():
+    found = leaf(S(baseline="leave_one_out"), judged({"a": 1.0}, a=[0, 1, 2, 3, 4, 4, 4, 4]))
+    np.testing.assert_allclose(found[:4], np.array([0, 1, 2, 3]) - (6 - np.array([0, 1, 2, 3])) / 3)
+    assert (found[4:] == 0).all()
