@@ -40,27 +40,33 @@ def gradient(
     return policy.delta.grad.numpy().copy()
 
 
-TINY = [
+SMALL = [
     "prompts.groups=2",
     "prompts.group_size=2",
     "optimizer.micro_batch=4",
     "sampler.steps=3",
-    "rule.window=null",
     "evaluation.images_per_prompt=1",
     "output.samples=4",
     "updates=2",
 ]
-
-
-PATHWISE = ("truncated_bp", "rlr")
+# What of a rule's settings must change for three steps.
+THREE_STEPS = {
+    "flow_grpo": ["rule.window=null"],
+    "grpo_guard": ["rule.window=null"],
+    "branch_grpo": ["rule.window=null", "rule.splits=[0, 1]"],
+    "ddpo": ["rule.window=null"],
+    "truncated_bp": ["rule.depth=1"],
+    "rlr": ["rule.depth=1", "rule.noise=[0, 1]"],
+    "awm": ["rule.times=2"],
+    "nft": ["rule.times=2"],
+}
+TINY = [*SMALL, *THREE_STEPS["flow_grpo"]]
 
 
 def tiny(name: str) -> list[str]:
-    """The overrides that make a config as little work as possible."""
-    if not any(rule in name for rule in PATHWISE):
-        return TINY
-    noise = ["rule.noise=[0, 1]"] if "rlr" in name else []
-    return [*(o for o in TINY if "window" not in o), "rule.depth=1", *noise]
+    """The overrides that make a config, or a command with its name, as little work as possible."""
+    rule = next((rule for rule in THREE_STEPS if rule in name), "flow_grpo")
+    return [*SMALL, *THREE_STEPS[rule]]
 
 
 def tiny_config(run_dir, *overrides: str, name: str = "flow_grpo/shapes-sd3"):

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from diffalign import config
+from diffalign.rules import RULES
 from diffalign.types import UserError
 
 NAME = "flow_grpo/shapes-sd3"
@@ -51,7 +52,7 @@ def test_all_mistakes_come_at_once_each_names_its_field():
     [
         (
             "rule={name: flow_grp}",
-            "rule.name: got 'flow_grp', allowed are flow_grpo, ddpo, truncated_bp, rlr; did you mean flow_grpo?",
+            f"rule.name: got 'flow_grp', allowed are {', '.join(RULES)}; did you mean flow_grpo?",
         ),
         ("rule=flow_grpo", "rule: got 'flow_grpo', expected a mapping"),
         ("rule={}", "rule.name: got None"),

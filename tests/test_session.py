@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign import checkpoint, evaluate, session
+from diffalign import checkpoint, cost, evaluate, session
 from diffalign import config as configs
 from diffalign.progress import Reporter
 from diffalign.runfolder import RunFolder, open_run, read_rows
 from diffalign.session import Interrupted, Session
 from diffalign.trainer import Trainer
 from diffalign.types import Fault, UserError
-from tests.helpers import TINY, tiny_config
+from tests.helpers import SMALL, TINY, tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -59,6 +59,9 @@ def test_every_config_that_ships_trains_and_its_adapter_moves(name, tmp_path):
     assert any(tensor.abs().max() > 0 for key, tensor in adapter.items() if "lora_B" in key or "lora.up" in key)
     rows = [row for row in read_rows(tmp_path / "run") if "seconds/total" in row]
     assert len(rows) == 2
+    # T32: what `diffalign plan` says, from configs alone, is what the networks were called with
+    planned = cost.count(settings)
+    assert (planned.rows_forward, planned.rows_backward) == (rows[0]["nfe"], rows[0]["nfe_backward"])
     assert all(np.isfinite(row["reward/total"]) and row["grad_norm"] > 0 for row in rows if "skipped_flat" not in row)
 
 
@@ -80,11 +83,10 @@ def test_every_form_of_the_pathwise_rules_trains_on_both_pipelines(form, model, 
     rule, settings = FORMS[form]
     base = "truncated_bp/shapes-sd" if model == "shapes-sd" else "rlr/shapes-sd3"
     sampler = "sampler.process=ddim" if model == "shapes-sd" else "sampler.process=flow_sde"
-    kept = [o for o in TINY if "window" not in o]
     config = configs.load(
         base,
         [
-            *kept,
+            *SMALL,
             f"rule={settings}",
             sampler,
             "sampler.noise_level=0.7",
@@ -106,21 +108,19 @@ def test_settings_that_the_sampler_cannot_run_are_refused_before_anything_is_wri
             r"rule\.memory_gib: got 0\.001, one step with decoder and reward takes",
         ),
     ):
-        kept = [o for o in TINY if "window" not in o]
-        config = configs.load("rlr/shapes-sd3", [*kept, f"rule={rule}", f"run_dir={tmp_path / 'run'}"])
+        config = configs.load("rlr/shapes-sd3", [*SMALL, f"rule={rule}", f"run_dir={tmp_path / 'run'}"])
         with pytest.raises(UserError, match=expected):
             session.train(config, quiet=True)
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_run_with_running_norms_resumes_as_if_never_stopped(tmp_path):
-    kept = [o for o in TINY if "window" not in o]
     rule = "rule={name: rlr, span: 1, start: norms, depth: auto, memory_gib: 1}"
 
     def run(folder, updates: int):
         config = configs.load(
             "rlr/shapes-sd3",
-            [*kept, rule, "sampler.steps=4", "evaluation.enabled=false", f"updates={updates}", f"run_dir={folder}"],
+            [*SMALL, rule, "sampler.steps=4", "evaluation.enabled=false", f"updates={updates}", f"run_dir={folder}"],
         )
         session.train(config, quiet=True)
         return load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
