@@ -66,11 +66,13 @@ class Clock:
 
 @dataclass
 class Sampled:
-    """This process's rollout, the micro-batch its log-probs were computed with, and the samples of all processes."""
+    """This process's rollout, the micro-batch its log-probs were computed with, and of all processes: how many samples there
+    are, and whether there is nothing to learn from them."""
 
     rollout: Rollout
     micro_batch: int
     total: int
+    flat: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -124,8 +126,7 @@ class Trainer:
         clock = Clock(next(iter(self.policy.parameters.values())).device)
         started, forward, backward = time.perf_counter(), self.policy.rows_forward, self.policy.rows_backward
         sampled, credit, metrics = self._sample(index, clock)
-        by_credit = credit is not None and not sampled.plan.pathwise and not sampled.plan.perturbed
-        if by_credit and not any(np.any(edges) for edges in credit or ()):
+        if sampled.flat:
             metrics["skipped_flat"] = 1.0
         else:
             with clock("train"):
@@ -169,6 +170,9 @@ class Trainer:
             dead = [name for name, values in scores.by_name.items() if not np.isfinite(values).all()]
             raise Fault(f"update {index}: no sample got a score; not finite: {', '.join(dead)}")
         credit = self.rule.credit(tree, scores, prompts)
+        # Terms that go through the reward learn without credit.
+        by_credit = credit is not None and not plan.pathwise and not plan.perturbed
+        sampled.flat = by_credit and not any(np.any(edges) for edges in credit or ())
         return sampled, credit and select_credit(credit, tree, rows), describe(scores, prompts.group[tree.leaf_root])
 
     def score(self, rollout: Rollout, clock: Clock) -> Scores:

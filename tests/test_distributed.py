@@ -117,6 +117,29 @@ def test_T38_every_process_ends_with_the_same_bits(updates, size):
         assert updates[f"{size}_{rank}"] == updates[f"{size}_0"]
 
 
+def one_has_nothing_to_learn(world: World, folder: str) -> None:
+    """Rewards of the first group are equal, and it is all that the first process has."""
+    from diffalign.backends.toy import ToyPolicy
+    from diffalign.rules import FlowGRPO
+    from tests.helpers import toy_prompts
+
+    policy = ToyPolicy()
+    trainer = trainer_of(FlowGRPO(), policy, world)
+    trainer.draw = lambda update: toy_prompts(2, 4, update=update)
+    own = trainer.rewards["toy"]
+    trainer.rewards = {"toy": lambda media, prompts: own(media, prompts) * torch.as_tensor(prompts.group)}
+    assert "skipped_flat" not in trainer.update(0)
+    Path(folder, f"{world.size}_{world.rank}").write_text(json.dumps(policy.delta.tolist()))
+
+
+def test_a_process_without_anything_to_learn_takes_part(tmp_path):
+    one_has_nothing_to_learn(World(), str(tmp_path))
+    assert [d.returncode for d in launch(2, ["-c", WORKER, "one_has_nothing_to_learn", str(tmp_path)], 60)] == [0, 0]
+    alone, first, second = (json.loads((tmp_path / name).read_text()) for name in ("1_0", "2_0", "2_1"))
+    assert first == second
+    np.testing.assert_allclose(first, alone, rtol=1e-9, atol=1e-11)
+
+
 # -- faults
 
 
