@@ -289,3 +289,38 @@ def test_a_fault_is_exit_code_3_and_keeps_what_was_there(trained, tmp_path):
     assert done.returncode == 3
     assert "ConnectionError: reward server is down" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_preview_shows_samples_with_and_without_noise(tmp_path):
+    from PIL import Image
+
+    place = tmp_path / "new" / "noise.png"
+    few = ["sampler.steps=3", "rule.window=null"]
+    done = run("plan", "flow_grpo/shapes-sd3", *few, "--preview", str(place))
+    assert done.returncode == 0, done.stderr
+    assert "below noise at steps [0, 1], level 0.7" in done.stdout
+    picture = np.asarray(Image.open(place))
+    above, below = picture[:128], picture[-128:]
+    assert np.abs(above.astype(int) - below.astype(int)).mean() > 1
+    quiet = run("plan", "truncated_bp/shapes-sd3", "sampler.steps=3", "rule.depth=1", "--preview", str(place))
+    assert quiet.returncode == 0, quiet.stderr
+    picture = np.asarray(Image.open(place))
+    assert (picture[:128] == picture[-128:]).all()  # an ODE config has none
+    done = run("plan", "flow_grpo/shapes-sd3", "--preview", str(tmp_path / "noise.txt"))
+    assert done.returncode == 2
+    assert "allowed is a .png or .jpg file" in done.stderr
+
+
+def test_stage_prompts_are_asked_for_and_trained_with(tmp_path):
+    from tests.test_stages import GOOD, Endpoint
+
+    endpoint, out = Endpoint((200, GOOD)), tmp_path / "stages.jsonl"
+    source = tmp_path / "prompts.txt"
+    source.write_text("a photo of two stars\n")
+    few = [f"prompts.source={source}", "rewards={jpeg_compressibility: 1.0}", "eval_rewards=[]"]
+    done = run("stages", "flow_grpo/shapes-sd3", *few, "--endpoint", endpoint.url, "--model", "m", "--out", str(out))
+    endpoint.server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert "1/1 a photo of two stars -> one | two | three" in done.stdout
+    done = run("plan", "flow_grpo/shapes-sd3", *few, f"prompts.stages={out}")
+    assert done.returncode == 0, done.stderr
