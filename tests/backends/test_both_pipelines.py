@@ -134,7 +134,7 @@ def test_a_process_of_the_other_kind_is_refused_with_those_that_fit():
         diffusers.DiffusersPolicy(pipe, PROCESSES["ddim"], steps=4, sigmas="linear")
     pipe, _ = trained("shapes-sd3")
     with pytest.raises(
-        UserError, match=r"got one for DDPM-like schedulers, .* allowed with that: flow_sde, dance_sde, ode"
+        UserError, match=r"got one for DDPM-like schedulers, .* allowed with that: flow_sde, dance_sde, cps, ode"
     ):
         diffusers.DiffusersPolicy(pipe, PROCESSES["ddim"], steps=4)
 
