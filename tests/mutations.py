@@ -22,6 +22,8 @@ SHARED, GRPO, DDPO, TBP = (
     f"diffalign/rules/{name}.py" for name in ("policy_gradient", "flow_grpo", "ddpo", "truncated_bp")
 )
 RLR, CHAIN = "diffalign/rules/rlr.py", "diffalign/backends/chain.py"
+GUARD, BRANCH, AWM, NFT = (f"diffalign/rules/{name}.py" for name in ("grpo_guard", "branch_grpo", "awm", "nft"))
+CPS = "diffalign/processes/cps.py"
 GENEVAL, TRAINER = "diffalign/ops/geneval.py", "diffalign/trainer.py"
 
 MUTATIONS = [
@@ -38,30 +40,10 @@ MUTATIONS = [
         "flat groups not masked", ADVANTAGES, "if np.ptp(values[rows]) > FLAT *", "if np.ptp(values[rows]) > 0.0 *"
     ),
     Mutation("tree average unweighted", ADVANTAGES, "weights.insert(0, weight)", "weights.insert(0, np.ones(count))"),
-    Mutation("velocity sign", MATCHING, "return noise - x0", "return x0 - noise"),
     Mutation("drift factor two", FLOW, "x=1 + g**2 * dt / (2 * t)", "x=1 + g**2 * dt / t"),
     Mutation("score term sign", FLOW, "prediction=(1 + g**2", "prediction=(1 - g**2"),
     Mutation("std without root", FLOW, "std=g * np.sqrt(-dt)", "std=g * -dt"),
     Mutation("first step singular", FLOW, "np.where(t == 1, sigma[1], t)", "np.where(t == 1, sigma[2], t)"),
-    Mutation("last step trained", SHARED, "range(schedule.steps - 1) if", "range(schedule.steps) if"),
-    Mutation(
-        "KL detached",
-        GRPO,
-        "kl = ((step.now.prediction - base) ** 2)",
-        "kl = ((step.now.prediction.detach() - base) ** 2)",
-    ),
-    Mutation(
-        "credit of the wrong level",
-        GRPO,
-        "average_to_parents(advantage, tree.parent)[1:]",
-        "average_to_parents(-advantage, tree.parent)[1:]",
-    ),
-    Mutation(
-        "step weight inverted",
-        SHARED,
-        "schedule.std[noisy] / schedule.gain[noisy]",
-        "schedule.gain[noisy] / schedule.std[noisy]",
-    ),
     Mutation("loss summed over the part", SHARED, "step.advantage, clip).mean()", "step.advantage, clip).sum()"),
     Mutation("eta squared", DDIM, "std = noise_level * (sigma_s", "std = noise_level**2 * (sigma_s"),
     Mutation("direction keeps the variance", DDIM, "np.sqrt(sigma_s**2 - std**2)", "sigma_s"),
@@ -98,4 +80,35 @@ MUTATIONS = [
     Mutation("rest covered by half", RLR, "for a, b in rest]\n        elif", "for a, b in rest[1:]]\n        elif"),
     Mutation("old log-probs kept", TRAINER, "if first and stale and", "if not first and stale and"),
     Mutation("exclude off by one", GENEVAL, "if len(found) >= clause", "if len(found) > clause"),
+    Mutation("velocity sign", MATCHING, '"velocity": lambda: noise - x0', '"velocity": lambda: x0 - noise'),
+    Mutation(
+        "clean sample's sign",
+        MATCHING,
+        "lambda: (x - sigma * predicted) / alpha",
+        "lambda: (x + sigma * predicted) / alpha",
+    ),
+    Mutation("last step trained", SHARED, "stop = min(stop, steps - 1)", "stop = min(stop, steps)"),
+    Mutation("KL detached", SHARED, "((now.prediction - base", "((now.prediction.detach() - base"),
+    Mutation(
+        "credit turned over",
+        SHARED,
+        "average_to_parents(advantage, tree.parent)",
+        "average_to_parents(-advantage, tree.parent)",
+    ),
+    Mutation("step weight inverted", SHARED, "(1 if normalised else std) / gain", "gain / (1 if normalised else std)"),
+    Mutation("guard divides by the noise", GUARD, "else centred * std", "else centred / std"),
+    Mutation("guard's bias over the batch", GUARD, "change.square().flatten(1).mean(1)", "change.square().mean()"),
+    Mutation("unlikelier paths weigh more", ADVANTAGES, "+ beta * log_prob[step]", "- beta * log_prob[step]"),
+    Mutation("best kept, worst forgotten", ADVANTAGES, "[order[:count], order[-count:]]", "[order[-count:]]"),
+    Mutation("the split itself pruned", BRANCH, "if step > last else", "if step >= last else"),
+    Mutation("siblings' noise four times", BRANCH, "1 / (1 + s.sibling_noise**2)", "1 / (1 + s.sibling_noise)"),
+    Mutation("AWM drawn away", AWM, "return -ops.matching.weighted", "return ops.matching.weighted"),
+    Mutation(
+        "NFT's negative is its positive",
+        NFT,
+        "(1 + s.beta) * old - s.beta * predicted",
+        "(1 - s.beta) * old + s.beta * predicted",
+    ),
+    Mutation("CPS without its noise", CPS, "np.sqrt(after**2 - std**2)", "after"),
+    Mutation("flat to one is flat to all", TRAINER, "by_credit and not any(", "by_credit and any("),
 ]

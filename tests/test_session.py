@@ -336,14 +336,14 @@ def test_out_of_memory_halves_the_micro_batch_says_so_and_a_resumed_run_remember
 
 def test_the_best_evaluation_keeps_its_checkpoint_and_its_adapter(tmp_path, monkeypatch):
     values = iter([0.1, 0.3, 0.9, 0.2, 0.4])  # before training, then after each update
-    run_evaluation = evaluate.run
+    joined = evaluate.joined
 
-    def scored(policy, rewards, prompts, micro_batch, update):
-        found = run_evaluation(policy, rewards, prompts, micro_batch, update)
+    def scored(parts, prompts, update):
+        found = joined(parts, prompts, update)
         value = next(values)
         return evaluate.Evaluation(update, {k: np.full_like(v, value) for k, v in found.scores.items()}, found.group)
 
-    monkeypatch.setattr(evaluate, "run", scored)
+    monkeypatch.setattr(evaluate, "joined", scored)
     made = start(tmp_path / "run", "updates=4", "evaluation.every=1", "output.keep=1", "output.checkpoint_every=4")
     finish(made)
     kept = checkpoint.complete(tmp_path / "run" / "checkpoints")
