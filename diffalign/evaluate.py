@@ -110,11 +110,6 @@ def quiet_plan(steps: int) -> Plan:
     return Plan(stop=steps, noise=(False,) * steps, updates=())
 
 
-def run(policy: Policy, rewards: dict[str, Reward], prompts: Prompts, micro_batch: int, update: int) -> Evaluation:
-    """Sample every prompt without noise and score it."""
-    return joined([(range(len(prompts)), scores(policy, rewards, prompts, micro_batch))], prompts, update)
-
-
 def joined(found: Sequence[tuple[Rows, dict[str, Floats]]], prompts: Prompts, update: int) -> Evaluation:
     """An evaluation from parts: which prompts, and their scores by reward.
 
