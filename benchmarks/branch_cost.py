@@ -26,42 +26,40 @@ RULES = {
 }
 
 
+def made(rule: str, size: int, micro_batch: int) -> Trainer:
+    """A trainer that goes through the motions: its learning rate is 0."""
+    overrides = [
+        f"rule={rule}",
+        "sampler.steps=20",
+        f"prompts.group_size={size}",
+        f"optimizer.micro_batch={micro_batch}",
+    ]
+    settings = config.load("flow_grpo/shapes-sd3", overrides)
+    parts = build.build(settings)
+    entries = settings.training_prompts()
+    return Trainer(
+        settings.make_rule(),
+        parts.policy,
+        parts.rewards,
+        settings.rewards,
+        torch.optim.AdamW(parts.policy.parameters.values(), lr=0.0),
+        lambda update: prompts.draw(entries, 4, size, 0, update),
+        micro_batch=micro_batch,
+    )
+
+
 def main(out: Path) -> None:
-    """Measure, print, and keep."""
-    found = {}
-    for name, (rule, size, micro_batch) in RULES.items():
-        overrides = [
-            f"rule={rule}",
-            "sampler.steps=20",
-            f"prompts.group_size={size}",
-            f"optimizer.micro_batch={micro_batch}",
-        ]
-        settings = config.load("flow_grpo/shapes-sd3", overrides)
-        parts = build.build(settings)
-        entries = settings.training_prompts()
-        trainer = Trainer(
-            settings.make_rule(),
-            parts.policy,
-            parts.rewards,
-            settings.rewards,
-            torch.optim.AdamW(parts.policy.parameters.values(), lr=0.0),
-            lambda update, size=size, entries=entries: prompts.draw(entries, 4, size, 0, update),
-            micro_batch=micro_batch,
-        )
-        trainer.update(0)
-        rows = [trainer.update(k) for k in range(1, REPEATS + 1)]
-        found[name] = {
-            "leaves": 64,
-            "rows_forward": rows[0]["nfe"],
-            "rows_backward": rows[0]["nfe_backward"],
-            **{
-                f"seconds_{p}": float(np.median([r[f"seconds/{p}"] for r in rows]))
-                for p in ("sample", "train", "total")
-            },
-        }
-        print(name, found[name], flush=True)
-    ratios = {key: found["flat"][key] / found["branch"][key] for key in found["flat"] if key != "leaves"}
-    print({key: round(value, 2) for key, value in ratios.items()})
+    """Measure, taking turns, print, and keep."""
+    trainers = {name: made(*settings) for name, settings in RULES.items()}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
+    for update in range(REPEATS + 1):
+        for name, trainer in trainers.items():
+            rows[name].append(trainer.update(update))
+    keys = ("nfe", "nfe_backward", "seconds/sample", "seconds/train", "seconds/total")
+    found = {name: {key: float(np.median([r[key] for r in found[1:]])) for key in keys} for name, found in rows.items()}
+    ratios = {key: found["flat"][key] / found["branch"][key] for key in keys}
+    for name, values in {**found, "flat over branch": ratios}.items():
+        print(name, {key: round(value, 2) for key, value in values.items()})
     facts = {
         "date": date.today().isoformat(),
         "device": f"CPU, {torch.get_num_threads()} threads",

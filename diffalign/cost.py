@@ -190,8 +190,8 @@ def _rows(config: Config, rule: UpdateRule, levels: Levels) -> tuple[int, int]:
     trainer = Trainer(
         rule,
         toy,
-        {"toy": _toy_reward},
-        {"toy": 1.0},
+        dict.fromkeys(config.rewards, _toy_reward),
+        config.rewards,
         torch.optim.SGD(toy.parameters.values(), lr=0.0),
         lambda update: prompts.draw(entries, config.prompts.groups, config.prompts.group_size, config.seed, update),
         micro_batch=config.optimizer.micro_batch,

@@ -72,7 +72,8 @@ class Session:
         self.config, self.folder, self.reporter, self.world = config, folder, reporter, world
         if (most := config.samples_per_update // config.optimizer.micro_batch) < world.size:
             raise UserError(
-                f"optimizer.micro_batch: got {most} micro-batches for {world.size} processes; allowed is one each"
+                f"optimizer.micro_batch: got {config.optimizer.micro_batch}, {most} of them an update for {world.size} processes; "
+                "allowed is at least one each"
             )
         self.parts = world.together(lambda: build(config))
         self.policy, self.rule = self.parts.policy, config.make_rule()

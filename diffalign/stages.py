@@ -38,6 +38,7 @@ def write(
     import httpx
 
     there = set(_written(path, count))
+    path.parent.mkdir(parents=True, exist_ok=True)
     wanted = [prompt for prompt in dict.fromkeys(entry["prompt"] for entry in entries) if prompt not in there]
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:

@@ -291,6 +291,27 @@ def test_a_fault_is_exit_code_3_and_keeps_what_was_there(trained, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_plan_knows_the_rewards_a_gate_names():
+    gated = run("plan", "flow_grpo/shapes-sd3", "rule.gate={shapes_geneval_partial: 0.5}")
+    assert gated.returncode == 0, gated.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "field"),
+    [
+        ("rlr/shapes-sd3", "rule={name: rlr, depth: auto, memory_gib: .inf}", "rule.memory_gib: got inf"),
+        ("branch_grpo/shapes-sd3", "rule.fusion=.inf", "rule.fusion: got inf"),
+        ("nft/shapes-sd3", "rule.beta=.inf", "rule.beta: got inf"),
+        ("branch_grpo/shapes-sd3", "rule.sibling_noise=0", "rule.sibling_noise: got 0"),
+        ("flow_grpo/shapes-sd3", "sampler.noise_level=1e9", "sampler.noise_level: got"),
+    ],
+)
+def test_numbers_without_bounds_are_refused(config, override, field):
+    done = run("plan", config, override)
+    assert done.returncode == 2
+    assert field in done.stderr
+
+
 def test_a_preview_shows_samples_with_and_without_noise(tmp_path):
     from PIL import Image
 

@@ -104,9 +104,10 @@ class RLR:
             auto = [name for name in ("depth", "span") if getattr(self, name) == "auto"]
             if bool(auto) != (self.memory_gib is not None):
                 given = f"got {self.memory_gib} with depth {self.depth} and span {self.span}"
-                found.append(f"rule.memory_gib: {given}; allowed with depth or span auto, which need it")
+                wanted = "a number, which auto needs" if auto else "null, as neither is auto"
+                found.append(f"rule.memory_gib: {given}; allowed is {wanted}")
             if self.depth == "auto" and self.noise is not None:
-                found.append("rule.depth: got auto with rule.noise; allowed is a number, or noise on all steps before")
+                found.append("rule.depth: got auto with rule.noise; allowed is a number, or rule.noise null")
             if self.cover == "is" and self.between is not None:
                 found.append("rule.between: got steps with cover is, which must be able to draw all; allowed is null")
             if self.between is not None and not 0 <= self.between[0] < self.between[1] <= steps:
