@@ -73,6 +73,8 @@ class BranchGRPO(policy_gradient.SurrogateRule):
                 )
             if (leaves := self.factor ** len(self.splits)) > MOST_LEAVES:
                 found.append(f"rule.splits: got {leaves} leaves a sample, allowed are up to {MOST_LEAVES}")
+            if self.width != "extremes":
+                found += self.idle(("extremes",), "rule.width: extremes")
             if self.window_steps is not None and self.window is None:
                 found.append("rule.window_steps: got a number without rule.window, which makes the Mix variant")
             return found

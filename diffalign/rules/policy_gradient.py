@@ -56,8 +56,10 @@ class PolicyGradientSettings(Settings):
             return [
                 f"rule.window: got {given}, allowed is {rule} ({steps}), first before the last step, which has no noise"
             ]
+        if self.window_steps is None:
+            return self.idle(("window_move", "window_every"), "rule.window_steps")
         most = min(stop, steps - 1) - first
-        if self.window_steps is not None and self.window_steps > most:
+        if self.window_steps > most:
             return [f"rule.window_steps: got {self.window_steps}, allowed is up to the window's noisy steps ({most})"]
         return []
 

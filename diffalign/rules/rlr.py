@@ -114,6 +114,8 @@ class RLR:
                 found.append(
                     f"rule.between: got {list(self.between)}, allowed is 0 <= first < stop <= sampler.steps ({steps})"
                 )
+            if self.cover != "zo":
+                found += self.idle(("pairs", "perturbation"), "cover zo")
             return found if found or "auto" in (self.depth, self.span) else self._uncovered(steps)
 
         def _uncovered(self, steps: int) -> list[str]:

@@ -197,6 +197,7 @@ def test_T30_the_planned_correlation_is_that_of_the_paper():
             "rule.skip_depths: got 8, allowed is up to the depths after the last split (7)",
         ),
         ({"factor": 40, "splits": [0, 1, 2]}, "rule.splits: got 64000 leaves a sample"),
+        ({"extremes": 3}, "rule.extremes: got 3, has no effect without rule.width: extremes"),
         ({"window_steps": 2}, "rule.window_steps: got a number without rule.window"),
     ],
 )

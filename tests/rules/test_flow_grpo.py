@@ -279,6 +279,12 @@ def test_windows_that_do_not_fit_are_named(settings, expected):
     assert S(**settings).problems(8) == [expected]
 
 
+def test_settings_that_nothing_uses_are_refused_and_defaults_are_not():
+    expected = ["rule.window_move: got sliding, has no effect without rule.window_steps"]
+    assert S(window_move="sliding").problems(8) == expected
+    assert not S(**S().model_dump()).problems(8)
+
+
 # -- several rewards
 
 

@@ -205,6 +205,7 @@ def test_a_pathwise_term_learns_where_all_rewards_are_equal():
         ({"between": (4, 11)}, "rule.between: got [4, 11], allowed is 0 <= first < stop <= sampler.steps (10)"),
         ({"between": (0, 5), "cover": "is"}, "rule.between: got steps with cover is"),
         ({"depth": "auto"}, "rule.memory_gib: got None with depth auto and span 2"),
+        ({"pairs": 3}, "rule.pairs: got 3, has no effect without cover zo"),
         ({"memory_gib": 1.0}, "rule.memory_gib: got 1.0 with depth 1 and span 2"),
         ({"depth": "auto", "memory_gib": 1.0, "noise": [8]}, "rule.depth: got auto with rule.noise"),
         ({"noise": [-1, 8]}, "rule.noise: got [-1, 8]"),
