@@ -21,7 +21,7 @@ from diffalign import build, config, prompts
 from diffalign.randomness import numpy_generator
 from diffalign.rules import GRPOGuard, policy_gradient
 from diffalign.rules.grpo_guard import normalised
-from diffalign.trainer import Trainer
+from diffalign.trainer import Clock, Trainer
 
 UPDATES, SAMPLES = 4, 64
 
@@ -48,7 +48,7 @@ def main(out: Path, picture: Path) -> None:
     )  # stores means
     drawn = trainer.draw(3)
     rollout = policy.rollout(drawn, plan)
-    credit = rule.credit(rollout.tree, trainer.score(rollout, _Clock()), drawn)
+    credit = rule.credit(rollout.tree, trainer.score(rollout, Clock(torch.device("cpu"))), drawn)
     rows = []
     for inner in range(UPDATES):
         trainer.optimizer.zero_grad()
@@ -70,15 +70,6 @@ def main(out: Path, picture: Path) -> None:
         print(kind, "mean / spread by step", [f"{m / s:+.2f}" for m, s in zip(last["mean"], last["std"], strict=True)])
         print(kind, "spread, largest over smallest", f"{max(last['std']) / min(last['std']):.1f}")
         print(kind, "beyond the range, low and high", f"{last['low']:.3f} {last['high']:.3f}")
-
-
-class _Clock:
-    """The trainer's clock, without one."""
-
-    def __call__(self, phase: str):  # type: ignore[no-untyped-def]
-        from contextlib import nullcontext
-
-        return nullcontext()
 
 
 @torch.no_grad()

@@ -11,23 +11,22 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
-from diffalign import build, prompts
+from diffalign import build, measure, prompts
 from diffalign.backends import adapters
 from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.backends.toy import ToyPolicy
 from diffalign.config import Config
 from diffalign.evaluate import quiet_plan
-from diffalign.measure import graph_bytes
 from diffalign.processes import Levels
 from diffalign.randomness import numpy_generator
 from diffalign.shapes import models
 from diffalign.trainer import Trainer
-from diffalign.types import FittingRule, Media, Plan, Prompts, Schedule, UpdateRule, UserError, one_line
+from diffalign.types import Media, Plan, Prompts, Schedule, UpdateRule, UserError, one_line
 
 LARGEST = 200_000_000  # parameters that are built to be counted
 
@@ -142,9 +141,9 @@ def count(config: Config) -> Cost:
     policy = build.policy(config, pipe, trained)
     rule = config.make_rule()
     notes = []
-    if rule.needs.graph_bytes:
-        batch = prompts.fixed([{"prompt": "a"}], config.optimizer.micro_batch, 0)
-        cast(FittingRule, rule).fit(graph_bytes(policy, {"toy": _toy_reward}, batch), policy.schedule.steps)
+    if measure.fit(
+        rule, policy, {"toy": _toy_reward}, prompts.fixed([{"prompt": "a"}], config.optimizer.micro_batch, 0)
+    ):
         notes.append("what is auto was fitted without the reward's own graph, which a run counts")
     plans = [rule.plan(policy.schedule, k, numpy_generator(config.seed, 15, k)) for k in range(20)]
     if any(other != plans[0] for other in plans):

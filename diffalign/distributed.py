@@ -50,12 +50,8 @@ class World:
 
     def rows(self, count: int, micro_batch: int) -> list[int]:
         """This process's share of `count` rows: every `size`-th micro-batch."""
-        return self._share(count, micro_batch, self.rank)
-
-    def _share(self, count: int, micro_batch: int, rank: int) -> list[int]:
-        return [
-            row for number, rows in enumerate(chunks(count, micro_batch)) if number % self.size == rank for row in rows
-        ]
+        dealt = list(chunks(count, micro_batch))[self.rank :: self.size]
+        return [row for rows in dealt for row in rows]
 
     def gather(self, item: T) -> list[T]:
         """Everybody's item, in the order of ranks; a plain object, no tensors."""

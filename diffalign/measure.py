@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from diffalign.evaluate import quiet_plan
 from diffalign.rewards.base import Reward
-from diffalign.types import GraphBytes, Prompts, TrainablePolicy
+from diffalign.types import FittingRule, GraphBytes, Prompts, TrainablePolicy, UpdateRule
 
 
 class Saved:
@@ -68,6 +68,13 @@ def saved_bytes(work: Callable[[], Any]) -> int:
         size = saved.total
     del result
     return size
+
+
+def fit(rule: UpdateRule, policy: TrainablePolicy, rewards: dict[str, Reward], batch: Prompts) -> bool:
+    """Tell a rule that asks for it what graphs a micro-batch holds; returns whether it did."""
+    if rule.needs.graph_bytes:
+        cast(FittingRule, rule).fit(graph_bytes(policy, rewards, batch), policy.schedule.steps)
+    return rule.needs.graph_bytes
 
 
 def graph_bytes(policy: TrainablePolicy, rewards: dict[str, Reward], prompts: Prompts) -> GraphBytes:

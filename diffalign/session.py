@@ -12,22 +12,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
-from diffalign import checkpoint, evaluate, figures, prompts, trackers
+from diffalign import checkpoint, evaluate, figures, measure, prompts, trackers
 from diffalign.build import build
 from diffalign.card import write_adapter
 from diffalign.config import Config
 from diffalign.distributed import ALONE, World
-from diffalign.measure import graph_bytes
 from diffalign.progress import Reporter
 from diffalign.randomness import numpy_generator
 from diffalign.runfolder import RunFolder, open_run
 from diffalign.trainer import Metrics, Trainer
-from diffalign.types import Fault, FittingRule, UserError, one_line
+from diffalign.types import Fault, UserError, one_line
 
 NONFINITE_LIMIT = 10  # updates in a row without a finite gradient that end a run
 
@@ -113,14 +112,10 @@ class Session:
 
     def _fit(self) -> None:
         """Let the rule fit its terms into memory if it does, and refuse settings that this sampler cannot run."""
-        schedule = self.policy.schedule
-        fitting = self.rule.needs.graph_bytes
-        if fitting:
-            batch = self.trainer.draw(0).select(range(min(self.policy.micro_batch, self.config.samples_per_update)))
-            rule = cast(FittingRule, self.rule)
-            rule.fit(graph_bytes(self.policy, self.parts.rewards, batch), schedule.steps)
-        plan = self.rule.plan(schedule, 0, numpy_generator(self.config.seed, 15, 0))
-        if fitting:
+        batch = self.trainer.draw(0).select(range(self.policy.micro_batch))
+        fitted = measure.fit(self.rule, self.policy, self.parts.rewards, batch)
+        plan = self.rule.plan(self.policy.schedule, 0, numpy_generator(self.config.seed, 15, 0))
+        if fitted:
             self.reporter.say(f"fitted into memory: {', '.join(map(str, plan.updates[0]))}")
 
     # -- state

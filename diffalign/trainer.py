@@ -171,8 +171,8 @@ class Trainer:
             raise Fault(f"update {index}: no sample got a score; not finite: {', '.join(dead)}")
         credit = self.rule.credit(tree, scores, prompts)
         # Terms that go through the reward learn without credit.
-        by_credit = credit is not None and not plan.pathwise and not plan.perturbed
-        sampled.flat = by_credit and not any(np.any(edges) for edges in credit or ())
+        if credit is not None and not plan.pathwise and not plan.perturbed:
+            sampled.flat = not any(np.any(edges) for edges in credit)
         return sampled, credit and select_credit(credit, tree, rows), describe(scores, prompts.group[tree.leaf_root])
 
     def score(self, rollout: Rollout, clock: Clock) -> Scores:

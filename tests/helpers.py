@@ -7,8 +7,8 @@ import torch
 
 from diffalign import prompts
 from diffalign.backends.toy import ToyPolicy, toy_reward
-from diffalign.trainer import Trainer
-from diffalign.types import Prompts, UpdateRule
+from diffalign.trainer import Clock, Trainer
+from diffalign.types import Credit, Plan, Prompts, Rollout, UpdateRule
 
 
 def toy_prompts(groups: int, group_size: int, seed: int = 0, update: int = 0) -> Prompts:
@@ -38,6 +38,15 @@ def gradient(
     trainer.gradient(update)
     assert policy.delta.grad is not None
     return policy.delta.grad.numpy().copy()
+
+
+def rolled(rule: UpdateRule, policy: ToyPolicy, groups: int = 2, size: int = 8) -> tuple[Plan, Rollout, Credit | None]:
+    """A rule's first plan, a rollout of it, and its credit."""
+    given = toy_prompts(groups, size)
+    plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
+    part = policy.rollout(given, plan)
+    scores = toy_trainer(rule, policy, groups, size).score(part, Clock(torch.device("cpu")))
+    return plan, part, rule.credit(part.tree, scores, given)
 
 
 SMALL = [

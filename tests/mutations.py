@@ -110,5 +110,5 @@ MUTATIONS = [
         "(1 - s.beta) * old + s.beta * predicted",
     ),
     Mutation("CPS without its noise", CPS, "np.sqrt(after**2 - std**2)", "after"),
-    Mutation("flat to one is flat to all", TRAINER, "by_credit and not any(", "by_credit and any("),
+    Mutation("flat to one is flat to all", TRAINER, "sampled.flat = not any(", "sampled.flat = any("),
 ]

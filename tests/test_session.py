@@ -66,38 +66,34 @@ def test_every_config_that_ships_trains_and_its_adapter_moves(name, tmp_path):
 
 
 FORMS = {
-    "draft_lv": ("truncated_bp", "{name: truncated_bp, variants: 2}"),
-    "alignprop": ("truncated_bp", "{name: truncated_bp, depth: [1, 3], noise: true}"),
-    "refl": ("truncated_bp", "{name: truncated_bp, judged: [1, 2], objective: hinge, target: 5}"),
-    "drtune": ("truncated_bp", "{name: truncated_bp, depth: all, detached: true, trained: 1, judged: [2, 3]}"),
-    "vader": ("truncated_bp", "{name: truncated_bp, frames: random}"),
-    "flow_grpo_fast": ("flow_grpo", "{name: flow_grpo, window_steps: 1, fan: 2, ratio: unweighted}"),
-    "mixgrpo": ("flow_grpo", "{name: flow_grpo, window_steps: 1, window_move: sliding}"),
-    "dancegrpo": ("flow_grpo", "{name: flow_grpo, shared_start: true, keep: 2, kl: 0.01, kl_space: mean}"),
-    "guard_mean": ("grpo_guard", "{name: grpo_guard, ratio_norm: mean, inner_updates: 2, clip_std: 2}"),
-    "branch_pruned": (
-        "branch_grpo",
-        "{name: branch_grpo, splits: [0], width: better_child, average: depths, fusion: 1}",
-    ),
-    "awm_huber": ("awm", "{name: awm, times: 2, weight: huber, kl: 0.1, inner_updates: 2}"),
-    "nft_prediction": ("nft", "{name: nft, times: 2, space: prediction}"),
-    "rlr_parameter_noise": ("rlr", "{name: rlr, cover: zo, start: norms}"),
-    "rlr_blocks": ("rlr", "{name: rlr, span: 1, cover: is}"),
-    "rlr_in_memory": ("rlr", "{name: rlr, depth: auto, span: auto, memory_gib: 1}"),
+    "draft_lv": "{name: truncated_bp, variants: 2}",
+    "alignprop": "{name: truncated_bp, depth: [1, 3], noise: true}",
+    "refl": "{name: truncated_bp, judged: [1, 2], objective: hinge, target: 5}",
+    "drtune": "{name: truncated_bp, depth: all, detached: true, trained: 1, judged: [2, 3]}",
+    "vader": "{name: truncated_bp, frames: random}",
+    "flow_grpo_fast": "{name: flow_grpo, window_steps: 1, fan: 2, ratio: unweighted}",
+    "mixgrpo": "{name: flow_grpo, window_steps: 1, window_move: sliding}",
+    "dancegrpo": "{name: flow_grpo, shared_start: true, keep: 2, kl: 0.01, kl_space: mean}",
+    "guard_mean": "{name: grpo_guard, ratio_norm: mean, inner_updates: 2, clip_std: 2}",
+    "branch_pruned": "{name: branch_grpo, splits: [0], width: better_child, average: depths, fusion: 1}",
+    "awm_huber": "{name: awm, times: 2, weight: huber, kl: 0.1, inner_updates: 2}",
+    "nft_prediction": "{name: nft, times: 2, space: prediction}",
+    "rlr_parameter_noise": "{name: rlr, cover: zo, start: norms}",
+    "rlr_blocks": "{name: rlr, span: 1, cover: is}",
+    "rlr_in_memory": "{name: rlr, depth: auto, span: auto, memory_gib: 1}",
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("model", ["shapes-sd3", "shapes-sd"])
 def test_every_form_of_the_rules_trains_on_both_pipelines(form, model, tmp_path):
-    rule, settings = FORMS[form]
     base = "truncated_bp/shapes-sd" if model == "shapes-sd" else "rlr/shapes-sd3"
     sampler = "sampler.process=ddim" if model == "shapes-sd" else "sampler.process=flow_sde"
     config = configs.load(
         base,
         [
             *SMALL,
-            f"rule={settings}",
+            f"rule={FORMS[form]}",
             sampler,
             "sampler.noise_level=0.7",
             "evaluation.enabled=false",

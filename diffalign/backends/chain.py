@@ -229,8 +229,9 @@ class ChainPolicy(ABC):
         last = [part.x[start], part.x[start]]
 
         def advance(step: int, x: Tensor, prediction: Tensor, mean: Tensor) -> Tensor:
-            clean_x, clean_prediction = (float(column[step]) for column in self._clean)
-            last[:] = mean, clean_x * x + clean_prediction * prediction
+            if step == stop - 1:
+                clean_x, clean_prediction = (float(column[step]) for column in self._clean)
+                last[:] = mean, clean_x * x + clean_prediction * prediction
             child, std = mean[part.tree.parent[step]], self.table(part.plan, step)[2]
             if std == 0:
                 return child

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign import config as configs
 from diffalign.config import Config
-from diffalign.rules import RULES
 from diffalign.types import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def specifications(names: tuple[str, ...], overrides: tuple[str, ...]) -> dict[s
             )
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    return dict(zip(_labels([config.rule for config in found.values()]), found.values(), strict=True))
+    return dict(zip(_labels(list(found.values())), found.values(), strict=True))
 
 
 def _differentiable(reward: str) -> bool:
@@ -51,15 +50,15 @@ def _differentiable(reward: str) -> bool:
     return catalog.find(reward).differentiable
 
 
-def _labels(rules: list[dict[str, Any]]) -> list[str]:
+def _labels(found: list[Config]) -> list[str]:
     """Each rule's name, and those settings that are not the default for every rule of that name."""
-    whole = [RULES[rule["name"]].Settings(**{k: v for k, v in rule.items() if k != "name"}) for rule in rules]
-    shown: dict[str, set[str]] = {rule["name"]: set() for rule in rules}
-    for rule, settings in zip(rules, whole, strict=True):
-        shown[rule["name"]] |= settings.model_dump(exclude_defaults=True).keys()
+    rules: list[Any] = [config.make_rule() for config in found]
+    shown: dict[str, set[str]] = {rule.name: set() for rule in rules}
+    for rule in rules:
+        shown[rule.name] |= rule.settings.model_dump(exclude_defaults=True).keys()
     return [
-        " ".join([rule["name"], *(f"{k}={json.dumps(v)}" for k, v in values.items() if k in shown[rule["name"]])])
-        for rule, values in zip(rules, (settings.model_dump(mode="json") for settings in whole), strict=True)
+        " ".join([rule.name, *(f"{k}={json.dumps(v)}" for k, v in values.items() if k in shown[rule.name])])
+        for rule, values in ((rule, rule.settings.model_dump(mode="json")) for rule in rules)
     ]
 
 

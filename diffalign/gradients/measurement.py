@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from diffalign.backends.toy import ToyPolicy, toy_reward
 from diffalign.config import Config
 from diffalign.gradients import statistics
 from diffalign.gradients.statistics import Floats
-from diffalign.measure import Saved, graph_bytes
+from diffalign.measure import Saved, fit
 from diffalign.rewards.base import Reward
 from diffalign.trainer import Trainer
 from diffalign.types import (
@@ -36,8 +36,6 @@ from diffalign.types import (
     Tree,
     UpdateRule,
 )
-
-LEAST = 4  # batches; fewer have no interval
 
 
 class FullBackpropagation:
@@ -90,9 +88,6 @@ class Found:
     signal_to_noise: float
     signal_to_noise_per_second: float
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass
 class Sample:
@@ -130,9 +125,7 @@ class Laboratory:
     def measure(self, label: str, config: Config) -> Found:
         """Everything about one config's rule."""
         rule = config.make_rule()
-        if rule.needs.graph_bytes:
-            batch = self._batch(0).select(range(min(config.optimizer.micro_batch, config.samples_per_update)))
-            rule.fit(graph_bytes(self.policy, self.rewards, batch), self.policy.schedule.steps)  # type: ignore[attr-defined]
+        fit(rule, self.policy, self.rewards, self._batch(0).select(range(config.optimizer.micro_batch)))
         found = self._sample(rule)
         noise = rule.plan(self.policy.schedule, 0, np.random.default_rng(0)).noise
         products = statistics.Products.of(found.gradients, self.reference(noise).gradients)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def table(found: Sequence[Found]) -> list[str]:
 
 def save(path: Path, found: Sequence[Found], **facts: Any) -> None:
     """Everything as JSON."""
-    rules = [{k: None if v != v else v for k, v in item.as_dict().items()} for item in found]  # JSON has no NaN
+    rules = [{k: None if v != v else v for k, v in asdict(item).items()} for item in found]  # JSON has no NaN
     write_text(path, json.dumps({**facts, "rules": rules}, indent=1, allow_nan=False) + "\n")
 
 

@@ -15,17 +15,14 @@ from diffalign.types import (
     Needs,
     Plan,
     Policy,
-    Prompts,
     RewardFunction,
     Rollout,
     Schedule,
-    Scores,
     Term,
-    Tree,
 )
 
 
-class AWM:
+class AWM(forward.ForwardRule):
     """A clipped surrogate on log p = -w(|v - v*|^2, t), held near a slow copy of itself.
 
     With a negative advantage the loss has no lower bound: a growth function that flattens (ghuber) and the anchor are part of
@@ -47,6 +44,8 @@ class AWM:
             0.3, ge=0, le=1, description="of the copy per update, reached from 0 in steps of 0.001"
         )
 
+    settings: Settings
+
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or self.Settings()
         self.updates = 0
@@ -61,9 +60,6 @@ class AWM:
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         return forward.plan(schedule, self.settings, rng)
-
-    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
-        return forward.credit(tree, scores, prompts, self.settings)
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) with log r = w(ell_old) - w(ell), + anchor and kl terms, averaged over the part."""
@@ -84,22 +80,9 @@ class AWM:
                 slow = at.predicted(policy)
             drift = ops.matching.error(predicted, slow).mean()
             value, metrics["drift"] = value + s.anchor * drift, drift.detach()
-        if s.kl > 0:
-            with policy.reference():
-                base = at.predicted(policy)
-            kl = ops.matching.error(predicted, base).mean()
-            value, metrics["kl"] = value + s.kl * kl, kl.detach()
+        value = self.held(value, metrics, at, predicted, policy)
         return Loss(value, metrics, gap=(log_p.detach() - old).abs().max())
 
     def _log_p(self, at: forward.Noised, predicted: Any) -> Any:
         ell = ops.matching.error(predicted, at.target)
         return -ops.matching.weighted(ell, at.sigma, self.settings.weight, self.settings.power)
-
-    def after_update(self, metrics: dict[str, float]) -> None:
-        self.updates += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]

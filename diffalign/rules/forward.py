@@ -7,7 +7,7 @@ term, and AWM's is A |e|^2 + 2 A <d, e> + A |d|^2: where the network is the old 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -60,13 +60,6 @@ def plan(schedule: Schedule, settings: ForwardSettings, rng: np.random.Generator
     return Plan(steps, noise, tuple(terms() for _ in range(settings.inner_updates)), sampled_by=sampled_by)
 
 
-def credit(tree: Tree, scores: Scores, prompts: Prompts, settings: ForwardSettings) -> Credit:
-    """A / limit in [-1, 1], A the group-relative advantage."""
-    s, group = settings, prompts.group[tree.leaf_root]
-    advantage = ops.advantages.group_relative(scores.total, group, scores.valid, scale=s.scale, limit=s.advantage_limit)
-    return ops.advantages.average_to_parents(advantage / s.advantage_limit, tree.parent)[1:]
-
-
 @dataclass(frozen=True)
 class Noised:
     """Finished samples x0 (N, D...) with noise, at a level: the part to predict at, and the level's numbers."""
@@ -95,13 +88,53 @@ class Noised:
         return ops.matching.clean(self.x, predicted, self.alpha, self.sigma, self.prediction)
 
 
+class ForwardRule:
+    """What AWM and NFT share: credit, the divergence from the base model, and a count of updates, which decays follow."""
+
+    settings: ForwardSettings
+    updates: int
+
+    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
+        """A / limit in [-1, 1], A the group-relative advantage."""
+        s, group = self.settings, prompts.group[tree.leaf_root]
+        advantage = ops.advantages.group_relative(
+            scores.total, group, scores.valid, scale=s.scale, limit=s.advantage_limit
+        )
+        return ops.advantages.average_to_parents(advantage / s.advantage_limit, tree.parent)[1:]
+
+    def held(self, value: Tensor, metrics: dict[str, Tensor], at: Noised, predicted: Tensor, policy: Policy) -> Tensor:
+        """value + kl mean (v - v_reference)^2, noted in `metrics`."""
+        if self.settings.kl == 0:
+            return value
+        with policy.reference():
+            base = at.predicted(policy)
+        kl = ops.matching.error(predicted, base).mean()
+        metrics["kl"] = kl.detach()
+        return value + self.settings.kl * kl
+
+    def after_update(self, metrics: dict[str, float]) -> None:
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+
+
 def noised(term: Term, policy: Policy, part: Rollout) -> Noised:
     """The part's finished samples with the term's noise, in the place of the latents of its level."""
+    schedule, step = policy.schedule, term.start
+    there, noise = renoised(part, schedule, step, 18, term.draw)
+    alpha, sigma = float(schedule.alpha[step]), float(schedule.sigma[step])
+    return Noised(there, part.x[-1], noise, step, alpha, sigma, schedule.prediction)
+
+
+def renoised(part: Rollout, schedule: Schedule, step: int, purpose: int, draw: int) -> tuple[Rollout, Tensor]:
+    """The part with its finished latents noised forward to a step's level, in the place of those it came from; and the noise."""
     from diffalign.randomness import normal
 
-    x0, schedule, step = part.x[-1], policy.schedule, term.start
-    noise = normal([int(seed) for seed in part.prompts.seed], x0.shape[1:], 18, term.draw, like=x0)
-    alpha, sigma = float(schedule.alpha[step]), float(schedule.sigma[step])
-    x = ops.matching.noised(x0, noise, alpha, sigma)
-    there = replace(part, x=[*part.x[:step], x, *part.x[step + 1 :]])
-    return Noised(there, x0, noise, step, alpha, sigma, schedule.prediction)
+    x0 = part.x[-1]
+    noise = normal([int(seed) for seed in part.prompts.seed], x0.shape[1:], purpose, draw, like=x0)
+    x = ops.matching.noised(x0, noise, float(schedule.alpha[step]), float(schedule.sigma[step]))
+    return replace(part, x=[*part.x[:step], x, *part.x[step + 1 :]]), noise

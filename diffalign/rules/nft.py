@@ -15,19 +15,16 @@ from diffalign.types import (
     Needs,
     Plan,
     Policy,
-    Prompts,
     RewardFunction,
     Rollout,
     Schedule,
-    Scores,
     Term,
-    Tree,
 )
 
 LEAST_ERROR = 1e-5  # of the self-normalised loss
 
 
-class NFT:
+class NFT(forward.ForwardRule):
     """Matching errors of v+ = b v + (1 - b) v_old and v- = (1 + b) v_old - b v, weighed by r and 1 - r in [0, 1].
 
     An old policy samples; it follows the trained one slowly. Where both are equal the loss does not depend on the reward, its
@@ -49,6 +46,8 @@ class NFT:
         old_decay: float = Field(0.5, ge=0, le=1, description="of the old policy per update, reached in steps of 0.001")
         kl: float = Field(1e-4, ge=0, description="weight of mean (v - v_reference)^2")
 
+    settings: Settings
+
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or self.Settings()
         self.updates = 0
@@ -62,9 +61,6 @@ class NFT:
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         return forward.plan(schedule, self.settings, rng, sampled_by="old")
 
-    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
-        return forward.credit(tree, scores, prompts, self.settings)
-
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """(limit / b) mean(r L+ + (1 - r) L-) + kl mean (v - v_reference)^2, with r = (1 + A / limit) / 2."""
         assert credit is not None
@@ -77,11 +73,7 @@ class NFT:
         negative = self._error(at, (1 + s.beta) * old - s.beta * predicted)
         value = s.advantage_limit / s.beta * (r * positive + (1 - r) * negative).mean()
         metrics = {"old_deviation": ops.matching.error(predicted, old).mean().detach()}
-        if s.kl > 0:
-            with policy.reference():
-                base = at.predicted(policy)
-            kl = ops.matching.error(predicted, base).mean()
-            value, metrics["kl"] = value + s.kl * kl, kl.detach()
+        value = self.held(value, metrics, at, predicted, policy)
         return Loss(value, metrics)
 
     def _error(self, at: forward.Noised, predicted: Any) -> Any:
@@ -90,12 +82,3 @@ class NFT:
         clean = at.clean(predicted)
         size = (clean - at.x0).detach().abs().flatten(1).mean(1).clamp(min=LEAST_ERROR)
         return ops.matching.error(clean, at.x0) / size
-
-    def after_update(self, metrics: dict[str, float]) -> None:
-        self.updates += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]

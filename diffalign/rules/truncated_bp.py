@@ -18,6 +18,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field
 
+from diffalign.rules import forward
 from diffalign.rules.settings import Settings
 from diffalign.types import (
     Credit,
@@ -148,7 +149,8 @@ class TruncatedBP:
         """-R(x_0), or max(0, target - R(x_0)), averaged over the part."""
         s = self.settings
         if term != part.plan.updates[0][0]:
-            part = _noised_anew(part, policy.schedule, term)
+            # x_1' = alpha_1 x_0 + sigma_1 e' (DRaFT-LV, arXiv 2309.17400, sec. 4)
+            part, _ = forward.renoised(part, policy.schedule, term.start, 17, term.draw)
         span = policy.replay(part, term.start, term.stop, term.steps, s.detached)
         media = policy.decode(part, span.x if term.stop == policy.schedule.steps else span.clean)
         value = reward(replace(media, pixels=media.pixels[:, _frames(s.frames, media.pixels.shape[1], term.draw)]))
@@ -163,17 +165,6 @@ def _spaced(first: int, stop: int, count: int, rng: np.random.Generator) -> tupl
     apart = (stop - first) // count
     offset = first + int(rng.integers(apart))
     return tuple(offset + apart * k for k in range(count))
-
-
-def _noised_anew(part: Rollout, schedule: Schedule, term: Term) -> Rollout:
-    """The part with the finished latent, noised forward to the last step's level, in the place of the one it came from."""
-    from diffalign.randomness import normal
-
-    clean = part.x[-1]
-    noise = normal([int(seed) for seed in part.prompts.seed], clean.shape[1:], 17, term.draw, like=clean)
-    # x_1' = alpha_1 x_0 + sigma_1 e' (DRaFT-LV, arXiv 2309.17400, sec. 4)
-    x = float(schedule.alpha[term.start]) * clean + float(schedule.sigma[term.start]) * noise
-    return replace(part, x=[*part.x[: term.start], x, *part.x[term.start + 1 :]])
 
 
 def _frames(which: str, count: int, draw: int) -> list[int]:

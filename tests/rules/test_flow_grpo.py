@@ -4,19 +4,10 @@ import torch
 
 from diffalign.backends.toy import ToyPolicy
 from diffalign.rules import FlowGRPO
-from diffalign.trainer import Clock
 from diffalign.types import Fault, Scores, Term, Tree, UserError
-from tests.helpers import gradient, toy_prompts, toy_trainer
+from tests.helpers import gradient, rolled, toy_prompts, toy_trainer
 
 S = FlowGRPO.Settings
-
-
-def rolled(rule: FlowGRPO, policy: ToyPolicy, groups: int = 2, size: int = 8):
-    given = toy_prompts(groups, size)
-    plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
-    part = policy.rollout(given, plan)
-    scores = toy_trainer(rule, policy, groups, size).score(part, Clock(torch.device("cpu")))
-    return plan, part, rule.credit(part.tree, scores, given)
 
 
 def test_plan_has_noise_in_the_window_and_never_on_the_last_step():

@@ -5,20 +5,11 @@ import torch
 from diffalign.backends.toy import ToyPolicy
 from diffalign.rules import FlowGRPO, GRPOGuard
 from diffalign.rules.grpo_guard import normalised
-from diffalign.trainer import Clock
 from diffalign.types import UserError
-from tests.helpers import gradient, toy_prompts, toy_trainer
+from tests.helpers import gradient, rolled, toy_prompts, toy_trainer
 
 S = GRPOGuard.Settings
 KERNELS = [("flow_sde", 0.7), ("dance_sde", 0.3), ("cps", 0.8), ("ddim", 1.0)]
-
-
-def rolled(rule, policy: ToyPolicy, groups: int = 2, size: int = 8):
-    given = toy_prompts(groups, size)
-    plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
-    part = policy.rollout(given, plan)
-    scores = toy_trainer(rule, policy, groups, size).score(part, Clock(torch.device("cpu")))
-    return plan, part, rule.credit(part.tree, scores, given)
 
 
 def moved(policy: ToyPolicy, size: float = 0.05) -> None:
