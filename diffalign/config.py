@@ -447,6 +447,10 @@ def _check_together(config: Config, settings: Any) -> list[str]:
         )
     if config.prompts.group_size < 2 and needs.groups:
         problems.append("prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more")
+    if config.prompts.groups % needs.bundle:
+        problems.append(
+            f"prompts.groups: got {config.prompts.groups}, allowed are multiples of rule.risk.bundle ({needs.bundle})"
+        )
     if needs.differentiable_reward:
         problems += _differentiable(config)
     return problems

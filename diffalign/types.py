@@ -124,7 +124,8 @@ class Plan:
 
     stop: level to sample to (T: to the end); noise (T): which steps inject noise; updates: the optimiser steps, each a tuple
     of terms; branch (T): children of every node at a step; correlation: of siblings' noise, in [0, 1]; shared_start: one
-    initial noise per group; keep_mean: store each step's mean; sampled_by: the shadow that samples, "": the parameters.
+    initial noise per group; keep_mean: store each step's mean; sampled_by: the shadow that samples, "": the parameters;
+    solver: steps that DPM-Solver++ takes, each to the next one's level and the last to T, leaving out those between.
     """
 
     stop: int
@@ -135,6 +136,7 @@ class Plan:
     shared_start: bool = False
     keep_mean: bool = False
     sampled_by: str = ""
+    solver: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         steps = len(self.noise)
@@ -145,9 +147,17 @@ class Plan:
         for index, (children, noisy) in enumerate(zip(self.branch, self.noise, strict=True)):
             if children > 1 and not noisy:
                 raise ValueError(f"plan: step {index} branches without noise, its children would be equal")
+        if self.solver and (any(self.noise[self.solver[0] :]) or self.stop != steps):
+            raise ValueError(
+                f"plan: a solver from step {self.solver[0]} on needs a sampler without noise there, to the end"
+            )
         for term in (term for terms in self.updates for term in terms):
             if not 0 <= term.start <= term.stop <= steps:
                 raise ValueError(f"plan: term [{term.start}, {term.stop}) lies outside {steps} steps")
+
+    def leaves_out(self, step: int) -> bool:
+        """Whether the solver jumps over a step."""
+        return bool(self.solver) and step > self.solver[0] and step not in self.solver
 
     @property
     def pathwise(self) -> int:
@@ -208,7 +218,7 @@ class Rollout:
 
     x[t] (N_t, D...) latents; eps[t] (N_{t+1}, D...) the noise injected at step t, None where off; mean[t] (N_t, D...) if the
     plan keeps it; std[t] the noise's standard deviation; log_prob[t] (N_{t+1},) log density of x[t+1], averaged over latent
-    dimensions, None where the step is deterministic.
+    dimensions, None where the step is deterministic. Levels that a solver leaves out hold the latent it jumps to.
     """
 
     prompts: Prompts
@@ -312,12 +322,13 @@ class GraphBytes:
 class Needs:
     """What a rule cannot do without; checked before any weight is loaded.
 
-    groups: several samples a prompt, to compare; term_norms: the gradient norm of every term, `term_norm/<start>-<stop>` of
-    `after_update`'s metrics; log_probs: those of the rollout's edges in `Scores`; graph_bytes: a call of `fit` before the first
-    plan; shadows: name -> decay per update.
+    groups: several samples a prompt, to compare; bundle: prompts an update must have a multiple of; term_norms: the gradient norm
+    of every term, `term_norm/<start>-<stop>` of `after_update`'s metrics; log_probs: those of the rollout's edges in `Scores`;
+    graph_bytes: a call of `fit` before the first plan; shadows: name -> decay per update.
     """
 
     groups: bool = False
+    bundle: int = 1
     differentiable_reward: bool = False
     stochastic_sampler: bool = False
     reference: bool = False

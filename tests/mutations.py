@@ -24,6 +24,7 @@ SHARED, GRPO, DDPO, TBP = (
 RLR, CHAIN = "diffalign/rules/rlr.py", "diffalign/backends/chain.py"
 GUARD, BRANCH, AWM, NFT = (f"diffalign/rules/{name}.py" for name in ("grpo_guard", "branch_grpo", "awm", "nft"))
 CPS = "diffalign/processes/cps.py"
+SOLVER = "diffalign/processes/dpm_solver.py"
 GENEVAL, TRAINER = "diffalign/ops/geneval.py", "diffalign/trainer.py"
 
 MUTATIONS = [
@@ -109,6 +110,8 @@ MUTATIONS = [
         "(1 + s.beta) * old - s.beta * predicted",
         "(1 - s.beta) * old + s.beta * predicted",
     ),
+    Mutation("solver's memory added", SOLVER, "past=-gain * r", "past=gain * r"),
+    Mutation("worst bundles weigh as the others", ADVANTAGES, "(lower - reward, 0) / low", "(lower - reward, 0)"),
     Mutation("CPS without its noise", CPS, "np.sqrt(after**2 - std**2)", "after"),
     Mutation("flat to one is flat to all", TRAINER, "sampled.flat = not any(", "sampled.flat = any("),
 ]

@@ -73,6 +73,8 @@ FORMS = {
     "vader": "{name: truncated_bp, frames: random}",
     "flow_grpo_fast": "{name: flow_grpo, window_steps: 1, fan: 2, ratio: unweighted}",
     "mixgrpo": "{name: flow_grpo, window_steps: 1, window_move: sliding}",
+    "mixgrpo_flash": "{name: flow_grpo, window: [0, 1], flash: 0.5}",
+    "riskpo": "{name: flow_grpo, risk: {bundle: 2}}",
     "dancegrpo": "{name: flow_grpo, shared_start: true, keep: 2, kl: 0.01, kl_space: mean}",
     "guard_mean": "{name: grpo_guard, ratio_norm: mean, inner_updates: 2, clip_std: 2}",
     "branch_pruned": "{name: branch_grpo, splits: [0], width: better_child, average: depths, fusion: 1}",

@@ -1,6 +1,6 @@
 """A sampler chain with replay: what every backend shares.
 
-A backend says how to run the network over a span of steps (`drive`), how to start and how to decode; rollouts, trees, replays
+A backend says how to run the network at some steps (`drive`), how to start and how to decode; rollouts, trees, replays
 and single transitions follow from that here. Sampling never builds a graph: a rule gets gradient by replaying a span from the
 stored latent with the stored noise, which gives the same values and a graph.
 """
@@ -8,6 +8,7 @@ stored latent with the stored noise, which gives the same values and a graph.
 from __future__ import annotations
 
 import bisect
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffalign.ops import gaussian
-from diffalign.processes import Levels, Process, Table
+from diffalign.processes import Levels, Process, Table, dpm_solver
 from diffalign.randomness import key, normal
 from diffalign.types import Media, Plan, Prompts, Replay, Rollout, Schedule, Transition, Tree, chunks
 
@@ -73,8 +74,8 @@ class ChainPolicy(ABC):
         """Initial latents (N, D...), row k drawn from seeds[k]."""
 
     @abstractmethod
-    def drive(self, prompts: Prompts, x: Tensor, start: int, stop: int, on_step: OnStep) -> None:
-        """Run the network at steps [start, stop) from latents x, handing every prediction to `on_step`."""
+    def drive(self, prompts: Prompts, x: Tensor, steps: Sequence[int], on_step: OnStep) -> None:
+        """Run the network at rising steps from latents x, handing every prediction to `on_step`."""
 
     @abstractmethod
     def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ class ChainPolicy(ABC):
         record = Rollout(prompts, plan, tree, [x], [], [], [], [])
 
         def advance(step: int, x: Tensor, prediction: Tensor, mean: Tensor) -> Tensor:
-            std = self.table(plan, step)[2]
+            std, levels = self.table(plan, step)[2], arrival(plan, step) - step
             mean_child = mean[tree.parent[step]]
             if std > 0:
                 eps = self._noise(prompts, plan, step, like=mean)
@@ -132,11 +133,12 @@ class ChainPolicy(ABC):
                 record.eps.append(eps)
             else:
                 x_next = mean_child
-                record.log_prob.append(None)
-                record.eps.append(None)
-            record.x.append(x_next)
-            record.mean.append(mean if plan.keep_mean else None)
-            record.std.append(std)
+                record.log_prob.extend([None] * levels)
+                record.eps.extend([None] * levels)
+            for _ in range(levels):
+                record.x.append(x_next)
+                record.mean.append(mean if plan.keep_mean else None)
+                record.std.append(std)
             return x_next
 
         self._walk(prompts, tree, plan, x, 0, plan.stop, advance)
@@ -175,14 +177,13 @@ class ChainPolicy(ABC):
         steps: where the network's output carries gradient, None: everywhere; detached: its input carries none.
         """
         latent, graph = x, torch.is_grad_enabled()
+        mean_of = self._means(plan, start)
 
         def on_step(step: int, prediction: Tensor, seen: Tensor) -> Tensor:
             nonlocal latent
-            coefficient, gain, _ = self.table(plan, step)
             prediction = wide(prediction)
             with torch.set_grad_enabled(graph):
-                # mean = a x + b prediction, on our own wide copy of the latent
-                mean = coefficient * latent + gain * prediction
+                mean = mean_of(step, latent, prediction)  # on our own wide copy of the latent
                 rows = len(latent)
                 latent = advance(step, latent, prediction, mean)
             shown = latent.detach() if detached else latent
@@ -192,15 +193,43 @@ class ChainPolicy(ABC):
             shifted = step if step in self._shift[1] else None
             return self.stretch(step), shifted, graph and (steps is None or step in steps)
 
-        while start < stop:
-            stretch, shifted, learns = now = circumstances(start)
-            ends = (k + 1 for k in range(start, stop - 1) if plan.branch[k] > 1 or circumstances(k + 1) != now)
-            end = next(ends, stop)
-            told = prompts.select(tree.root[start]).told(stretch)
+        ahead = [k for k in range(start, stop) if not plan.leaves_out(k)]
+        while ahead:
+            stretch, shifted, learns = now = circumstances(ahead[0])
+            pairs = itertools.pairwise(ahead)
+            ends = (i + 1 for i, (k, to) in enumerate(pairs) if plan.branch[k] > 1 or circumstances(to) != now)
+            end = next(ends, len(ahead))
+            told = prompts.select(tree.root[ahead[0]]).told(stretch)
             with self._moved(shifted), torch.set_grad_enabled(learns):
-                self.drive(told, latent.detach() if detached else latent, start, end, on_step)
-            start = end
+                self.drive(told, latent.detach() if detached else latent, ahead[:end], on_step)
+            ahead = ahead[end:]
         return latent
+
+    def _means(self, plan: Plan, start: int) -> Callable[[int, Tensor, Tensor], Tensor]:
+        """(step, latent, prediction) -> mean of the next latent, for the steps of a walk in order.
+
+        Raises:
+            ValueError: for a walk that starts after the solver did, whose memory it would lack.
+        """
+        if plan.solver and start > plan.solver[0]:
+            raise ValueError(
+                f"step {start} follows from steps of a solver before it, the first of them {plan.solver[0]}"
+            )
+        jumps = dpm_solver.jumps(self.levels, plan.solver) if plan.solver else None
+        past: Tensor | None = None
+
+        def mean(step: int, latent: Tensor, prediction: Tensor) -> Tensor:
+            nonlocal past
+            if jumps is None or step not in plan.solver:
+                coefficient, gain, _ = self.table(plan, step)
+                return coefficient * latent + gain * prediction  # a x + b prediction
+            k = plan.solver.index(step)
+            found = float(jumps.x[k]) * latent + float(jumps.prediction[k]) * prediction
+            found = found if past is None else found + float(jumps.past[k]) * past
+            past = float(jumps.clean_x[k]) * latent + float(jumps.clean_prediction[k]) * prediction
+            return found
+
+        return mean
 
     def stretch(self, step: int) -> int:
         """Which stretch of the chain a step belongs to."""
@@ -326,6 +355,11 @@ class ChainPolicy(ABC):
         """Use a shadow's parameters, without gradient, for the length of the context."""
         with torch.no_grad(), self._swapped(self.shadows[name]):
             yield
+
+
+def arrival(plan: Plan, step: int) -> int:
+    """The level that a step leads to."""
+    return next((k for k in range(step + 1, plan.stop) if not plan.leaves_out(k)), plan.stop)
 
 
 def child_seeds(seeds: list[int], children: int) -> list[int]:

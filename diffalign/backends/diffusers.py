@@ -86,7 +86,7 @@ class DiffusersPolicy(ChainPolicy):
         self._encode = getattr(pipe, "encode_prompt", None)
         self._embeddings: OrderedDict[Any, Any] = OrderedDict()
         with torch.no_grad():  # an empty run: the pipeline sets its timesteps as it would to sample
-            self._run(["a"], None, (0, 0), None, [torch.Generator().manual_seed(0)], "latent")
+            self._run(["a"], None, (), None, [torch.Generator().manual_seed(0)], "latent")
         timestep = self._recorder.full_timesteps.double().cpu().numpy()
         levels = recorder.levels(self._recorder, process.kind)
         super().__init__(timestep, levels, process, noise_level, micro_batch, stretches)
@@ -116,14 +116,14 @@ class DiffusersPolicy(ChainPolicy):
         self,
         text: list[str],
         x: Tensor | None,
-        span: tuple[int, int],
+        steps: Sequence[int],
         on_step: OnStep | None,
         generators: list[torch.Generator] | None,
         output: str,
         forced: Tensor | None = None,
     ) -> Any:
-        """The pipeline's own `__call__` over a span of steps, from latents x where given."""
-        self._recorder.span, self._recorder.forced = span, forced
+        """The pipeline's own `__call__` over some steps, from latents x where given."""
+        self._recorder.steps, self._recorder.forced = list(steps), forced
         self._recorder.on_step = on_step or recorder._unexpected
         self._latent = x
         if generators is None:
@@ -170,10 +170,10 @@ class DiffusersPolicy(ChainPolicy):
     def start(self, prompts: Prompts, seeds: Sequence[int]) -> Tensor:
         """The pipeline's own initial latents: image k is what `generator=torch.Generator().manual_seed(seeds[k])` gives."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return self._run(prompts.text, None, (0, 0), None, generators, "latent")
+        return self._run(prompts.text, None, (), None, generators, "latent")
 
-    def drive(self, prompts: Prompts, x: Tensor, start: int, stop: int, on_step: OnStep) -> None:
-        self._run(prompts.text, x, (start, stop), on_step, None, "latent")
+    def drive(self, prompts: Prompts, x: Tensor, steps: Sequence[int], on_step: OnStep) -> None:
+        self._run(prompts.text, x, steps, on_step, None, "latent")
 
     def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor:
         seen: list[Tensor] = []
@@ -186,13 +186,12 @@ class DiffusersPolicy(ChainPolicy):
         scale = self._recorder.config.num_train_timesteps
         forced = (time.float() * scale).expand(len(x))[None] if time.unique().numel() > 1 else time[:1].float() * scale
         prompts = part.prompts.select(part.tree.leaf_root)
-        self._run(prompts.text, x, (0, 1), keep, None, "latent", forced=forced)
+        self._run(prompts.text, x, (0,), keep, None, "latent", forced=forced)
         return seen[0]
 
     def pixels(self, prompts: Prompts, x: Tensor) -> Media:
         def decode(latent: Tensor) -> Tensor:
-            steps = self.schedule.steps
-            return self._run(prompts.text, latent, (steps, steps), None, None, "pt")
+            return self._run(prompts.text, latent, (), None, None, "pt")
 
         wanted = self._checkpoint_decoder and torch.is_grad_enabled() and x.requires_grad
         decoded = checkpoint(decode, x, use_reentrant=False) if wanted else decode(x)

@@ -1,7 +1,7 @@
 """The seam: a scheduler that stands in for the pipeline's own while the pipeline runs its own loop.
 
-diffusers pipelines hand the guided prediction to `scheduler.step`. The stand-in cuts the timesteps to a span and lets us
-decide what comes next, so the pipeline's `__call__` becomes sampling, replay, prediction at any time and, with an empty span,
+diffusers pipelines hand the guided prediction to `scheduler.step`. The stand-in cuts the timesteps to some steps and lets us
+decide what comes next, so the pipeline's `__call__` becomes sampling, replay, prediction at any time and, with no steps,
 decoding. It is a subclass of the scheduler it replaces, with the same config, so the pipeline sees nothing unusual.
 """
 
@@ -26,14 +26,14 @@ Sigmas = Literal["pipeline", "linear"]
 class _Recording:
     """Mixed in before a scheduler's own class."""
 
-    span: tuple[int, int]
+    steps: list[int]
     forced: Tensor | None
     on_step: Callable[[int, Tensor, Tensor], Tensor]
     linear: bool
     cursor: int
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        latent = self.on_step(self.cursor, model_output, sample)
+        latent = self.on_step(self.steps[self.cursor], model_output, sample)
         self.cursor += 1
         if kwargs.get("return_dict", True):
             from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -61,15 +61,14 @@ def stand_in(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
             num_inference_steps = None
         base.set_timesteps(self, num_inference_steps, *args, **kwargs)
         self.full_timesteps, self.full_sigmas = self.timesteps, getattr(self, "sigmas", None)
-        start, stop = self.span
-        self.cursor = start
-        self.timesteps = self.timesteps[start:stop] if self.forced is None else self.forced.to(self.timesteps.device)
+        self.cursor = 0
+        self.timesteps = self.timesteps[self.steps] if self.forced is None else self.forced.to(self.timesteps.device)
 
     recording = copy.deepcopy(scheduler)
     recording.__class__ = type("Recording" + base.__name__, (_Recording, base), {"set_timesteps": set_timesteps})
     recording.linear = sigmas == "linear"
     recording.forced = None
-    recording.span = (0, 0)
+    recording.steps = []
     recording.on_step = _unexpected
     return recording
 

@@ -67,8 +67,8 @@ class ToyPolicy(ChainPolicy):
     def start(self, prompts: Prompts, seeds: Sequence[int]) -> Tensor:
         return normal(seeds, (self.dim,), 1 << 40, like=self.base)
 
-    def drive(self, prompts: Prompts, x: Tensor, start: int, stop: int, on_step: OnStep) -> None:
-        for step in range(start, stop):
+    def drive(self, prompts: Prompts, x: Tensor, steps: Sequence[int], on_step: OnStep) -> None:
+        for step in steps:
             time = torch.full((len(x),), float(self.schedule.sigma[step]), dtype=x.dtype)
             x = on_step(step, self.network(x, time), x)
 

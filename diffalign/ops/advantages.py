@@ -81,6 +81,43 @@ def leave_one_out(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bo
     return advantage
 
 
+def bundled(
+    reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bool_], size: int
+) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
+    """Rewards of bundles (RiskPO, arXiv 2510.00911, sec. 3.3): sample j of `size` groups in a row, added up.
+
+    Returns for every sample its bundle's sum, the id of its `size` groups, and whether the whole bundle is valid; all (N,).
+
+    Raises:
+        ValueError: unless groups are of one size and their number is a multiple of `size`.
+    """
+    values = np.where(valid, reward, 0.0)
+    names, counts = np.unique(group, return_counts=True)
+    if len(set(counts)) > 1 or len(names) % size:
+        raise ValueError(f"bundles of {size} groups from {len(names)} groups of {sorted(set(counts))} samples")
+    rows = np.argsort(group, kind="stable").reshape(-1, size, counts[0])  # set, group, sample
+    score, whole, name = np.zeros(len(values)), np.zeros(len(values), bool), np.zeros(len(values), np.int64)
+    score[rows] = values[rows].sum(1, keepdims=True)
+    whole[rows] = valid[rows].all(1, keepdims=True)
+    name[rows] = np.arange(len(rows))[:, None, None]
+    return score, name, whole
+
+
+def at_risk(reward: Floats, valid: NDArray[np.bool_], low: float, high: float, weight: float) -> Floats:
+    """u(r), the reward whose policy gradient is that of the mixed value-at-risk (RiskPO, arXiv 2510.00911, eq. 7 to 9); (N,).
+
+    J = (weight / low int_0^low F^-1 + 1 / (high - low) int_low^high F^-1) / (weight + 1) with the quantile function F^-1 of the
+    valid rewards: what lies above the upper quantile does not count, what lies below the lower one counts most. 0 where invalid.
+    """
+    if not valid.any():
+        return np.zeros_like(reward)
+    lower, upper = np.quantile(reward[valid], [low, high], method="inverted_cdf")
+    # d int_0^a F^-1 = E[-(q_a - r)^+ d log p], and the middle is the difference of two of these
+    tail = -np.maximum(lower - reward, 0) / low
+    middle = (np.clip(reward, lower, upper) - upper) / (high - low)
+    return np.where(valid, (weight * tail + middle) / (weight + 1), 0.0)
+
+
 def gated(scores: Scores, group: NDArray[np.int64], least: dict[str, float]) -> Scores:
     """The scores with every sample that falls short of a reward's least at its group's worst, in `total` and by name."""
     short = np.zeros(len(scores.total), bool)

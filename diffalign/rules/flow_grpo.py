@@ -3,7 +3,7 @@
 | method | settings |
 |---|---|
 | Flow-GRPO-Fast | window: [0, 5], window_steps: 3, fan: group size, prompts.group_size: 1; sampler.process: cps with ratio: unweighted |
-| MixGRPO | window_steps: 4, window_move: sliding |
+| MixGRPO | window_steps: 4, window_move: sliding; Flash: flash: 0.4 |
 | DanceGRPO | sampler.process: dance_sde, noise_level: 0.3, shared_start: true, keep: 8 |
 """
 
@@ -46,7 +46,9 @@ class FlowGRPO(policy_gradient.GroupRule):
         self.settings = settings or self.Settings()
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
-        return policy_gradient.plan(schedule, self.settings, update, rng, fan=self.settings.fan)
+        return policy_gradient.plan(
+            schedule, self.settings, update, rng, fan=self.settings.fan, flash=self.settings.flash
+        )
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) + kl * divergence at the term's step, averaged over the part."""

@@ -67,7 +67,9 @@ class GRPOGuard(policy_gradient.GroupRule):
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         s = self.settings
         normalised = s.ratio_norm == "full"
-        return policy_gradient.plan(schedule, s, update, rng, normalised=normalised, fan=s.fan, keep_mean=True)
+        return policy_gradient.plan(
+            schedule, s, update, rng, normalised=normalised, fan=s.fan, flash=s.flash, keep_mean=True
+        )
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) with the normalised ratio r, + kl * divergence, averaged over the part."""

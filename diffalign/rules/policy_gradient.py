@@ -85,6 +85,15 @@ class SurrogateSettings(PolicyGradientSettings):
     )
 
 
+class Risk(Settings):
+    """Keys of `risk:`."""
+
+    low: float = Field(0.2, gt=0, lt=1, description="the share of worst bundles that counts most")
+    high: float = Field(0.9, gt=0, le=1, description="bundles above this quantile count as if they were at it")
+    weight: float = Field(1.5, ge=0, description="of the worst against the middle")
+    bundle: int = Field(1, ge=1, description="prompts whose rewards are added up, sample by sample")
+
+
 class GroupSettings(SurrogateSettings):
     """Keys of rules that compare samples of one prompt."""
 
@@ -101,6 +110,15 @@ class GroupSettings(SurrogateSettings):
         "sum", description="several rewards: sum: weighted, then normalised; normalised: each by itself, then weighted"
     )
     gate: dict[str, float] = Field({}, description="reward: least; samples below it count as the worst of their group")
+    risk: Risk | None = Field(
+        None, description="low, high, weight, bundle: maximise RiskPO's mixed value-at-risk; null: the mean"
+    )
+    flash: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the steps after the window that are run, by DPM-Solver++ 2M (MixGRPO-Flash); null: all, as others",
+    )
     keep: int | None = Field(
         None,
         ge=2,
@@ -112,6 +130,12 @@ class GroupSettings(SurrogateSettings):
         found = super().problems(steps)
         if self.keep is not None and self.keep % 2:
             found.append(f"rule.keep: got {self.keep}, allowed are even numbers: half best, half worst")
+        if self.risk is not None and self.risk.low >= self.risk.high:
+            found.append(
+                f"rule.risk.low: got {self.risk.low:g}, allowed is less than rule.risk.high ({self.risk.high:g})"
+            )
+        if self.window is None and self.window_steps is None:
+            found += self.idle(("flash",), "rule.window")
         return found
 
 
@@ -123,11 +147,12 @@ def plan(
     *,
     normalised: bool = False,
     fan: int = 1,
+    flash: float | None = None,
     keep_mean: bool = False,
 ) -> Plan:
     """Sample to the end with noise in the window; one log-prob term per noisy step, weights averaging to 1 / steps.
 
-    normalised: the rule's log-ratio has no 1 / std, which `equal` then need not undo.
+    normalised: the rule's log-ratio has no 1 / std, which `equal` then need not undo. flash: see `GroupSettings`.
 
     Raises:
         UserError: for inv_dt on levels that are no flow's.
@@ -143,7 +168,14 @@ def plan(
         branch=tuple(fan if k == noisy[0] else 1 for k in range(schedule.steps)),
         shared_start=settings.shared_start,
         keep_mean=keep_mean,
+        solver=() if flash is None else evenly(noisy[-1] + 1, schedule.steps, flash),
     )
+
+
+def evenly(start: int, stop: int, share: float) -> tuple[int, ...]:
+    """That share of the steps [start, stop), evenly spaced from `start` on; one at least."""
+    count = max(1, round(share * (stop - start)))
+    return tuple(start + k * (stop - start) // count for k in range(count))
 
 
 def step_weights(schedule: Schedule, kind: str, steps: list[int], normalised: bool) -> np.ndarray:
@@ -220,7 +252,8 @@ class GroupRule(SurrogateRule):
     @property
     def needs(self) -> Needs:
         s = self.settings
-        return Needs(stochastic_sampler=True, groups=s.fan == 1, reference=s.kl > 0)
+        bundle = 1 if s.risk is None else s.risk.bundle
+        return Needs(stochastic_sampler=True, groups=s.fan == 1, bundle=bundle, reference=s.kl > 0)
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """The leaf's group-relative advantage, the same on every edge that leads to it; 0 between best and worst with `keep`."""
@@ -238,9 +271,13 @@ class GroupRule(SurrogateRule):
         s = self.settings
 
         def of(reward: np.ndarray) -> np.ndarray:
+            compared, valid = group, scores.valid
+            if s.risk is not None:
+                reward, compared, valid = ops.advantages.bundled(reward, group, valid, s.risk.bundle)
+                reward = ops.advantages.at_risk(reward, valid, s.risk.low, s.risk.high, s.risk.weight)
             if s.baseline == "leave_one_out":
-                return ops.advantages.leave_one_out(reward, group, scores.valid)
-            return ops.advantages.group_relative(reward, group, scores.valid, scale=s.scale, limit=s.advantage_limit)
+                return ops.advantages.leave_one_out(reward, compared, valid)
+            return ops.advantages.group_relative(reward, compared, valid, scale=s.scale, limit=s.advantage_limit)
 
         if s.combine == "sum":
             return of(scores.total)

@@ -313,3 +313,22 @@ def test_rows_that_checkpointing_runs_again_are_counted():
     policy.replay(part, 2, 4).x.sum().backward()
     assert policy.rows_forward - before == 2 * 2 * 2  # two rows, two steps, twice
     assert policy.rows_backward == 2 * 2
+
+
+@both
+def test_a_solver_runs_the_network_at_the_levels_it_visits(name):
+    """Two first-order steps, from level 2 to 4 and from there to the end, against DDIM's formula on x_0 and noise."""
+    policy = make(name, steps=6)
+    plan = Plan(6, (True, True, False, False, False, False), (), solver=(2, 4))
+    before = policy.rows_forward
+    part = policy.rollout(given(), plan)
+    assert policy.rows_forward - before == 4 * len(TEXTS)
+    plain = replace(part, plan=replace(plan, solver=()))
+    for start, stop in ((2, 4), (4, 6)):
+        prediction = policy.transition(plain, start).prediction
+        clean_x, clean_p, noise_x, noise_p = (float(c[start]) for c in policy.levels.parts())
+        clean, noise = (a * part.x[start] + b * prediction for a, b in ((clean_x, clean_p), (noise_x, noise_p)))
+        expected = policy.schedule.alpha[stop] * clean + policy.schedule.sigma[stop] * noise
+        # float32, and x_0 of a network that predicts epsilon is x times up to 14
+        torch.testing.assert_close(part.x[stop], expected.detach(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(policy.replay(part, 0, 6).x, part.x[6])

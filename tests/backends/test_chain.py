@@ -143,3 +143,47 @@ def test_predict_agrees_with_a_transition_at_the_same_time():
     now = policy.transition(part, 2)
     time = torch.full((4,), float(policy.schedule.sigma[2]))
     torch.testing.assert_close(policy.predict(part, part.x[2], time), now.prediction)
+
+
+def jumping(steps: int = 8, *solver: int) -> Plan:
+    return Plan(steps, tuple(k < 2 for k in range(steps)), (), solver=solver or (2, 3, 6))
+
+
+def test_a_solver_takes_its_steps_and_leaves_out_the_others():
+    """Against the update of DPM-Solver++'s algorithm 2 in log(alpha / sigma), with the toy's own network."""
+    policy = ToyPolicy(steps=8)
+    part = policy.rollout(toy_prompts(2, 3), jumping())
+    assert policy.rows_forward == 6 * 5
+    sigma, x, clean, h = policy.levels.sigma, part.x[2], None, None
+    for s, t in ((2, 3), (3, 6), (6, 8)):
+        v = policy.network(x, torch.full((6,), sigma[s], dtype=x.dtype)).detach()
+        before, clean = clean, x - sigma[s] * v
+        if t == 8:
+            x = clean
+            break
+        old, h = h, np.log((1 - sigma[t]) / sigma[t]) - np.log((1 - sigma[s]) / sigma[s])
+        d = clean if before is None else (1 + h / (2 * old)) * clean - h / (2 * old) * before
+        x = sigma[t] / sigma[s] * x - (1 - sigma[t]) * np.expm1(-h) * d
+        assert torch.allclose(part.x[t], x, rtol=0, atol=1e-12)
+    assert torch.allclose(part.x[8], x, rtol=0, atol=1e-12)
+    assert all(torch.equal(part.x[level], part.x[6]) for level in (4, 5))
+    assert part.eps[2:] == part.log_prob[2:] == [None] * 6
+    assert len(part.x) == 9
+
+
+def test_a_solver_is_replayed_from_where_it_starts_or_before():
+    policy = ToyPolicy(steps=8)
+    part = policy.rollout(toy_prompts(2, 3), jumping())
+    for start in (0, 1, 2):
+        assert torch.equal(policy.replay(part, start, 8).x, part.x[8])
+    assert torch.equal(policy.transition(part, 1).mean + part.std[1] * part.eps[1], part.x[2])
+    cut = ToyPolicy(steps=8, micro_batch=2).rollout(toy_prompts(2, 3), jumping())
+    assert torch.allclose(cut.x[8], part.x[8], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="step 3 follows from steps of a solver before it"):
+        policy.replay(part, 3, 8)
+
+
+@pytest.mark.parametrize("plan", [{"noise": (True, True, True)}, {"stop": 2, "noise": (True, False, False)}])
+def test_a_solver_has_no_noise_and_goes_to_the_end(plan):
+    with pytest.raises(ValueError, match="a solver from step 1 on"):
+        Plan(**{"stop": 3, "updates": (), "solver": (1,), **plan})

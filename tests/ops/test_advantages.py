@@ -82,3 +82,56 @@ def test_uneven_trees_weigh_leaves_equally():
     parent = [np.array([0, 0]), np.array([0, 1, 1, 1])]
     levels = advantages.average_to_parents(np.array([1.0, 0.0, 0.0, 0.0]), parent)
     np.testing.assert_allclose(levels[0], [0.25])
+
+
+def test_bundles_add_up_the_samples_of_several_groups():
+    reward = np.array([1.0, 2.0, 3.0, 10.0, 20.0, 30.0, 4.0, 5.0, 6.0, 40.0, 50.0, 60.0])
+    group = np.array([0, 0, 0, 1, 1, 1, 5, 5, 5, 7, 7, 7])
+    valid = np.ones(12, bool)
+    valid[4] = False
+    score, name, whole = advantages.bundled(reward, group, valid, 2)
+    np.testing.assert_array_equal(score[[0, 2, 3, 5, 6, 7, 8]], [11, 33, 11, 33, 44, 55, 66])
+    np.testing.assert_array_equal(name, [0] * 6 + [1] * 6)
+    np.testing.assert_array_equal(whole, [True, False, True] * 2 + [True] * 6)
+    one = advantages.bundled(reward, group, valid, 1)
+    np.testing.assert_array_equal(one[0][valid], reward[valid])
+    np.testing.assert_array_equal(np.unique(one[1]), [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(("group", "size"), [([0, 0, 1, 1, 2, 2], 2), ([0, 0, 0, 1, 1, 2], 1)])
+def test_bundles_that_do_not_come_out_are_refused(group, size):
+    with pytest.raises(ValueError, match="bundles of"):
+        advantages.bundled(np.zeros(6), np.array(group), ALL, size)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "weight"), [(0.2, 0.9, 1.5), (0.4, 0.6, 0.0), (0.1, 1.0, 3.0), (0.5, 0.8, 1.0)]
+)
+def test_the_policy_gradient_of_a_reward_at_risk_is_that_of_the_mixed_value_at_risk(low, high, weight):
+    """For r ~ N(m, s^2), J = m + c s with c from the normal's quantile function: dJ/dm = 1, dJ/ds = c."""
+    from statistics import NormalDist
+
+    def mean_quantile(a: float, b: float) -> float:
+        points = a + (b - a) * (np.arange(20_000) + 0.5) / 20_000
+        return float(np.mean([NormalDist().inv_cdf(p) for p in points]))
+
+    c = (weight * mean_quantile(0, low) + mean_quantile(low, high)) / (weight + 1)
+    m, s, batch = 0.3, 1.7, 4000
+    slopes = []  # of batches, whose spread has that of their quantiles in it
+    for z in np.random.default_rng(0).normal(size=(200, batch)):
+        found = advantages.at_risk(m + s * z, np.ones(batch, bool), low, high, weight)
+        assert found.max() <= 0
+        centred = found - found.mean()
+        slopes.append([(centred * z / s).mean(), (centred * (z**2 - 1) / s).mean()])
+    error = np.std(slopes, 0) / np.sqrt(len(slopes))
+    assert (abs(np.mean(slopes, 0) - [1.0, c]) < 4.5 * error).all()
+    assert (error < 0.01).all()
+
+
+def test_invalid_rewards_are_at_no_risk():
+    valid = np.array([True, True, False, True])
+    found = advantages.at_risk(np.array([0.0, 1.0, np.nan, 2.0]), valid, 0.4, 0.9, 1.0)
+    assert found[2] == 0
+    # quantiles of the valid ones: 1 and 2; tail -(1 - 0) / 0.4, middle (clip(r, 1, 2) - 2) / 0.5
+    np.testing.assert_allclose(found[[0, 1, 3]], [(-2.5 - 2) / 2, -2 / 2, 0])
+    assert (advantages.at_risk(np.zeros(2), np.zeros(2, bool), 0.4, 0.9, 1.0) == 0).all()

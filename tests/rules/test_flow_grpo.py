@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffalign import config
 from diffalign.backends.toy import ToyPolicy
 from diffalign.rules import FlowGRPO
 from diffalign.types import Fault, Scores, Term, Tree, UserError
@@ -315,3 +316,45 @@ def test_leave_one_out_compares_with_the_others_undivided():
     found = leaf(S(baseline="leave_one_out"), judged({"a": 1.0}, a=[0, 1, 2, 3, 4, 4, 4, 4]))
     np.testing.assert_allclose(found[:4], np.array([0, 1, 2, 3]) - (6 - np.array([0, 1, 2, 3])) / 3)
     assert (found[4:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("window", "share", "solver"),
+    [((0, 4), 0.4, (4, 7)), ((0, 4), 1.0, (4, 5, 6, 7, 8, 9)), ((1, 3), 0.5, (3, 4, 6, 8)), ((0, 8), 0.1, (8,))],
+)
+def test_flash_leaves_out_steps_after_the_window(window, share, solver):
+    plan = FlowGRPO(S(window=window, flash=share)).plan(ToyPolicy(steps=10).schedule, 0, np.random.default_rng(0))
+    assert plan.solver == solver
+    assert plan.noise == tuple(window[0] <= k < window[1] for k in range(10))
+
+
+def test_flash_costs_a_call_for_each_step_it_takes():
+    policy = ToyPolicy(steps=10)
+    toy_trainer(FlowGRPO(S(window=(0, 4), flash=0.4)), policy, 2, 4).update(0)
+    assert policy.rows_forward == 8 * (4 + 2) + 8 * 4
+    assert policy.rows_backward == 8 * 4
+
+
+def test_risk_is_credit_of_whole_bundles():
+    rule = FlowGRPO(S(risk={"bundle": 2, "low": 0.5, "high": 1.0, "weight": 1.0}, scale="none"))
+    given = toy_prompts(2, 3)
+    total = np.array([0.0, 1.0, 5.0, 0.0, 2.0, 1.0])  # bundles 0, 3, 6: quantiles 3 and 6
+    scores = Scores({"toy": total}, total, np.ones(6, bool), {"toy": 1.0})
+    tree = Tree.grow(6, (1,))
+    value = np.array([(-3 / 0.5 - 3 / 0.5) / 2, (0 - 3 / 0.5) / 2, 0.0])
+    expected = np.clip(np.tile(value - value.mean(), 2), -5, 5)
+    np.testing.assert_allclose(rule.credit(tree, scores, given)[0], expected)
+
+
+def test_risk_and_flash_settings_are_checked_with_everything_else():
+    with pytest.raises(UserError) as caught:
+        config.load(
+            "flow_grpo/shapes-sd3", ["rule.risk={bundle: 3, low: 0.9, high: 0.2}", "rule.window=null", "rule.flash=0.5"]
+        )
+    assert any(
+        "rule.risk.low: got 0.9, allowed is less than rule.risk.high (0.2)" in line for line in caught.value.problems
+    )
+    assert any("rule.flash: got 0.5, has no effect without rule.window" in line for line in caught.value.problems)
+    assert any(
+        "prompts.groups: got 4, allowed are multiples of rule.risk.bundle (3)" in line for line in caught.value.problems
+    )
