@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import diffalign
-from diffalign.backends import adapters
+from diffalign.backends import lora_files
 from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.config import Config
 from diffalign.evaluate import judged
@@ -53,7 +53,7 @@ def call_arguments(config: Config) -> dict[str, object]:
     sampler = config.sampler
     arguments: dict[str, object] = {
         "num_inference_steps": sampler.steps,
-        "guidance_scale": sampler.guidance_scale,
+        **({} if sampler.guidance_scale is None else {"guidance_scale": sampler.guidance_scale}),
         **sampler.pipeline_args,
     }
     if sampler.sigmas == "linear":
@@ -70,7 +70,7 @@ def write_adapter(
         Fault: if the saved file differs from the trained weights.
     """
     folder = run / name
-    notes = adapters.notes(
+    notes = lora_files.notes(
         base_model=config.model,
         rule=config.rule,
         rewards=config.rewards,
@@ -80,8 +80,8 @@ def write_adapter(
         call=call_arguments(config),
         scheduler=DDIM if _is_ddim(config) else "",
     )
-    adapters.save(policy.pipe, folder, notes)
-    adapters.verify(policy.pipe, folder)
+    lora_files.save(policy.pipe, folder, notes)
+    lora_files.verify(policy.pipe, folder)
     for file in ("curves.png", "config.yaml"):
         shutil.copy(run / file, folder / file)
     (folder / "README.md").write_text(_card(config, summary, folder, update), encoding="utf-8")

@@ -59,7 +59,7 @@ class SamplerConfig(_Section):
     process: str = Field("flow_sde", description="how a step follows from a prediction")
     noise_level: float = Field(0.7, ge=0, le=100, description="a of flow_sde, eta of dance_sde and ddim")
     steps: int = Field(10, ge=2, le=1000)
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: float | None = Field(1.0, ge=0, description="null: not passed on, the pipeline's own default")
     sigmas: Literal["pipeline", "linear"] = Field("pipeline", description="noise levels: the scheduler's, or even")
     pipeline_args: dict[str, Any] = Field(
         {}, description="further arguments of the pipeline's call: height, width, ..."

@@ -149,9 +149,9 @@ def count(config: Config) -> Cost:
     if any(other != plans[0] for other in plans):
         notes.append("the plan is drawn anew for every update; this is the first one's")
     plan = plans[0]
-    forward, backward = _rows(config, rule, policy.levels)
+    calls, one, trained_one, decode, decode_trained, latent = _flops(policy)
+    forward, backward = (calls * rows for rows in _rows(config, rule, policy.levels))
     again = backward if config.optimizer.gradient_checkpointing else 0  # rows that run again for the gradient
-    one, trained_one, decode, decode_trained, latent = _flops(policy)
     levels = sum(int(np.prod(plan.branch[:t])) for t in range(plan.stop + 1))
     noisy = sum(int(np.prod(plan.branch[: t + 1])) for t in range(plan.stop) if plan.noise[t])
     leaves = config.samples_per_update * int(np.prod(plan.branch[: plan.stop]))
@@ -177,7 +177,7 @@ def _toy_reward(media: Media, given: Prompts) -> torch.Tensor:
 
 
 def _rows(config: Config, rule: UpdateRule, levels: Levels) -> tuple[int, int]:
-    """Rows of one update, (forward, with backward), counted on a toy chain with the same levels."""
+    """Rows of one update without guidance, (forward, with backward), counted on a toy chain with the same levels."""
     sampler = config.sampler
     toy = ToyPolicy(
         process=sampler.process,
@@ -197,12 +197,12 @@ def _rows(config: Config, rule: UpdateRule, levels: Levels) -> tuple[int, int]:
         seed=config.seed,
     )
     trainer.update(0)
-    guided = 2 if sampler.guidance_scale > 1 else 1
-    return guided * toy.rows_forward, guided * toy.rows_backward
+    return toy.rows_forward, toy.rows_backward
 
 
-def _flops(policy: DiffusersPolicy) -> tuple[float, float, float, float, int]:
-    """Per row: FLOPs of a forward, of one with all that its gradient takes, of decoding, of that with gradient; and numbers in a latent."""
+def _flops(policy: DiffusersPolicy) -> tuple[int, float, float, float, float, int]:
+    """Rows a sample and step takes (2 with guidance by two predictions); per row: FLOPs of a forward, of one with all that its
+    gradient takes, of decoding, of that with gradient; and numbers in a latent."""
     from torch.utils.flop_counter import FlopCounterMode
 
     example = prompts.fixed([{"prompt": "a"}], 1, 0)
@@ -219,6 +219,7 @@ def _flops(policy: DiffusersPolicy) -> tuple[float, float, float, float, int]:
     with FlopCounterMode(display=False) as decode_both:
         policy.decode(part, part.x[-1].clone().requires_grad_()).pixels.sum().backward()
     return (
+        rows,
         forward.get_total_flops() / rows,
         both.get_total_flops() / rows,
         decode.get_total_flops(),

@@ -173,14 +173,14 @@ def _call(source: Source, steps: int | None, guidance: float | None, negative: s
 def _pipeline(source: Source) -> Any:
     import torch
 
-    from diffalign.backends import adapters, diffusers, recorder
+    from diffalign.backends import diffusers, lora_files, recorder
 
     pipe = diffusers.load(source.model, device="cuda" if torch.cuda.is_available() else "cpu")
     if source.ddim:
         pipe.scheduler = recorder.as_ddim(pipe.scheduler)
     for number, adapter in enumerate(source.adapters):
         try:
-            adapters.load(pipe, adapter.folder, f"adapter_{number}")
+            lora_files.load(pipe, adapter.folder, f"adapter_{number}")
         except ValueError as error:
             raise UserError(f"sample: {adapter.folder} cannot be used on {source.model}: {error}") from error
     if source.adapters:

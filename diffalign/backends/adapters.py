@@ -1,29 +1,30 @@
-"""LoRA through peft and diffusers: attach, switch off, save, load, and check what was saved."""
+"""LoRA through peft: attach, and switch off."""
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from diffalign.files import LORA
-from diffalign.types import Fault, UserError
+from diffalign.types import UserError
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # names diffusers gives the component that denoises
-# Attention and feed-forward layers as diffusers names them; a target that a model does not have is no error.
+# Attention and feed-forward layers as diffusers' models name them; a target that a model does not have is no error.
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    "to_qkv_mlp_proj",
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    *("ffn.net.0.proj", "ffn.net.2"),
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
 )
 
 
@@ -93,104 +94,3 @@ def disabled(pipe: Any) -> Iterator[None]:
                 layer.enable_adapters(not off)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-
-
-def save(pipe: Any, folder: Path, notes: dict[str, str]) -> Path:
-    """Write the trained LoRA in diffusers' layout with its alpha, and `notes` as the file's metadata."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
-    layers: dict[str, Any] = {}
-    for component, module in denoisers(pipe).items():
-        layers[f"{component}_lora_layers"] = get_peft_model_state_dict(module)
-        # Without the config, alpha is lost and the file loads at another strength.
-        config = module.peft_config["default"].to_dict()
-        # Sets come in another order in every process, and equal adapters should be equal files.
-        layers[f"{component}_lora_adapter_metadata"] = {
-            key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
-        }
-    folder.mkdir(parents=True, exist_ok=True)
-    pipe.save_lora_weights(folder, **layers)
-    path = folder / LORA
-    with safe_open(path, framework="pt") as file:
-        metadata = dict(file.metadata() or {})
-    save_file(load_file(path), path, metadata={**metadata, **notes})
-    _settle(path)
-    return path
-
-
-def _settle(path: Path) -> None:
-    """Sort a safetensors file's metadata: the library writes it in another order every time, and equal adapters should be
-    equal files. The format: eight bytes of length, a JSON header padded with spaces, the tensors."""
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
-
-
-def verify(pipe: Any, folder: Path) -> None:
-    """Load a saved LoRA beside the trained one and compare weights and scales.
-
-    Raises:
-        Fault: if anything differs; a bad file loads nothing, silently.
-    """
-    with quiet():
-        pipe.load_lora_weights(folder, adapter_name="saved")
-    try:
-        loaded = pipe.get_list_adapters()
-        for component, module in denoisers(pipe).items():
-            if "saved" not in loaded.get(component, []):
-                raise Fault(f"{folder / LORA}: loads nothing into {component}")
-            for name, layer in module.named_modules():
-                if isinstance(layer, BaseTunerLayer) and "default" in getattr(layer, "lora_A", {}):
-                    _compare(name, layer, folder)
-    finally:
-        with quiet():
-            pipe.delete_adapters("saved")
-
-
-def _compare(name: str, layer: Any, folder: Path) -> None:
-    # A half-precision pipeline loads the file in its own precision.
-    same = layer.scaling.get("saved") == layer.scaling["default"] and all(
-        "saved" in part and torch.equal(part["saved"].weight, part["default"].weight.to(part["saved"].weight.dtype))
-        for part in (layer.lora_A, layer.lora_B)
-    )
-    if not same:
-        raise Fault(f"{folder / LORA}: layer {name} differs from what was trained")
-
-
-def load(pipe: Any, folder: Path, name: str) -> None:
-    """Load a LoRA under a name.
-
-    Raises:
-        ValueError: if nothing of it fits the pipeline; diffusers itself loads nothing, silently.
-    """
-    from safetensors.torch import load_file
-
-    if broken := [key for key, tensor in load_file(folder / LORA).items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{broken[0]} holds numbers that are not finite")
-    with quiet():
-        try:
-            pipe.load_lora_weights(folder, adapter_name=name)
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(" ".join(str(error).split())[:300]) from error
-    if not any(name in names for names in pipe.get_list_adapters().values()):
-        raise ValueError("it names no layer of this model")
-
-
-def metadata(folder: Path) -> dict[str, str]:
-    """The notes stored in a LoRA file."""
-    from safetensors import safe_open
-
-    with safe_open(folder / LORA, framework="pt") as file:
-        return dict(file.metadata() or {})
-
-
-def notes(**values: Any) -> dict[str, str]:
-    """Values as safetensors metadata: strings."""
-    return {
-        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in values.items()
-    }

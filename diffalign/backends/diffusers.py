@@ -52,7 +52,7 @@ class DiffusersPolicy(ChainPolicy):
 
     Args:
         pipe: the pipeline; its scheduler is replaced by a recording one, see `plain`.
-        steps, guidance_scale, call: arguments of the pipeline's `__call__`.
+        steps, guidance_scale, call: arguments of the pipeline's `__call__`; guidance_scale None: the pipeline's own.
         sigmas: "pipeline" for the scheduler's own noise levels, "linear" for evenly spaced ones.
         parameters: what is trained, from `adapters.attach`; empty to sample only.
         gradient_checkpointing: keep only the inputs of network calls and of the decoder for the gradient.
@@ -66,7 +66,7 @@ class DiffusersPolicy(ChainPolicy):
         *,
         steps: int,
         noise_level: float = 0.0,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = 1.0,
         sigmas: recorder.Sigmas = "pipeline",
         call: dict[str, Any] | None = None,
         micro_batch: int = 8,
@@ -76,12 +76,14 @@ class DiffusersPolicy(ChainPolicy):
     ) -> None:
         self.pipe = pipe
         self.parameters = parameters or {}
-        self.arguments = {**(call or {}), "num_inference_steps": steps, "guidance_scale": guidance_scale}
+        guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+        self.arguments = {**(call or {}), "num_inference_steps": steps, **guidance}
         # Undecorated: `__call__` runs under no_grad, what it wraps does not.
         self._call = inspect.unwrap(type(pipe).__call__)
         self._own_scheduler = pipe.scheduler
         self._recorder = recorder.stand_in(pipe.scheduler, process.kind, sigmas)
         self._latent: Tensor | None = None
+        self._prepared: Tensor | None = None
         self._prepare = pipe.prepare_latents
         self._encode = getattr(pipe, "encode_prompt", None)
         self._embeddings: OrderedDict[Any, Any] = OrderedDict()
@@ -130,7 +132,10 @@ class DiffusersPolicy(ChainPolicy):
             # prepare_latents draws a start that is swapped out; it must not touch the global generator.
             generators = [torch.Generator().manual_seed(0) for _ in text]
         with self._hooks():
-            result = self._call(self.pipe, prompt=text, generator=generators, output_type=output, **self.arguments)
+            # A copy: some pipelines write their chat template into the list.
+            result = self._call(
+                self.pipe, prompt=list(text), generator=generators, output_type=output, **self.arguments
+            )
         return result[0]
 
     @contextmanager
@@ -151,6 +156,7 @@ class DiffusersPolicy(ChainPolicy):
 
     def _prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
         output = self._prepare(*args, **kwargs)
+        self._prepared = recorder.first(output)
         return output if self._latent is None else recorder.swap_first(output, self._latent)
 
     def _encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +176,10 @@ class DiffusersPolicy(ChainPolicy):
     def start(self, prompts: Prompts, seeds: Sequence[int]) -> Tensor:
         """The pipeline's own initial latents: image k is what `generator=torch.Generator().manual_seed(seeds[k])` gives."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return self._run(prompts.text, None, (), None, generators, "latent")
+        # Not what the call returns: some pipelines unpack their latents before they hand them out.
+        self._run(prompts.text, None, (), None, generators, "latent")
+        assert self._prepared is not None
+        return self._prepared
 
     def drive(self, prompts: Prompts, x: Tensor, steps: Sequence[int], on_step: OnStep) -> None:
         self._run(prompts.text, x, steps, on_step, None, "latent")

@@ -45,7 +45,8 @@ class _Recording:
 def stand_in(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
     """A recording copy of a scheduler; `sigmas: linear` spaces noise levels evenly from 1 before any shift.
 
-    A DDPM-like scheduler of any class is taken as DDIM with its config, as their configs are made to be exchanged.
+    Of a flow's scheduler, solvers of higher order included, the levels are taken; steps are our own. A
+    DDPM-like scheduler of any class is taken as DDIM with its config, as their configs are made to be exchanged.
 
     Raises:
         UserError: if the scheduler is of another kind, or clips what it denoises.
@@ -84,8 +85,9 @@ def _of_kind(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
     from diffusers import DDIMScheduler
 
     name, config = type(scheduler).__name__, scheduler.config
-    flow = getattr(scheduler, "sigmas", None) is not None and hasattr(config, "shift")
-    ddpm = hasattr(scheduler, "alphas_cumprod") and not config.get("use_flow_sigmas")  # some solvers know both
+    solver = bool(config.get("use_flow_sigmas"))  # of flows, among those that know both kinds
+    flow = getattr(scheduler, "sigmas", None) is not None and (solver or hasattr(config, "shift"))
+    ddpm = hasattr(scheduler, "alphas_cumprod") and not solver
     if not (flow if kind == "flow" else ddpm):
         fits = [key for key, process in PROCESSES.items() if process.kind == ("flow" if flow else "ddpm")]
         allowed = ", ".join(fits) if flow or ddpm else "none"
@@ -122,14 +124,19 @@ def _unexpected(step: int, prediction: Tensor, latent: Tensor) -> Tensor:
     raise RuntimeError(f"step {step} was not asked for")
 
 
+def first(output: Any) -> Tensor:
+    """The latents among what `prepare_latents` returned."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def swap_first(output: Any, latent: Tensor) -> Any:
     """What `prepare_latents` returned, with its latents replaced, in the dtype and on the device they came in."""
-    first = output[0] if isinstance(output, tuple) else output
-    if first.shape != latent.shape:
+    prepared = first(output)
+    if prepared.shape != latent.shape:
         raise RuntimeError(
-            f"the pipeline prepares latents {tuple(first.shape)}, the rollout holds {tuple(latent.shape)}"
+            f"the pipeline prepares latents {tuple(prepared.shape)}, the rollout holds {tuple(latent.shape)}"
         )
-    latent = latent.to(device=first.device, dtype=first.dtype)
+    latent = latent.to(device=prepared.device, dtype=prepared.dtype)
     return (latent, *output[1:]) if isinstance(output, tuple) else latent
 
 

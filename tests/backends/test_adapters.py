@@ -4,7 +4,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from diffalign.backends import adapters, diffusers
+from diffalign.backends import adapters, diffusers, lora_files
 from diffalign.shapes import models
 from diffalign.types import Fault, UserError
 
@@ -25,22 +25,22 @@ def picture(pipe):
 
 def test_plain_diffusers_loads_the_file_and_draws_the_training_pipelines_picture(tmp_path):
     pipe = trained()  # alpha differs from rank: a lost alpha would show
-    adapters.save(pipe, tmp_path, adapters.notes(base_model="shapes-sd3", seed=3))
-    adapters.verify(pipe, tmp_path)
+    lora_files.save(pipe, tmp_path, lora_files.notes(base_model="shapes-sd3", seed=3))
+    lora_files.verify(pipe, tmp_path)
     plain = DiffusionPipeline.from_pretrained(models.path("shapes-sd3"))
     base = picture(plain)
     plain.load_lora_weights(tmp_path)
     assert plain.get_list_adapters()
     assert (picture(plain) - picture(pipe)).abs().max() < 1e-5
     assert (picture(plain) - base).abs().max() > 0.01
-    assert adapters.metadata(tmp_path)["seed"] == "3"
+    assert lora_files.metadata(tmp_path)["seed"] == "3"
 
 
 def test_verify_leaves_the_trained_adapter_active_and_trainable(tmp_path):
     pipe = trained()
     before = picture(pipe)
-    adapters.save(pipe, tmp_path, {})
-    adapters.verify(pipe, tmp_path)
+    lora_files.save(pipe, tmp_path, {})
+    lora_files.verify(pipe, tmp_path)
     assert pipe.get_list_adapters() == {"transformer": ["default"]}
     assert all(p.requires_grad for n, p in pipe.transformer.named_parameters() if "lora_" in n)
     assert torch.equal(picture(pipe), before)
@@ -48,28 +48,28 @@ def test_verify_leaves_the_trained_adapter_active_and_trainable(tmp_path):
 
 def test_a_half_precision_pipeline_verifies_its_file_too(tmp_path):
     pipe = trained(dtype=torch.bfloat16)
-    path = adapters.save(pipe, tmp_path, {})
-    adapters.verify(pipe, tmp_path)
+    path = lora_files.save(pipe, tmp_path, {})
+    lora_files.verify(pipe, tmp_path)
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
 
 
 def test_a_damaged_file_is_caught(tmp_path):
     pipe = trained()
-    path = adapters.save(pipe, tmp_path, {})
-    tensors, metadata = load_file(path), adapters.metadata(tmp_path)
+    path = lora_files.save(pipe, tmp_path, {})
+    tensors, metadata = load_file(path), lora_files.metadata(tmp_path)
     name = next(iter(tensors))
     tensors[name] = tensors[name] + 1e-3
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(Fault, match="differs from what was trained"):
-        adapters.verify(pipe, tmp_path)
+        lora_files.verify(pipe, tmp_path)
 
 
 def test_a_file_without_its_alpha_is_caught(tmp_path):
     pipe = trained()
-    path = adapters.save(pipe, tmp_path, {})
+    path = lora_files.save(pipe, tmp_path, {})
     save_file(load_file(path), path, metadata={"format": "pt"})
     with pytest.raises(Fault, match="differs from what was trained"):
-        adapters.verify(pipe, tmp_path)
+        lora_files.verify(pipe, tmp_path)
 
 
 def test_targets_that_do_not_exist_are_refused():

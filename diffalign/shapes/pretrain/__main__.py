@@ -1,4 +1,4 @@
-"""`python -m diffalign.shapes.pretrain shapes-sd3|shapes-sd --out DIR [--seed 0]`: makes an embedded pipeline from nothing."""
+"""`python -m diffalign.shapes.pretrain shapes-sd3|shapes-sd|shapes-flux --out DIR [--seed 0]`: makes an embedded pipeline from nothing."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from PIL import Image
 from diffalign.ops import geneval
 from diffalign.shapes import captions
 from diffalign.shapes.detector import detect
-from diffalign.shapes.pretrain import data, training, transformer, unet, vae
+from diffalign.shapes.pretrain import data, flux, training, transformer, unet, vae
 
-ARCHITECTURES = {"shapes-sd3": transformer, "shapes-sd": unet}
+ARCHITECTURES = {"shapes-sd3": transformer, "shapes-sd": unet, "shapes-flux": flux}
 
 
 def autoencoder_of(folder: Path) -> AutoencoderTiny:
