@@ -190,7 +190,9 @@ def rewards(context: click.Context) -> None:
 
     for name, entry in catalog.builtin().items():
         kind = "differentiable" if entry.differentiable else "black box"
-        click.echo(f"{name:24} {entry.modality:6} {kind:15} {entry.about}")
+        weights = f"; weights {entry.weights} ({entry.licence}), or {name}@PLACE" if entry.weights else ""
+        needs = "" if entry.installed else "; needs pip install 'diffalign[rewards]'"
+        click.echo(f"{name:24} {entry.modality:13} {kind:15} {entry.about}{weights}{needs}")
 
 
 @rewards.command()

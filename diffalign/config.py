@@ -371,18 +371,7 @@ def _check_names(config: Config) -> list[str]:
             entries.append(read())
         except UserError as error:
             problems += [problem for problem in error.problems if problem not in problems]
-    for section, names in (("rewards", list(config.rewards)), ("eval_rewards", config.eval_rewards)):
-        for name in names:
-            try:
-                entry = catalog.find(name)
-            except LookupError as error:
-                problems.append(f"{section}: {name}: {error}")
-                continue
-            for key in entry.needs:
-                if any(key not in prompt for part in entries for prompt in part):
-                    problems.append(
-                        f"{section}: {name} needs {key!r} in every prompt's metadata; use prompts.source: shapes"
-                    )
+    problems += _check_rewards(config, entries)
     if not problems:
         problems += _check_stages(config)
     for name in config.output.trackers:
@@ -390,6 +379,26 @@ def _check_names(config: Config) -> list[str]:
             problems.append(f"output.trackers: {name} is not installed; pip install 'diffalign[trackers]'")
     if config.rewards and not any(config.rewards.values()):
         problems.append(f"rewards: got only zero weights {config.rewards}, allowed is at least one other")
+    return problems
+
+
+def _check_rewards(config: Config, entries: list[list[prompt_files.Entry]]) -> list[str]:
+    """Rewards that are there, with what they import, for prompts that have what they need."""
+    problems: list[str] = []
+    for section, names in (("rewards", list(config.rewards)), ("eval_rewards", config.eval_rewards)):
+        for name in names:
+            try:
+                entry = catalog.find(name)
+            except LookupError as error:
+                problems.append(f"{section}: {name}: {error}")
+                continue
+            if not entry.installed:
+                problems.append(f"{section}: {name} needs {entry.extra}; pip install 'diffalign[rewards]'")
+            for key in entry.needs:
+                if any(key not in prompt for part in entries for prompt in part):
+                    problems.append(
+                        f"{section}: {name} needs {key!r} in every prompt's metadata; use prompts.source: shapes"
+                    )
     return problems
 
 

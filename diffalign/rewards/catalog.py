@@ -2,6 +2,9 @@
 
     REWARDS = {"name": {"object": "Class or function", "differentiable": False, "modality": "image", "about": "one line"}}
 
+with `needs` (keys of the prompts' metadata), `weights` (where its weights are, with a class that takes another place: `name@PLACE`),
+`licence` and `extra` (a module of an optional extra) where they apply.
+
 Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`; a module-level
 `DIFFERENTIABLE = ["function"]` says which of its functions have a gradient to the pixels.
 """
@@ -11,19 +14,18 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from diffalign.files import is_file
 
-KEYS = {"object", "differentiable", "modality", "about"}
-
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a reward is and what it promises. needs: keys its samples' metadata must have."""
+    """Where a reward is and what it promises. needs: keys its samples' metadata must have; weights: where its weights are unless
+    `place` says otherwise; extra: the module it needs from an optional extra."""
 
     name: str
     source: str  # a module name or a file
@@ -32,6 +34,15 @@ class Entry:
     modality: str = "image"
     about: str = ""
     needs: tuple[str, ...] = ()
+    weights: str = ""
+    licence: str = ""
+    extra: str = ""
+    place: str | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether what it imports is there."""
+        return not self.extra or importlib.util.find_spec(self.extra) is not None
 
 
 def _literal(body: list[ast.stmt], name: str) -> Any:
@@ -71,7 +82,9 @@ def builtin() -> dict[str, Entry]:
     assert spec.submodule_search_locations
     found: dict[str, Entry] = {}
     for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
-        for name, facts in (_literal(_parsed(path), "REWARDS") or {}).items():
+        facts_of = _literal(_parsed(path), "REWARDS")
+        assert facts_of, f"{path.name} has no literal REWARDS"
+        for name, facts in facts_of.items():
             found[name] = Entry(
                 name,
                 f"reward_models.{path.stem}",
@@ -80,12 +93,13 @@ def builtin() -> dict[str, Entry]:
                 str(facts["modality"]),
                 str(facts["about"]),
                 tuple(facts.get("needs", ())),  # type: ignore[arg-type]
+                *(str(facts.get(key, "")) for key in ("weights", "licence", "extra")),
             )
     return found
 
 
 def find(name: str) -> Entry:
-    """The entry of a bare name, `./file.py:function` or `package.module:function`.
+    """The entry of a bare name, `name@PLACE`, `./file.py:function` or `package.module:function`.
 
     Raises:
         LookupError: one line that says what is wrong and what is allowed.
@@ -93,6 +107,12 @@ def find(name: str) -> Entry:
     known = builtin()
     if name in known:
         return known[name]
+    bare, at, place = name.partition("@")
+    if at and bare in known:
+        if not known[bare].weights or not place:
+            able = ", ".join(key for key, entry in known.items() if entry.weights)
+            raise LookupError(f"got {name!r}; NAME@PLACE is for rewards with weights: {able}")
+        return replace(known[bare], name=name, place=place)
     source, _, attribute = name.rpartition(":")
     if not source:
         near = difflib.get_close_matches(name, known, 1)

@@ -15,7 +15,7 @@ from diffalign.types import UserError, one_line
 
 
 def load(name: str) -> Reward:
-    """The reward of a name; classes are created without arguments.
+    """The reward of a name; classes are created without arguments, or with the place of their weights.
 
     Raises:
         UserError: if its module cannot be imported or lacks the function.
@@ -33,11 +33,12 @@ def load(name: str) -> Reward:
         raise UserError(f"rewards: {name}: {entry.source} has no function {entry.attribute!r}")
     if not inspect.isclass(found):
         return found
+    make: Any = found
     try:
-        reward: Any = found()
+        reward = make() if entry.place is None else make(entry.place)
     except Exception as error:  # whatever a user's class does
-        raise UserError(f"rewards: {name}: cannot be created without arguments: {one_line(error)}") from error
-    return reward
+        raise UserError(f"rewards: {name}: cannot be created: {one_line(error)}") from error
+    return reward  # type: ignore[no-any-return]
 
 
 def _module(entry: Entry) -> Any:

@@ -1,0 +1,133 @@
+"""What rewards on CLIP models share: pictures as the models were trained on them, tokens, weights.
+
+A tensor path all the way: bicubic with antialiasing is what PIL does to within the rounding to 8 bits, and it has a gradient.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffalign.types import Media
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def crop(pixels: Tensor, size: int) -> Tensor:
+    """Shortest side to `size`, then the centre: (N, 3, H, W) in [0, 1] to (N, 3, size, size)."""
+    height, width = pixels.shape[-2:]
+    if min(height, width) != size:
+        scale = size / min(height, width)
+        shape = (max(size, int(height * scale)), max(size, int(width * scale)))
+        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True).clamp(0, 1)  # bicubic overshoots
+    top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
+    return pixels[..., top : top + size, left : left + size]
+
+
+def pad(pixels: Tensor, size: int) -> Tensor:
+    """Longest side to `size`, then black to a square: (N, 3, H, W) in [0, 1] to (N, 3, size, size)."""
+    height, width = pixels.shape[-2:]
+    if max(height, width) != size:
+        scale = size / max(height, width)
+        shape = (round(height * scale), round(width * scale))
+        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True).clamp(0, 1)
+    down, right = size - pixels.shape[-2], size - pixels.shape[-1]
+    return F.pad(pixels, (right // 2, right - right // 2, down // 2, down - down // 2))
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """CLIP's mean and standard deviation."""
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+def tokens(texts: list[str], length: int = 77) -> Tensor:
+    """CLIP's token ids (N, 77), padded with 0; the vocabulary comes with open_clip.
+
+    Raises:
+        ImportError: with the command that installs it.
+    """
+    try:
+        from open_clip.tokenizer import SimpleTokenizer
+    except ImportError as error:
+        raise ImportError("needs open_clip_torch: pip install 'diffalign[rewards]'") from error
+    return SimpleTokenizer(context_length=length)(texts)
+
+
+def per_frame(media: Media, score: Any, texts: list[str]) -> Tensor:
+    """The mean over a video's frames of a picture's score: `score(pixels (M, 3, H, W), texts)` gives (M,)."""
+    count, frames = media.pixels.shape[:2]
+    repeated = [text for text in texts for _ in range(frames)]
+    return score(media.pixels.flatten(0, 1).float(), repeated).reshape(count, frames).mean(1)
+
+
+def fetched(name: str, place: str | None, repo: str, file: str | None = None) -> str:
+    """Where weights are: a folder or file the user names, or the hub's (its name, or the file in its cache).
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+    """
+    what = "a folder as the hub lays it out" if file is None else f"the file {file}"
+    if place is not None:
+        if not (Path(place).is_dir() if file is None else Path(place).is_file()):
+            raise FileNotFoundError(f"{place} is not there; allowed is {what}")
+        return place
+    if file is None:
+        return repo
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repo, file)
+    except Exception as error:  # no network, no such file, no permission: each has its own class
+        raise FileNotFoundError(missing(name, repo, what)) from error
+
+
+def missing(name: str, repo: str, what: str = "a folder as the hub lays it out") -> str:
+    """The message where weights cannot be had."""
+    return f"{repo} is not in the hub's cache and cannot be fetched; give {what} as {name}@PLACE"
+
+
+class Scorer:
+    """CLIP of transformers, frozen, on the device of what it scores."""
+
+    def __init__(self, name: str, repo: str, place: str | None = None) -> None:
+        from transformers import CLIPModel
+
+        source = fetched(name, place, repo)
+        try:
+            self.net = CLIPModel.from_pretrained(source).requires_grad_(False).eval()
+        except OSError as error:
+            raise FileNotFoundError(missing(name, source)) from error
+        self.size: int = self.net.config.vision_config.image_size
+        self.length: int = self.net.config.text_config.max_position_embeddings
+
+    def cosine(self, pixels: Tensor, texts: list[str]) -> Tensor:
+        """cos(text, picture) of pixels (N, 3, H, W) in [0, 1], (N,)."""
+        return (self.image(pixels) * self.text(texts).to(pixels.device)).sum(1)
+
+    def image(self, pixels: Tensor) -> Tensor:
+        """Picture embeddings of length 1, (N, D)."""
+        net = self.net.to(pixels.device)
+        pooled = net.vision_model(pixel_values=normalised(crop(pixels, self.size))).pooler_output
+        return F.normalize(net.visual_projection(pooled), dim=-1)
+
+    @torch.no_grad()
+    def text(self, texts: list[str]) -> Tensor:
+        """Text embeddings of length 1, (N, D)."""
+        unique = list(dict.fromkeys(texts))
+        ids = tokens(unique, self.length).to(self.net.device)
+        hidden = self.net.text_model(input_ids=ids).last_hidden_state
+        # The end of a text has the highest id. transformers looks for config.eos_token_id, which old configs give wrongly.
+        ends = hidden[torch.arange(len(ids)), ids.argmax(-1)]
+        found = F.normalize(self.net.text_projection(ends), dim=-1)
+        return found[[unique.index(text) for text in texts]]
+
+    @property
+    def scale(self) -> Tensor:
+        """exp(logit_scale)."""
+        return self.net.logit_scale.exp()

@@ -1,0 +1,31 @@
+"""CLIPScore: cos(text, picture) of CLIP ViT-L/14, or of another CLIP: `clipscore@openai/clip-vit-base-patch32`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diffalign.types import Media, Prompts
+from reward_models import _clip
+
+REWARDS = {
+    "clipscore": {
+        "object": "CLIPScore",
+        "differentiable": True,
+        "modality": "image, video",
+        "about": "cosine between text and picture, about 0.2 to 0.35, not multiplied and not cut off",
+        "weights": "openai/clip-vit-large-patch14",
+        "licence": "MIT",
+        "extra": "open_clip",
+    }
+}
+REPO = str(REWARDS["clipscore"]["weights"])
+
+
+class CLIPScore(_clip.Scorer):
+    """Scores (N,) with gradient to the pixels; a video's is the mean over its frames."""
+
+    def __init__(self, place: str | None = None) -> None:
+        super().__init__("clipscore", REPO, place)
+
+    def __call__(self, media: Media, prompts: Prompts) -> Tensor:
+        return _clip.per_frame(media, self.cosine, prompts.text)

@@ -1,0 +1,76 @@
+"""HPSv2 and HPSv2.1 (arXiv 2306.09341): open_clip's ViT-H-14 with fine-tuned weights. Their scores are not comparable.
+
+The package `hpsv2` pins old versions of half the world and reads its 2 GB file again for every picture; its formula is
+the cosine, without a factor. Pictures: longest side to 224, black to a square. Its resizing has antialiasing or not with the
+version of torchvision; here it always has.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffalign.types import Media, Prompts
+from reward_models import _clip
+
+REWARDS = {
+    "hpsv2": {
+        "object": "HPSv2",
+        "differentiable": True,
+        "modality": "image, video",
+        "about": "human preference, version 2.0: cos(text, picture), about 0.2 to 0.3",
+        "weights": "xswu/HPSv2",
+        "licence": "Apache-2.0",
+        "extra": "open_clip",
+    },
+    "hpsv2.1": {
+        "object": "HPSv21",
+        "differentiable": True,
+        "modality": "image, video",
+        "about": "human preference, version 2.1: cos(text, picture), about 0.2 to 0.35",
+        "weights": "xswu/HPSv2",
+        "licence": "Apache-2.0",
+        "extra": "open_clip",
+    },
+}
+REPO = str(REWARDS["hpsv2"]["weights"])
+
+
+class HPSv2:
+    """Scores (N,) with gradient to the pixels; a video's is the mean over its frames."""
+
+    name: ClassVar[str] = "hpsv2"
+    file: ClassVar[str] = "HPS_v2_compressed.pt"
+    architecture: ClassVar[str] = "ViT-H-14"
+
+    def __init__(self, place: str | None = None) -> None:
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ImportError("needs open_clip_torch: pip install 'diffalign[rewards]'") from error
+        path = _clip.fetched(self.name, place, REPO, self.file)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        self.net = open_clip.create_model(self.architecture, pretrained=None).requires_grad_(False).eval()
+        self.net.load_state_dict(weights["state_dict"])
+
+    def __call__(self, media: Media, prompts: Prompts) -> Tensor:
+        return _clip.per_frame(media, self.score, prompts.text)
+
+    def score(self, pixels: Tensor, texts: list[str]) -> Tensor:
+        """cos(text, picture) of pixels (N, 3, H, W) in [0, 1], (N,)."""
+        net = self.net.to(pixels.device)
+        size = net.visual.image_size[0]
+        pictures = net.encode_image(_clip.normalised(_clip.pad(pixels, size)))
+        with torch.no_grad():
+            words = net.encode_text(_clip.tokens(texts, net.context_length).to(pixels.device))
+        return (F.normalize(pictures, dim=-1) * F.normalize(words, dim=-1)).sum(1)
+
+
+class HPSv21(HPSv2):
+    """The same with the weights of version 2.1."""
+
+    name = "hpsv2.1"
+    file = "HPS_v2.1_compressed.pt"

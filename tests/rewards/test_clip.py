@@ -1,0 +1,225 @@
+"""Rewards on CLIP models against the reference packages, with tiny random weights laid out as the published ones."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.tokenizer import SimpleTokenizer
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from diffalign.config import load as load_config
+from diffalign.rewards import catalog
+from diffalign.rewards.load import load
+from diffalign.types import Media, Prompts, UserError
+from reward_models import _clip, hpsv2
+
+TEXTS = ["two red stars", "a photo of a green circle left of a blue square", ""]
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A CLIP as the hub lays it out; eos_token_id 2 is what the published configs say."""
+    place = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**small, "vocab_size": 49408, "eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    CLIPModel(config).save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """HPSv2's file: a pickle whose key `state_dict` holds open_clip's weights."""
+    place = tmp_path_factory.mktemp("hps")
+    (place / "tiny-hps.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(place)
+    torch.manual_seed(0)
+    net = open_clip.create_model("tiny-hps", pretrained=None)
+    torch.save({"epoch": 3, "state_dict": net.state_dict()}, place / "HPS_v2.1_compressed.pt")
+    return SimpleNamespace(path=place / "HPS_v2.1_compressed.pt", net=net.eval())
+
+
+def given(frames: int = 1, side: tuple[int, int] = (48, 64)) -> tuple[Media, Prompts]:
+    pixels = torch.rand(3, frames, 3, *side, generator=torch.Generator().manual_seed(1))
+    keys = np.arange(3)
+    return Media(pixels), Prompts(list(TEXTS), keys, keys, keys, [{}] * 3)
+
+
+def pictures(media: Media) -> list[Image.Image]:
+    rounded = media.pixels[:, 0].mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(one) for one in rounded]
+
+
+def published_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer as transformers has it, from the vocabulary that comes with open_clip."""
+    simple = SimpleTokenizer()
+    named = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocab = {named.get(token, token): index for token, index in simple.encoder.items()}
+    return CLIPTokenizer(vocab=vocab, merges=sorted(simple.bpe_ranks, key=simple.bpe_ranks.get))
+
+
+def reference(folder, media: Media) -> tuple[torch.Tensor, CLIPModel]:
+    """Cosines as the reference code gets them: pictures through PIL, transformers' own tokenizer and processor."""
+    tokenizer = published_tokenizer()
+    net = CLIPModel.from_pretrained(folder).eval()
+    size = {"shortest_edge": 32}
+    processor = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
+    ids = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        out = net(pixel_values=processor(pictures(media), return_tensors="pt")["pixel_values"], **ids)
+    return (out.image_embeds * out.text_embeds).sum(1), net
+
+
+def test_tokens_are_those_of_transformers():
+    tokenizer = published_tokenizer()
+    for text in [*TEXTS, "A  Photo, of: it's 3 cats' eyes! " * 12]:
+        expected = tokenizer(text, truncation=True, max_length=77).input_ids
+        assert _clip.tokens([text])[0, : len(expected)].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["clipscore", "pickscore"])
+def test_scores_agree_with_transformers(name, folder):
+    media, prompts = given()
+    cosine, net = reference(folder, media)
+    found = load(f"{name}@{folder}")(media, prompts)
+    factor = float(net.logit_scale.exp()) / 26 if name == "pickscore" else 1.0
+    # The reference resizes pictures of 8 bits, with results of 8 bits.
+    torch.testing.assert_close(found, factor * cosine, rtol=0, atol=3e-3 * factor)
+    assert float(found.detach().std()) > 5 * 3e-3 * factor
+
+
+def test_hps_agrees_with_open_clip_and_hpsv2s_own_preprocessing(checkpoint, monkeypatch):
+    """Longest side to 224 on the tensor, black around it, then mean and deviation; the cosine without a factor."""
+    from torchvision.transforms.v2 import functional as tv
+
+    monkeypatch.setattr(hpsv2.HPSv2, "architecture", "tiny-hps")
+    media, prompts = given()
+    found = load(f"hpsv2.1@{checkpoint.path}")(media, prompts)
+    shrunk = tv.resize(media.pixels[:, 0], [24, 32], interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
+    padded = tv.pad(shrunk, [0, 4, 0, 4], fill=0.0)
+    inputs = tv.normalize(padded, list(_clip.MEAN), list(_clip.STD))
+    with torch.no_grad():
+        image = checkpoint.net.encode_image(inputs, normalize=True)
+        text = checkpoint.net.encode_text(open_clip.get_tokenizer("ViT-H-14")(TEXTS), normalize=True)
+    # ours is clamped to [0, 1] after resizing, theirs overshoots a little
+    torch.testing.assert_close(found, (image * text).sum(1), rtol=0, atol=2e-3)
+    assert float(found.detach().std()) > 1e-2
+
+
+@pytest.mark.parametrize("side", [(64, 64), (96, 64), (50, 33), (32, 32), (20, 44)])
+def test_cropping_is_pils_within_rounding(side):
+    # smooth and rough pictures alike
+    media, _ = given(side=side)
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_normalize=False
+    )
+    expected = processor(pictures(media), return_tensors="pt")["pixel_values"]
+    found = _clip.crop(media.pixels[:, 0], 32)
+    # PIL takes and gives 8 bits: two roundings, of 1 / 510 at most each
+    assert float((found - expected).abs().mean()) < 2e-3
+    plain = F.interpolate(media.pixels[:, 0], (32, 32), mode="bicubic")
+    if side == (64, 64):
+        assert float((plain - expected).abs().mean()) > 0.05  # without antialiasing it would be another picture
+
+
+@pytest.mark.parametrize(
+    ("side", "bars"), [((64, 32), (0, 8)), ((32, 64), (8, 0)), ((32, 32), (0, 0)), ((64, 64), (0, 0))]
+)
+def test_padding_keeps_the_whole_picture(side, bars):
+    found = _clip.pad(torch.ones(1, 3, *side), 32)
+    assert found.shape == (1, 3, 32, 32)
+    expected = torch.zeros(32, 32)
+    expected[bars[0] : 32 - bars[0], bars[1] : 32 - bars[1]] = 1
+    torch.testing.assert_close(found[0, 0], expected)
+
+
+@pytest.mark.parametrize("name", ["clipscore", "pickscore", "hpsv2.1"])
+def test_gradients_are_finite_differences(name, folder, checkpoint, monkeypatch):
+    monkeypatch.setattr(hpsv2.HPSv2, "architecture", "tiny-hps")
+    reward = load(f"{name}@{checkpoint.path if name.startswith('hps') else folder}")
+    reward.net.double()
+    media, prompts = given()
+    pixels = (0.1 + 0.8 * media.pixels.double()).requires_grad_()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # differences in float32 are mostly rounding
+    (slope,) = torch.autograd.grad(reward(Media(pixels), prompts).sum(), pixels)
+    direction = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(2), dtype=pixels.dtype)
+    with torch.no_grad():
+        up, down = (reward(Media(pixels + sign * 1e-5 * direction), prompts).sum() for sign in (1, -1))
+    assert float((slope * direction).sum()) == pytest.approx(float(up - down) / 2e-5, rel=1e-5)
+
+
+def test_a_video_scores_the_mean_of_its_frames(folder):
+    reward = load(f"clipscore@{folder}")
+    media, prompts = given(frames=4)
+    alone = [reward(Media(media.pixels[:, k : k + 1]), prompts) for k in range(4)]
+    torch.testing.assert_close(reward(media, prompts), torch.stack(alone).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_every_picture_is_scored_against_its_own_prompt(folder):
+    """Two public implementations score all against the first."""
+    reward = load(f"clipscore@{folder}")
+    media, prompts = given()
+    order = [2, 0, 1]
+    found = reward(Media(media.pixels[order]), prompts.select(order))
+    torch.testing.assert_close(found, reward(media, prompts)[order])
+    alone = reward(Media(media.pixels[1:2]), prompts.select([1]))
+    torch.testing.assert_close(found[2:], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rule_for_real_models_takes_them_by_the_place_of_their_weights(folder):
+    config = load_config("truncated_bp/shapes-sd3", [f"rewards={{pickscore@{folder}: 1.0}}", "eval_rewards=[]"])
+    assert catalog.find(next(iter(config.rewards))).differentiable
+
+
+def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, expected in (
+        ("pickscore", "yuvalkirstain/PickScore_v1 is not in the hub's cache and cannot be fetched; give a folder"),
+        (
+            "hpsv2",
+            "xswu/HPSv2 is not in the hub's cache and cannot be fetched; give the file HPS_v2_compressed.pt as hpsv2@PLACE",
+        ),
+        (f"pickscore@{tmp_path / 'nowhere'}", "is not there; allowed is a folder"),
+        (f"clipscore@{tmp_path}", "cannot be fetched; give a folder as the hub lays it out as clipscore@PLACE"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load(name)
+        assert expected in str(caught.value), name
+
+
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    path = tmp_path / "HPS_v2_compressed.pt"
+    path.write_bytes(pickle.dumps({"state_dict": Evil()}))
+    with pytest.raises(UserError, match="hpsv2"):
+        load(f"hpsv2@{path}")
+
+
+def test_a_place_is_for_rewards_with_weights():
+    with pytest.raises(LookupError, match="is for rewards with weights: clipscore, hpsv2, hpsv2.1, pickscore"):
+        catalog.find("soft_colour@here")
+
+
+def test_what_is_not_installed_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr(catalog.Entry, "installed", False)
+    with pytest.raises(UserError, match=r"rewards: pickscore needs open_clip; pip install 'diffalign\[rewards\]'"):
+        load_config("truncated_bp/shapes-sd3", ["rewards={pickscore: 1.0}"])
