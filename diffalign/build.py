@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffalign.backends import adapters, diffusers
+from diffalign.backends import adapters, diffusers, loading
 from diffalign.config import Config
 from diffalign.processes import PROCESSES
 from diffalign.rewards.base import Reward
@@ -21,6 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Parts:
     """What a config describes: a policy around a pipeline with LoRA, and its rewards."""
 
+    place: loading.Place
     policy: diffusers.DiffusersPolicy
     rewards: dict[str, Reward]
     eval_rewards: dict[str, Reward]
@@ -45,12 +46,13 @@ def device(config: Config) -> str:
 
 def build(config: Config) -> Parts:
     """Load the pipeline, attach the LoRA, load the rewards."""
-    pipe = diffusers.load(config.model, DTYPES[config.precision], device(config))
+    pipe, place = loading.load(config.model, DTYPES[config.precision], device(config), config.revision)
     lora = config.lora
     parameters = adapters.attach(pipe, lora.rank, lora.alpha, lora.targets, config.seed)
     names = dict.fromkeys([*config.rewards, *config.eval_rewards])
     loaded = {name: load_reward(name) for name in names}
     return Parts(
+        place=place,
         policy=policy(config, pipe, parameters),
         rewards={name: loaded[name] for name in config.rewards},
         eval_rewards={name: loaded[name] for name in dict.fromkeys([*config.eval_rewards, *config.rewards])},

@@ -62,9 +62,17 @@ def call_arguments(config: Config) -> dict[str, object]:
 
 
 def write_adapter(
-    config: Config, policy: DiffusersPolicy, run: RunFolder, summary: dict[str, float], name: str, update: int
+    config: Config,
+    policy: DiffusersPolicy,
+    run: RunFolder,
+    summary: dict[str, float],
+    name: str,
+    update: int,
+    commit: str | None = None,
 ) -> Path:
     """Write the adapter as a folder of a run and check that it loads back as it was trained.
+
+    commit: of the base model on the hub.
 
     Raises:
         Fault: if the saved file differs from the trained weights.
@@ -72,6 +80,7 @@ def write_adapter(
     folder = run / name
     notes = lora_files.notes(
         base_model=config.model,
+        base_revision=commit or "",
         rule=config.rule,
         rewards=config.rewards,
         seed=config.seed,

@@ -118,6 +118,7 @@ class Config(_Section):
     """A run: `model`, `rule`, `rewards` and everything around them."""
 
     model: str = Field(description="hub id, local folder, or an embedded pipeline")
+    revision: str | None = Field(None, min_length=1, description="of a hub id: commit, tag or branch; null: the newest")
     rule: dict[str, Any] = Field(description="name and the rule's settings")
     rewards: dict[str, float] = Field(min_length=1, description="name: weight")
     eval_rewards: list[str] = []
@@ -365,6 +366,10 @@ def _check_model(name: str) -> list[str]:
 
 def _check_names(config: Config) -> list[str]:
     problems = _check_model(config.model)
+    if config.revision is not None and (models.path(config.model) or Path(config.model).exists()):
+        problems.append(
+            f"revision: got {config.revision!r}, only models on the hub have one; {config.model} is a folder"
+        )
     entries: list[list[prompt_files.Entry]] = []
     for read in (config.training_prompts, config.evaluation_prompts):
         try:

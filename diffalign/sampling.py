@@ -29,12 +29,14 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Source:
-    """What to sample from: a model, adapters on it, the call's arguments, and whether they were trained walking DDIM."""
+    """What to sample from: a model, adapters on it, the call's arguments, whether they were trained walking DDIM, and the model's
+    commit on the hub, None for the newest."""
 
     model: str
     adapters: tuple[Adapter, ...]
     call: dict[str, Any]
     ddim: bool = False
+    revision: str | None = None
 
 
 def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Source:
@@ -64,7 +66,8 @@ def _target(target: str, strength: float) -> Source:
                     f"sample: {folder} does not say its base model; give the model, and this folder with --adapter"
                 )
             adapter = Adapter(folder, strength)
-            return Source(notes["base_model"], (adapter,), json.loads(notes["call"]), notes.get("scheduler") == DDIM)
+            ddim, commit = notes.get("scheduler") == DDIM, notes.get("base_revision") or None
+            return Source(notes["base_model"], (adapter,), json.loads(notes["call"]), ddim, commit)
     if (path / "config.yaml").is_file():
         raise UserError(f"sample: the run {target} has no adapter yet; train it to its end first")
     if strength != 1:
@@ -173,9 +176,10 @@ def _call(source: Source, steps: int | None, guidance: float | None, negative: s
 def _pipeline(source: Source) -> Any:
     import torch
 
-    from diffalign.backends import diffusers, lora_files, recorder
+    from diffalign.backends import loading, lora_files, recorder
 
-    pipe = diffusers.load(source.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe, _ = loading.load(source.model, device=device, revision=source.revision)
     if source.ddim:
         pipe.scheduler = recorder.as_ddim(pipe.scheduler)
     for number, adapter in enumerate(source.adapters):

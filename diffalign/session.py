@@ -105,10 +105,15 @@ class Session:
         content = json.dumps([entries, stages, self.fixed.text, self.fixed.stages, self.fixed.metadata], sort_keys=True)
         self.prompts_digest = hashlib.sha256(content.encode()).hexdigest()
         self._fit()
+        if self.parts.place.commit is not None:
+            reporter.say(f"{config.model} at commit {self.parts.place.commit}")
         self.done = 0
         self.skipped = 0
         self.saved = -1
         self.stop_code: int | None = None
+
+    def _write_adapter(self, summary: dict[str, float], name: str) -> None:
+        write_adapter(self.config, self.policy, self.folder, summary, name, self.done, self.parts.place.commit)
 
     def _fit(self) -> None:
         """Let the rule fit its terms into memory if it does, and refuse settings that this sampler cannot run."""
@@ -261,7 +266,7 @@ class Session:
         summary = evaluate.Evaluation.read(self._evaluation_path(self.done)).summary(self._baseline())
         self._curves()
         with self._published():
-            write_adapter(self.config, self.policy, self.folder, summary, "best", self.done)
+            self._write_adapter(summary, "best")
 
     def _published(self) -> AbstractContextManager[None]:
         """The weights that are evaluated and saved: averaged ones if the config asks for them."""
@@ -334,7 +339,7 @@ class Session:
         self._curves()
         self._before_after()
         with self._published():
-            write_adapter(self.config, self.policy, self.folder, summary, "adapter", self.done)
+            self._write_adapter(summary, "adapter")
         if self.config.evaluation.every and self.best() == self.done:
             self._write_best()
 

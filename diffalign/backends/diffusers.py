@@ -17,34 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from diffalign.backends import adapters, recorder
 from diffalign.backends.chain import ChainPolicy, OnStep
 from diffalign.processes import Process
-from diffalign.types import Media, Prompts, Rollout, UserError, one_line
+from diffalign.types import Media, Prompts, Rollout
 
 EMBEDDINGS_KEPT = 64  # encoded batches kept in memory
-
-
-def load(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """A pipeline from a hub id, a local folder or the name of an embedded one, frozen and ready.
-
-    Raises:
-        UserError: if there is nothing to load under that name.
-    """
-    from diffusers import DiffusionPipeline
-
-    from diffalign.shapes import models
-
-    folder = models.path(model) or model
-    try:
-        with adapters.quiet():
-            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
-    except Exception as error:  # a missing hub, a gated id, a damaged file: each library has its own
-        raise UserError(f"model: cannot load {model!r}: {one_line(error)}") from error
-    pipe.set_progress_bar_config(disable=True)
-    if getattr(pipe, "safety_checker", None) is not None:
-        pipe.safety_checker = None  # it paints flagged pictures black, without gradient: no reward could see them
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False).eval()
-    return pipe.to(device)
 
 
 class DiffusersPolicy(ChainPolicy):

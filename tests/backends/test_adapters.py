@@ -4,7 +4,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from diffalign.backends import adapters, diffusers, lora_files
+from diffalign.backends import adapters, loading, lora_files
 from diffalign.shapes import models
 from diffalign.types import Fault, UserError
 
@@ -12,7 +12,7 @@ CALL = {"num_inference_steps": 3, "guidance_scale": 1.0, "max_sequence_length": 
 
 
 def trained(rank=4, alpha=20.0, dtype=torch.float32):
-    pipe = diffusers.load("shapes-sd3", dtype)
+    pipe = loading.load("shapes-sd3", dtype)[0]
     for p in adapters.attach(pipe, rank, alpha, None, 0).values():
         with torch.no_grad():
             p.normal_(std=0.1, generator=torch.Generator().manual_seed(p.numel()))
@@ -74,11 +74,11 @@ def test_a_file_without_its_alpha_is_caught(tmp_path):
 
 def test_targets_that_do_not_exist_are_refused():
     with pytest.raises(UserError, match="lora.targets: no layer of transformer is named to_nowhere"):
-        adapters.attach(diffusers.load("shapes-sd3"), 4, 4, ("to_q", "to_nowhere"), 0)
+        adapters.attach(loading.load("shapes-sd3")[0], 4, 4, ("to_q", "to_nowhere"), 0)
 
 
 def test_initial_weights_follow_the_seed():
-    one, again, other = (adapters.attach(diffusers.load("shapes-sd3"), 4, 4, ("to_q",), seed) for seed in (0, 0, 1))
+    one, again, other = (adapters.attach(loading.load("shapes-sd3")[0], 4, 4, ("to_q",), seed) for seed in (0, 0, 1))
     assert all(torch.equal(one[k], again[k]) for k in one)
     assert any(not torch.equal(one[k], other[k]) for k in one)
     assert {p.dtype for p in one.values()} == {torch.float32}
@@ -86,7 +86,7 @@ def test_initial_weights_follow_the_seed():
 
 
 def test_only_the_adapter_is_trainable():
-    pipe = diffusers.load("shapes-sd3")
+    pipe = loading.load("shapes-sd3")[0]
     names = set(adapters.attach(pipe, 4, 4, None, 0))
     found = {f"transformer.{n}" for n, p in pipe.transformer.named_parameters() if p.requires_grad}
     assert names == found

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from diffalign import measure, prompts
-from diffalign.backends import adapters, diffusers
+from diffalign.backends import adapters, diffusers, loading
 from diffalign.evaluate import quiet_plan
 from diffalign.ops import gaussian
 from diffalign.processes import PROCESSES
@@ -28,7 +28,7 @@ def given(size: int = 1) -> Prompts:
 
 
 def trained(name: str, dtype=torch.float32):
-    pipe = diffusers.load(name, dtype)
+    pipe = loading.load(name, dtype)[0]
     parameters = adapters.attach(pipe, 4, 16, None, 0)
     with torch.no_grad():
         for index, (key, p) in enumerate(parameters.items()):

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffalign import prompts
-from diffalign.backends import adapters, diffusers, recorder
+from diffalign.backends import adapters, diffusers, loading, recorder
 from diffalign.evaluate import quiet_plan
 from diffalign.processes import PROCESSES
 from diffalign.types import Plan, Prompts, UserError
@@ -20,7 +20,7 @@ def given(size: int = 2) -> Prompts:
 
 
 def make(sigmas="linear", guidance=1.0, dtype=torch.float32, train=True, **kwargs):
-    pipe = diffusers.load("shapes-sd3", dtype)
+    pipe = loading.load("shapes-sd3", dtype)[0]
     parameters = adapters.attach(pipe, 4, 16, None, 0) if train else {}
     with torch.no_grad():
         for index, (name, p) in enumerate(parameters.items()):
@@ -144,7 +144,7 @@ def test_T40_reference_is_the_base_model_bit_for_bit_and_restores_everything(pol
 
 
 def test_a_fresh_adapter_is_the_base_model():
-    pipe = diffusers.load("shapes-sd3")
+    pipe = loading.load("shapes-sd3")[0]
     before = pipe(
         "a photo of a star", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt"
     )
@@ -184,7 +184,7 @@ def test_global_random_state_is_not_touched(policy, part):
 
 
 def test_a_scheduler_of_another_kind_is_refused():
-    pipe = diffusers.load("shapes-sd3")
+    pipe = loading.load("shapes-sd3")[0]
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(UserError, match="got one for flow-matching schedulers"):
         diffusers.DiffusersPolicy(pipe, PROCESSES["flow_sde"], steps=4)
@@ -192,6 +192,6 @@ def test_a_scheduler_of_another_kind_is_refused():
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(UserError, match="model: cannot load") as caught:
-        diffusers.load(str(tmp_path / "nothing"))
+        loading.load(str(tmp_path / "nothing"))
     assert len(caught.value.problems) == 1
     assert "\n" not in caught.value.problems[0]

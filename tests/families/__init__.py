@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffalign.backends import adapters, diffusers
+from diffalign.backends import adapters, loading
 from tests.families import images, videos
 
 
@@ -89,4 +89,4 @@ def folder(name: str) -> Path:
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A family's pipeline, loaded as a run loads it."""
-    return diffusers.load(str(folder(name)), dtype)
+    return loading.load(str(folder(name)), dtype)[0]

@@ -1,0 +1,100 @@
+"""From a model's name to a pipeline: embedded ones, folders, the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.backends import adapters
+from diffalign.types import UserError, one_line
+
+# What pipelines that start from a picture or a video are called.
+OTHER_TASKS = re.compile("ImageToVideo|Image2Video|VideoToVideo|Img2Img|Inpaint|Edit|Kontext|Control|Upscale|Pix2Pix")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A diffusers folder, and the commit of the hub's repository that it is, None for others."""
+
+    folder: str
+    commit: str | None = None
+
+
+def locate(model: str, revision: str | None = None) -> Place:
+    """The folder of an embedded pipeline, of the user's own, or of a hub id, which is fetched unless it is in the hub's cache.
+
+    Raises:
+        UserError: if there is nothing to load under that name, or the hub refuses it.
+    """
+    from diffusers import DiffusionPipeline
+
+    from diffalign.shapes import models
+
+    if own := models.path(model):
+        return Place(str(own))
+    if Path(model).exists() or model.count("/") != 1:
+        return Place(model)
+    try:
+        with adapters.quiet():
+            folder = DiffusionPipeline.download(model, revision=revision)
+    except Exception as error:  # a missing hub, a gated id, an unknown revision: each library has its own
+        raise UserError(f"model: {_refusal(model, revision, error)}") from error
+    return Place(str(folder), Path(folder).name)
+
+
+def _refusal(model: str, revision: str | None, error: Exception) -> str:
+    """What the user can do about a model that cannot be had."""
+    from huggingface_hub import errors
+
+    causes = [error, error.__cause__, error.__context__]
+    page = f"https://huggingface.co/{model}"
+
+    def is_a(*kinds: type) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if is_a(errors.GatedRepoError):
+        return f"{model!r} is gated: accept its terms at {page} and log in with `hf auth login`, or give a folder"
+    if is_a(errors.RevisionNotFoundError):
+        return f"{model!r} has no revision {revision!r}; its branches, tags and commits are at {page}"
+    if is_a(errors.RepositoryNotFoundError):
+        return f"{model!r} is not on the hub, or private: check {page}, log in with `hf auth login`, or give a folder"
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return (
+        f"cannot fetch {model!r} ({one_line(error)[:200]}); it is not in the hub's cache ({HF_HUB_CACHE}) either: "
+        "connect, or give the folder of a copy"
+    )
+
+
+def load(
+    model: str, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None
+) -> tuple[Any, Place]:
+    """A pipeline from a hub id, a local folder or the name of an embedded one, frozen and ready; and where it was.
+
+    Raises:
+        UserError: if there is nothing to load under that name, or it starts from a picture.
+    """
+    from diffusers import DiffusionPipeline
+
+    place = locate(model, revision)
+    try:
+        with adapters.quiet():
+            pipe = DiffusionPipeline.from_pretrained(place.folder, dtype=dtype)
+    except Exception as error:  # a damaged file, a class that diffusers does not have
+        raise UserError(f"model: cannot load {model!r}: {one_line(error)}") from error
+    if OTHER_TASKS.search(type(pipe).__name__):
+        raise UserError(
+            f"model: {model!r} is a {type(pipe).__name__}; image-to-image, editing and image-to-video are not there yet, "
+            "allowed are pipelines from text to images or video"
+        )
+    pipe.set_progress_bar_config(disable=True)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # it paints flagged pictures black, without gradient: no reward could see them
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    return pipe.to(device), place

@@ -1,0 +1,113 @@
+"""Where models come from: folders, and the hub's cache laid out as the hub does."""
+
+import shutil
+from types import SimpleNamespace
+
+import diffusers as d
+import pytest
+from huggingface_hub import constants, errors
+
+from diffalign import config, session
+from diffalign.backends import loading, lora_files
+from diffalign.sampling import resolve
+from diffalign.types import UserError
+from tests.families import folder
+from tests.helpers import SMALL, THREE_STEPS
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLDER = "89abcdef0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache with two commits of one repository, and no network."""
+    repository = tmp_path / "models--someone--tiny-sd"
+    for commit in (COMMIT, OLDER):
+        shutil.copytree(folder("SD 1.5"), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "refs" / "v1").write_text(OLDER)
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.setattr(constants, name, str(tmp_path), raising=False)
+    monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_a_hub_id_is_found_in_the_cache_with_its_commit(hub):
+    place = loading.locate("someone/tiny-sd")
+    assert place.commit == COMMIT
+    assert loading.locate("someone/tiny-sd", "v1").commit == OLDER
+    pipe, where = loading.load("someone/tiny-sd")
+    assert where == place
+    assert type(pipe) is d.StableDiffusionPipeline
+
+
+def test_a_run_records_the_commit_and_sampling_goes_back_to_it(hub, tmp_path):
+    settings = config.load(
+        "ddpo/sd15",
+        [
+            *SMALL,
+            *THREE_STEPS["ddpo"],
+            "model=someone/tiny-sd",
+            "revision=v1",
+            "sampler.pipeline_args={}",
+            "rewards={jpeg_compressibility: 1.0}",
+            "eval_rewards=[]",
+            "lora.rank=4",
+            "precision=float32",
+            "evaluation.enabled=false",
+            f"run_dir={tmp_path / 'run'}",
+        ],
+    )
+    session.train(settings, quiet=True)
+    assert lora_files.metadata(tmp_path / "run" / "adapter")["base_revision"] == OLDER
+    assert resolve(str(tmp_path / "run")).revision == OLDER
+
+
+def test_what_is_not_there_is_named_with_the_way_out(hub):
+    with pytest.raises(UserError) as caught:
+        loading.load("someone/else")
+    (line,) = caught.value.problems
+    assert line.startswith("model: cannot fetch 'someone/else'")
+    assert line.endswith(f"it is not in the hub's cache ({hub}) either: connect, or give the folder of a copy")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            errors.GatedRepoError,
+            "is gated: accept its terms at https://huggingface.co/a/b and log in with `hf auth login`",
+        ),
+        (errors.RepositoryNotFoundError, "is not on the hub, or private: check https://huggingface.co/a/b"),
+        (errors.RevisionNotFoundError, "has no revision 'v9'; its branches, tags and commits are at"),
+    ],
+)
+def test_the_hubs_refusals_say_what_to_do(error, expected, monkeypatch):
+    response = SimpleNamespace(headers={}, request=None, status_code=403)
+
+    def refuse(*args, **kwargs):
+        raise error("no", response=response)
+
+    monkeypatch.setattr(d.DiffusionPipeline, "download", refuse)
+    with pytest.raises(UserError, match="model: 'a/b'") as caught:
+        loading.load("a/b", revision="v9")
+    assert expected in caught.value.problems[0]
+
+
+def test_folders_have_no_revision():
+    with pytest.raises(
+        UserError, match="revision: got 'main', only models on the hub have one; shapes-sd3 is a folder"
+    ):
+        config.load("flow_grpo/shapes-sd3", ["revision=main"])
+
+
+def test_pipelines_that_start_from_a_picture_are_refused(tmp_path):
+    pipe = d.StableDiffusionPipeline.from_pretrained(folder("SD 1.5"))
+    other = d.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match="is a StableDiffusionImg2ImgPipeline; image-to-image, editing .* not there yet"
+    ):
+        loading.load(str(tmp_path))
