@@ -68,6 +68,8 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
 @click.option("--strength", type=Number(-100, 100), default=1.0, show_default=True, help="Of the adapter.")
 @click.option("--adapter", "more", multiple=True, metavar="FOLDER[:STRENGTH]", help="A further adapter; several times.")
 @click.option("--base", is_flag=True, help="Also draw without adapters, from the same seeds.")
+@click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="A further argument of the pipeline's call.")
+@click.option("--fps", type=click.IntRange(1, 240), default=16, show_default=True, help="Frames per second of videos.")
 @click.option(
     "--out", type=click.Path(file_okay=False), default="samples", show_default=True, help="Folder to write to."
 )
@@ -83,9 +85,11 @@ def sample(
     strength: float,
     more: tuple[str, ...],
     base: bool,
+    options: tuple[str, ...],
+    fps: int,
     out: str,
 ) -> None:
-    """Write pictures, a grid and an index page from a run, an adapter or a model."""
+    """Write pictures or videos, a grid and an index page from a run, an adapter or a model."""
     from diffalign import prompts as prompt_files
     from diffalign import sampling
 
@@ -95,7 +99,8 @@ def sample(
     if not texts:
         raise UserError("sample: no caption; give --prompt TEXT or --prompts FILE")
     source = sampling.resolve(target, strength, more)
-    for path in sampling.sample(source, texts, count, seed, out, steps, guidance, negative, base):
+    source = sampling.with_options(source, options)
+    for path in sampling.sample(source, texts, count, seed, out, steps, guidance, negative, base, fps):
         click.echo(str(path))
 
 

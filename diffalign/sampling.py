@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
 import math
 import shlex
@@ -9,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from diffalign.files import DDIM, LORA
 from diffalign.processes import linear_sigmas
@@ -52,6 +56,25 @@ def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Sou
         if base != source.model:
             raise UserError(f"--adapter: {adapter.folder} belongs to {base}, the pictures come from {source.model}")
     return replace(source, adapters=(*source.adapters, *adapters))
+
+
+def with_options(source: Source, options: Sequence[str]) -> Source:
+    """The source with further arguments of the pipeline's call, KEY=VALUE with YAML values.
+
+    Raises:
+        UserError: for anything else.
+    """
+    given: dict[str, Any] = {}
+    for option in options:
+        key, sign, text = option.partition("=")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set: got {option!r}, its value is not YAML ({one_line(error)})") from error
+        if not sign or not key.isidentifier():
+            raise UserError(f"--set: got {option!r}, allowed is KEY=VALUE, such as height=512")
+        given[key] = value
+    return replace(source, call={**source.call, **given})
 
 
 def _target(target: str, strength: float) -> Source:
@@ -124,12 +147,14 @@ def sample(
     guidance: float | None = None,
     negative: str | None = None,
     base: bool = False,
+    fps: int = 16,
 ) -> list[Path]:
-    """Write `n` pictures a prompt, a grid and an index page; picture k of a prompt uses `manual_seed(seed + k)`.
+    """Write `n` pictures or videos a prompt, a grid and an index page; picture k of a prompt uses `manual_seed(seed + k)`.
 
     Args:
         negative: what guidance leads away from.
         base: also draw with the adapters off, from the same seeds, and show both.
+        fps: frames per second of videos, which are mp4 files beside a picture of their middle frame.
 
     Returns:
         The pictures with adapters, then those without, `grid.png` and `index.html`.
@@ -146,11 +171,15 @@ def sample(
     except OSError as error:
         raise UserError(f"--out: got {str(out)!r}, cannot write there ({error.strerror})") from error
     pipe = _pipeline(source)
-    aligned = _draw(pipe, prompts, range(seed, seed + n), call, out, "")
+    if _films(pipe) and importlib.util.find_spec("imageio") is None:
+        raise UserError(
+            f"sample: {type(pipe).__name__} makes videos, which need imageio; pip install 'diffalign[video]'"
+        )
+    aligned = _draw(pipe, prompts, range(seed, seed + n), call, out, "", fps)
     plain: list[Path] = []
     if base:
         pipe.disable_lora()
-        plain = _draw(pipe, prompts, range(seed, seed + n), call, out, "_base")
+        plain = _draw(pipe, prompts, range(seed, seed + n), call, out, "_base", fps)
     _grid(aligned, plain, n, out / "grid.png")
     _page(source, prompts, aligned, plain, n, call, out / "index.html")
     return [*aligned, *plain, out / "grid.png", out / "index.html"]
@@ -193,25 +222,45 @@ def _pipeline(source: Source) -> Any:
     return pipe
 
 
-def _draw(pipe: Any, prompts: Sequence[str], seeds: range, call: dict[str, Any], out: Path, ending: str) -> list[Path]:
-    import numpy as np
+def _draw(
+    pipe: Any, prompts: Sequence[str], seeds: range, call: dict[str, Any], out: Path, ending: str, fps: int
+) -> list[Path]:
     import torch
-    from PIL import Image
 
     paths = []
+    batch = 1 if _films(pipe) else BATCH
     for number, prompt in enumerate(prompts):
-        for start in range(0, len(seeds), BATCH):
-            some = seeds[start : start + BATCH]
+        for start in range(0, len(seeds), batch):
+            some = seeds[start : start + batch]
             generators = [torch.Generator().manual_seed(s) for s in some]
             given = {key: [value] * len(some) if key == "negative_prompt" else value for key, value in call.items()}
             try:
-                images = pipe([prompt] * len(some), generator=generators, output_type="np", **given).images
+                drawn = pipe(prompt=[prompt] * len(some), generator=generators, output_type="np", **given)[0]
             except (TypeError, ValueError) as error:
                 raise UserError(f"sample: {type(pipe).__name__} does not accept this: {one_line(error)}") from error
-            for s, image in zip(some, np.round(images * 255).astype(np.uint8), strict=True):
-                paths.append(out / f"{number:03d}_seed{s}{ending}.png")
-                Image.fromarray(image).save(paths[-1])
+            for s, shot in zip(some, drawn, strict=True):
+                paths.append(_write(shot, out / f"{number:03d}_seed{s}{ending}.png", fps))
     return paths
+
+
+def _films(pipe: Any) -> bool:
+    """Whether a pipeline makes videos."""
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
+
+
+def _write(shot: Any, path: Path, fps: int) -> Path:
+    """A picture (H, W, 3), or a video (F, H, W, 3) as mp4 with its middle frame beside; values in [0, 1]."""
+    import numpy as np
+    from PIL import Image
+
+    shot = np.asarray(shot)
+    if shot.ndim == 4:
+        from diffusers.utils import export_to_video
+
+        export_to_video(list(shot), str(path.with_suffix(".mp4")), fps=fps)
+        shot = shot[len(shot) // 2]
+    Image.fromarray(np.round(shot * 255).astype(np.uint8)).save(path)
+    return path
 
 
 def _grid(aligned: list[Path], plain: list[Path], n: int, path: Path) -> None:
@@ -227,6 +276,12 @@ def _grid(aligned: list[Path], plain: list[Path], n: int, path: Path) -> None:
         for kind in (plain, aligned):
             rows += kind[start : start + columns]
     grid(np.stack([np.asarray(Image.open(p)) for p in rows]), columns).save(path)
+
+
+def _shown(picture: Path) -> str:
+    """What the page shows: the video a picture is of, where there is one."""
+    video = picture.with_suffix(".mp4")
+    return video.name if video.exists() else picture.name
 
 
 def _page(
@@ -245,7 +300,7 @@ def _page(
         {
             "prompt": prompt,
             "pairs": [
-                {"seed": p.stem.split("seed")[1], "aligned": p.name, "base": plain[k].name if plain else None}
+                {"seed": p.stem.split("seed")[1], "aligned": _shown(p), "base": _shown(plain[k]) if plain else None}
                 for k, p in list(enumerate(aligned))[start : start + n]
             ],
         }
