@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffalign.backends import adapters, diffusers, loading
+from diffalign.backends import adapters, diffusers, loading, lora_files
 from diffalign.config import Config
+from diffalign.files import LORA
 from diffalign.processes import PROCESSES
 from diffalign.rewards.base import Reward
 from diffalign.rewards.load import load as load_reward
@@ -49,6 +51,12 @@ def build(config: Config) -> Parts:
     pipe, place = loading.load(config.model, DTYPES[config.precision], device(config), config.revision)
     lora = config.lora
     parameters = adapters.attach(pipe, lora.rank, lora.alpha, lora.targets, config.seed)
+    if lora.start is not None:
+        folder = next(p for p in (Path(lora.start) / "adapter", Path(lora.start)) if (p / LORA).is_file())
+        try:
+            lora_files.go_on_from(pipe, folder)
+        except ValueError as error:
+            raise UserError(f"lora.start: {folder} does not fit: {error}") from error
     names = dict.fromkeys([*config.rewards, *config.eval_rewards])
     loaded = {name: load_reward(name) for name in names}
     return Parts(

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import diffalign
-from diffalign.backends import lora_files
+from diffalign.backends import adapters, lora_files
 from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.config import Config
 from diffalign.evaluate import judged
@@ -81,6 +81,7 @@ def write_adapter(
     notes = lora_files.notes(
         base_model=config.model,
         base_revision=commit or "",
+        denoisers=[type(module).__name__ for module in adapters.denoisers(policy.pipe).values()],
         rule=config.rule,
         rewards=config.rewards,
         seed=config.seed,

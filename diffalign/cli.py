@@ -105,6 +105,16 @@ def sample(
 
 
 @app.command()
+@click.argument("folder", metavar="RUN|ADAPTER", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A .safetensors file.")
+def export(folder: Path, out: Path) -> None:
+    """Write an adapter under the names ComfyUI reads."""
+    from diffalign.export import comfyui
+
+    click.echo(f"{out}: {comfyui(folder, out)} layers")
+
+
+@app.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(

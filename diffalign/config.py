@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffalign import prompts as prompt_files
-from diffalign.files import is_file
+from diffalign.files import LORA, is_file
 from diffalign.processes import PROCESSES
 from diffalign.rewards import catalog
 from diffalign.rules import RULES
@@ -72,6 +72,9 @@ class LoraSection(_Section):
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     targets: list[str] | None = Field(None, min_length=1, description="layer names; null: attention and feed-forward")
+    start: str | None = Field(
+        None, description="folder of a run or adapter to go on from; null: begin at the base model"
+    )
 
 
 class OptimizerConfig(_Section):
@@ -376,6 +379,12 @@ def _check_names(config: Config) -> list[str]:
             entries.append(read())
         except UserError as error:
             problems += [problem for problem in error.problems if problem not in problems]
+    if config.lora.start is not None and not any(
+        is_file(Path(config.lora.start) / place / LORA) for place in ("adapter", ".")
+    ):
+        problems.append(
+            f"lora.start: got {config.lora.start!r}, no {LORA} there; allowed is a run's or adapter's folder"
+        )
     problems += _check_rewards(config, entries)
     if not problems:
         problems += _check_stages(config)

@@ -253,13 +253,13 @@ def _write(shot: Any, path: Path, fps: int) -> Path:
     import numpy as np
     from PIL import Image
 
-    shot = np.asarray(shot)
+    shot = np.round(np.asarray(shot) * 255).astype(np.uint8)
     if shot.ndim == 4:
-        from diffusers.utils import export_to_video
+        from imageio.v2 import mimwrite
 
-        export_to_video(list(shot), str(path.with_suffix(".mp4")), fps=fps)
+        mimwrite(path.with_suffix(".mp4"), list(shot), fps=fps, macro_block_size=2)
         shot = shot[len(shot) // 2]
-    Image.fromarray(np.round(shot * 255).astype(np.uint8)).save(path)
+    Image.fromarray(shot).save(path)
     return path
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"shapes.pretrain", "prompts"},
     {"config", "evaluate", "figures", "trainer"},
     {"checkpoint", "runfolder", "trackers", "progress", "build", "measure"},
-    {"card", "cost", "doctor", "sampling", "stages", "gradients", "preview"},
+    {"card", "cost", "doctor", "sampling", "stages", "gradients", "preview", "export"},
     {"session"},
     {"cli"},
     {"__main__"},

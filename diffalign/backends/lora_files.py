@@ -141,6 +141,36 @@ def _read(pipe: Any, part: Part, folder: Path, name: str) -> None:
             raise ValueError(" ".join(str(error).split())[:300]) from error
 
 
+@torch.no_grad()
+def go_on_from(pipe: Any, folder: Path) -> None:
+    """Give the trained LoRA the effect of a saved one, exactly; its rank may be higher, its strength another.
+
+    Raises:
+        ValueError: if the saved one has a layer or rank that the trained one has not.
+    """
+    try:
+        load(pipe, folder, "start")
+        for part in parts(pipe):
+            own, given = (dict(layers(getattr(pipe, part.component), name)) for name in ("default", "start"))
+            if more := given.keys() - own.keys():
+                raise ValueError(f"it has layer {min(more)}, which is not among lora.targets")
+            for layer in given.values():
+                _take(layer)
+    finally:
+        with quiet():
+            pipe.delete_adapters("start")
+
+
+def _take(layer: Any) -> None:
+    a, b = (half["start"].weight for half in (layer.lora_A, layer.lora_B))
+    to_a, to_b = (half["default"].weight for half in (layer.lora_A, layer.lora_B))
+    if len(a) > len(to_a):
+        raise ValueError(f"its rank is {len(a)}, lora.rank is {len(to_a)}; allowed is {len(a)} or more")
+    # scale B A = (alpha / rank) B A: rows beyond the saved rank keep their start, where B is 0 and nothing happens
+    to_a[: len(a)] = a.to(to_a)
+    to_b[:, : len(a)] = b.to(to_b) * (layer.scaling["start"] / layer.scaling["default"])
+
+
 def metadata(folder: Path) -> dict[str, str]:
     """The notes stored in a LoRA file."""
     from safetensors import safe_open

@@ -20,4 +20,7 @@ def path(name: str) -> Path | None:
 
 def call(name: str) -> dict[str, Any]:
     """Arguments of a pipeline's call that an embedded one is meant to be used with; none for other names."""
-    return {"max_sequence_length": 1} if name == "shapes-sd3" else {}
+    return {
+        "shapes-sd3": {"max_sequence_length": 1},
+        "shapes-flux": {"max_sequence_length": 16, "height": 64, "width": 64},
+    }.get(name, {})

@@ -10,12 +10,13 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffalign.ops import geneval
 from diffalign.shapes import captions, models
 from diffalign.shapes.detector import detect
-from diffalign.shapes.pretrain import data, text, training, transformer, unet
+from diffalign.shapes.pretrain import data, flux, text, training, transformer, unet
 
-both = pytest.mark.parametrize("name", ["shapes-sd", "shapes-sd3"])
+NAMES = ["shapes-flux", "shapes-sd", "shapes-sd3"]
+every = pytest.mark.parametrize("name", NAMES)
 
 
-@both
+@every
 def test_plain_diffusers_draws_what_the_prompt_says(name):
     import numpy as np
 
@@ -25,8 +26,7 @@ def test_plain_diffusers_draws_what_the_prompt_says(name):
     generators = [torch.Generator().manual_seed(k) for k in range(len(wanted))]
     shots = pipe(
         [m["prompt"] for m in wanted],
-        num_inference_steps=10,
-        guidance_scale=3.0,
+        **({"num_inference_steps": 10, "guidance_scale": 3.0} | models.call(name)),
         generator=generators,
         output_type="np",
     )
@@ -35,13 +35,14 @@ def test_plain_diffusers_draws_what_the_prompt_says(name):
     assert passed >= len(wanted) // 2  # the recipe measured 0.9 on 96 images
 
 
-@both
+@every
 def test_every_task_keeps_headroom_and_the_files_are_small(name):
     scores = json.loads((models.path(name) / "scores.json").read_text())["scores"]
     for setting, rows in scores.items():
-        assert all(0.05 < rows[task]["official"] < 0.97 for task in captions.TASKS), setting
+        least = 0.02 if name == "shapes-flux" else 0.05  # it hardly knows "left of"
+        assert all(least < rows[task]["official"] < 0.97 for task in captions.TASKS), setting
     best = max(rows["mean"]["official"] for setting, rows in scores.items() if setting.startswith("test"))
-    assert best >= 0.45
+    assert best >= (0.4 if name == "shapes-flux" else 0.45)  # which has no guidance
     assert sum(path.stat().st_size for path in models.path(name).rglob("*") if path.is_file()) < 4.5e6
 
 
@@ -99,7 +100,7 @@ def test_many_equal_text_tokens_act_as_one_with_a_larger_logit():
     assert (few - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("architecture", [transformer, unet])
+@pytest.mark.parametrize("architecture", [flux, transformer, unet])
 def test_the_recipe_repeats_from_its_seed(architecture):
     runs = []
     for _ in range(2):
@@ -115,9 +116,14 @@ def test_training_scenes_use_training_captions_only():
     assert not held_out & set(data.build(300, seed=0).prompts)
 
 
+def test_no_file_says_where_it_was_made():
+    for path in models.FOLDER.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(), path
+
+
 def test_unknown_names_have_no_folder():
     assert models.path("shapes-sd9") is None
-    assert models.names() == ["shapes-sd", "shapes-sd3"]
+    assert models.names() == NAMES
 
 
 def test_muon_turns_a_kernel_as_it_turns_the_matrix_of_its_rows():
@@ -135,7 +141,7 @@ def test_muon_turns_a_kernel_as_it_turns_the_matrix_of_its_rows():
 
 
 @pytest.mark.slow
-@both
+@every
 def test_the_whole_recipe_runs(tmp_path, name):
     import subprocess
     import sys

@@ -61,11 +61,14 @@ def evaluate(
     return scores, pictures
 
 
-def compute_in_float32(folder: Path) -> None:
-    """Make transformers load the half-precision files as float32, as diffusers does: a plain load is then of one dtype."""
-    for path in folder.glob("text_encoder*/config.json"):
+def tidy(folder: Path) -> None:
+    """Make transformers load the half-precision files as float32, as diffusers does: a plain load is then of one dtype. And leave
+    out where parts came from."""
+    for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text())
-        path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+        config.pop("_name_or_path", None)
+        float32 = {"dtype": "float32"} if path.parent.name.startswith("text_encoder") else {}
+        path.write_text(json.dumps({**config, **float32}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -112,7 +115,7 @@ def main() -> None:
     rows = [np.concatenate(pictures[k * args.images : k * args.images + shown], 1) for k in range(len(captions.TASKS))]
     Image.fromarray(np.concatenate(rows)).save(args.out / "samples.png")
     pipe.to(torch.float16).save_pretrained(args.out)
-    compute_in_float32(args.out)
+    tidy(args.out)
     report["seconds"] = round(time.perf_counter() - started)
     (args.out / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.out / "pretrain.log").write_text("\n".join(lines) + "\n")
