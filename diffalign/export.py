@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from diffalign.files import LORA
+from diffalign.files import LORA, make_folder
 from diffalign.types import UserError, one_line
 
 # Denoisers whose layers ComfyUI finds under diffusers' own names.
@@ -49,7 +49,7 @@ def comfyui(folder: Path, out: Path) -> int:
         what = ", ".join(unread) if denoisers else "an adapter that does not say its denoiser"
         raise UserError(f"export: got {what}; ComfyUI reads the layers of {', '.join(READABLE)} under their names here")
     written = _named(tensors, json.loads(notes["lora_adapter_metadata"]))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent, "--out")
     save_file(written, out, metadata={k: v for k, v in notes.items() if k != "lora_adapter_metadata"})
     return sum(key.endswith(".alpha") for key in written)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from diffalign.types import UserError
+
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for an adapter's file
 DDIM = "DDIMScheduler"  # in an adapter's metadata: it was trained walking DDIM
 
@@ -34,3 +36,17 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(path: Path, option: str) -> None:
+    """Make the folder an option asks to write to.
+
+    Raises:
+        UserError: if that cannot be.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: got {str(path)!r}, cannot write there ({error.strerror})") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{option}: got {str(path)!r}, it may not be written to")

@@ -10,6 +10,7 @@ import torch
 from diffalign import build, figures, prompts
 from diffalign.config import Config
 from diffalign.evaluate import quiet_plan
+from diffalign.files import make_folder
 from diffalign.randomness import numpy_generator
 from diffalign.rewards.base import check_media, evaluate, to_uint8
 from diffalign.types import Plan, UserError
@@ -26,6 +27,7 @@ def write(config: Config, path: Path) -> list[str]:
     """
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--preview: got {str(path)!r}, allowed is a .png or .jpg file")
+    make_folder(path.parent, "--preview")
     parts = build.build(config)
     plan = config.make_rule().plan(parts.policy.schedule, 0, numpy_generator(config.seed, 15, 0))
     entries = config.training_prompts()
@@ -40,7 +42,6 @@ def write(config: Config, path: Path) -> list[str]:
         scores = evaluate(parts.rewards, config.rewards, media, drawn)
         means = ", ".join(f"{reward} {np.nanmean(values):.3f}" for reward, values in scores.by_name.items())
         lines.append(f"{name:14} {means}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figures.grid(np.concatenate(rows), columns=PICTURES).save(path)
     on = [k for k, noise in enumerate(noisy.noise) if noise and parts.policy.schedule.std[k] > 0]
     return [

@@ -76,7 +76,8 @@ def read_stages(source: str, entries: list[Entry], field: str = "prompts.stages"
         texts = entry.get("stages")
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
             raise UserError(f"{field}: {source}: {entry['prompt']!r} has stages {texts!r}, expected a list of texts")
-        found[entry["prompt"]] = tuple(texts)
+        if found.setdefault(entry["prompt"], tuple(texts)) != tuple(texts):
+            raise UserError(f"{field}: {source} has {entry['prompt']!r} twice, with different stages")
     if missing := [prompt for prompt in wanted if prompt not in found]:
         raise UserError(f"{field}: {source} lacks {len(missing)} of {len(wanted)} prompts, such as {missing[0]!r}")
     if len(counts := {len(found[prompt]) for prompt in wanted}) > 1:

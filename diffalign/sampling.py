@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from diffalign.files import DDIM, LORA
+from diffalign.files import DDIM, LORA, make_folder
 from diffalign.processes import linear_sigmas
 from diffalign.types import UserError, one_line
 
@@ -166,10 +166,7 @@ def sample(
     call = _call(source, steps, guidance, negative)
     if base and not source.adapters:
         raise UserError(f"--base: {source.model} is sampled without an adapter, there is nothing to compare")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: got {str(out)!r}, cannot write there ({error.strerror})") from error
+    make_folder(out, "--out")
     pipe = _pipeline(source)
     if _films(pipe) and importlib.util.find_spec("imageio") is None:
         raise UserError(

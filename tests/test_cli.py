@@ -345,3 +345,19 @@ def test_stage_prompts_are_asked_for_and_trained_with(tmp_path):
     assert "1/1 a photo of two stars -> one | two | three" in done.stdout
     done = run("plan", "flow_grpo/shapes-sd3", *few, f"prompts.stages={out}")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["sample", "shapes-sd3", "--prompt", "a", "--out"], "--out"),
+        (["plan", "flow_grpo/shapes-sd3", "--preview"], "--preview"),
+        (["gradients", "rlr/shapes-sd3", "--batches", "4", "--out"], "--out"),
+    ],
+)
+def test_where_nothing_can_be_written_is_named_with_its_option(command, option, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = run(*command, str(tmp_path / "file" / "inside" / "out.png"))
+    assert done.returncode == 2, done.stderr
+    assert f"diffalign: {option}: got" in done.stderr
+    assert "cannot write there" in done.stderr

@@ -195,3 +195,10 @@ def test_a_dead_endpoint_is_a_fault(tmp_path, monkeypatch):
 
 def test_the_config_command_shows_the_keys():
     assert any("stages: null" in line for line in config.explained(config.load("rlr/shapes-sd3")))
+
+
+def test_a_prompt_has_one_set_of_stages(tmp_path):
+    path = tmp_path / "stages.jsonl"
+    path.write_text('{"prompt": "a", "stages": ["b", "c"]}\n{"prompt": "a", "stages": ["b", "d"]}\n')
+    with pytest.raises(UserError, match="has 'a' twice, with different stages"):
+        prompts.read_stages(str(path), [{"prompt": "a"}])

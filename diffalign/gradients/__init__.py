@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign import config as configs
 from diffalign.config import Config
+from diffalign.files import make_folder
 from diffalign.types import UserError
 
 if TYPE_CHECKING:
@@ -39,9 +40,13 @@ def specifications(names: tuple[str, ...], overrides: tuple[str, ...]) -> dict[s
             problems.append(
                 f"{name}: rewards: full backpropagation needs differentiable ones, got {', '.join(base.rewards)}"
             )
+    if not problems:
+        labels = _labels(list(found.values()))
+        problems = [f"{label}: given twice" for label in dict.fromkeys(labels) if labels.count(label) > 1]
+        problems += [f"{name}: given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    return dict(zip(_labels(list(found.values())), found.values(), strict=True))
+    return dict(zip(labels, found.values(), strict=True))
 
 
 def _differentiable(reward: str) -> bool:
@@ -79,8 +84,8 @@ def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Cal
     from diffalign.gradients.measurement import Laboratory
 
     base = next(iter(specs.values()))
+    make_folder(out, "--out")
     laboratory = Laboratory(base, batches, chain)
-    out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     facts = {
         "model": "Gaussian chain" if chain else base.model,

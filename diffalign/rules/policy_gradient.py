@@ -84,6 +84,11 @@ class SurrogateSettings(PolicyGradientSettings):
         "prediction", description="prediction: mean (v - v_reference)^2; mean: that of the steps' Gaussians, per dim"
     )
 
+    def problems(self, steps: int) -> list[str]:
+        """What is wrong with these settings for a sampler of `steps` steps."""
+        found = super().problems(steps)
+        return found if self.kl > 0 else [*found, *self.idle(("kl_space",), "rule.kl")]
+
 
 class Risk(Settings):
     """Keys of `risk:`."""

@@ -177,3 +177,12 @@ def test_full_backpropagation_is_the_exact_gradient():
     given = toy_prompts(2, 8)
     one = gradient(FullBackpropagation((True, True, True, False)), ToyPolicy(), given)
     np.testing.assert_array_equal(one, gradient(FullTruncatedBP(4), ToyPolicy(), given))
+
+
+def test_the_same_gradient_is_not_measured_twice():
+    from diffalign.gradients import specifications
+
+    with pytest.raises(UserError, match="rlr/shapes-sd3: given twice"):
+        specifications(("rlr/shapes-sd3", "rlr/shapes-sd3"), ())
+    with pytest.raises(UserError, match="given twice"):
+        specifications(("rlr/shapes-sd3@depth=2", "rlr/shapes-sd3"), ())

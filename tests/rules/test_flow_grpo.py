@@ -358,3 +358,9 @@ def test_risk_and_flash_settings_are_checked_with_everything_else():
     assert any(
         "prompts.groups: got 4, allowed are multiples of rule.risk.bundle (3)" in line for line in caught.value.problems
     )
+
+
+def test_a_divergence_of_means_needs_a_divergence():
+    with pytest.raises(UserError, match=r"rule.kl_space: got mean, has no effect without rule.kl"):
+        config.load("flow_grpo/shapes-sd3", ["rule.kl_space=mean"])
+    assert config.load("flow_grpo/shapes-sd3", ["rule.kl_space=mean", "rule.kl=0.1"]).rule["kl"] == 0.1
