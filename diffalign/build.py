@@ -48,7 +48,8 @@ def device(config: Config) -> str:
 
 def build(config: Config) -> Parts:
     """Load the pipeline, attach the LoRA, load the rewards."""
-    pipe, place = loading.load(config.model, DTYPES[config.precision], device(config), config.revision)
+    dtype = DTYPES[config.precision]
+    pipe, place = loading.load(config.model, dtype, device(config), config.revision, config.weights)
     lora = config.lora
     parameters = adapters.attach(pipe, lora.rank, lora.alpha, lora.targets, config.seed)
     if lora.start is not None:

@@ -81,6 +81,7 @@ def write_adapter(
     notes = lora_files.notes(
         base_model=config.model,
         base_revision=commit or "",
+        base_weights=config.weights or "",
         denoisers=[type(module).__name__ for module in adapters.denoisers(policy.pipe).values()],
         rule=config.rule,
         rewards=config.rewards,

@@ -122,6 +122,9 @@ class Config(_Section):
 
     model: str = Field(description="hub id, local folder, or an embedded pipeline")
     revision: str | None = Field(None, min_length=1, description="of a hub id: commit, tag or branch; null: the newest")
+    weights: str | None = Field(
+        None, description="a single file whose denoiser takes the place of the model's; its other parts are not read"
+    )
     rule: dict[str, Any] = Field(description="name and the rule's settings")
     rewards: dict[str, float] = Field(min_length=1, description="name: weight")
     eval_rewards: list[str] = []
@@ -379,6 +382,8 @@ def _check_names(config: Config) -> list[str]:
             entries.append(read())
         except UserError as error:
             problems += [problem for problem in error.problems if problem not in problems]
+    if config.weights is not None and not is_file(Path(config.weights)):
+        problems.append(f"weights: got {config.weights!r}, no file there; allowed is a .safetensors or .ckpt file")
     if config.lora.start is not None and not any(
         is_file(Path(config.lora.start) / place / LORA) for place in ("adapter", ".")
     ):

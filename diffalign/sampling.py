@@ -33,14 +33,15 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Source:
-    """What to sample from: a model, adapters on it, the call's arguments, whether they were trained walking DDIM, and the model's
-    commit on the hub, None for the newest."""
+    """What to sample from: a model, adapters on it, the call's arguments, whether they were trained walking DDIM, the model's
+    commit on the hub, None for the newest, and the single file of its denoiser, None for its own."""
 
     model: str
     adapters: tuple[Adapter, ...]
     call: dict[str, Any]
     ddim: bool = False
     revision: str | None = None
+    weights: str | None = None
 
 
 def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Source:
@@ -89,8 +90,14 @@ def _target(target: str, strength: float) -> Source:
                     f"sample: {folder} does not say its base model; give the model, and this folder with --adapter"
                 )
             adapter = Adapter(folder, strength)
-            ddim, commit = notes.get("scheduler") == DDIM, notes.get("base_revision") or None
-            return Source(notes["base_model"], (adapter,), json.loads(notes["call"]), ddim, commit)
+            return Source(
+                notes["base_model"],
+                (adapter,),
+                json.loads(notes["call"]),
+                notes.get("scheduler") == DDIM,
+                notes.get("base_revision") or None,
+                notes.get("base_weights") or None,
+            )
     if (path / "config.yaml").is_file():
         raise UserError(f"sample: the run {target} has no adapter yet; train it to its end first")
     if strength != 1:
@@ -205,7 +212,7 @@ def _pipeline(source: Source) -> Any:
     from diffalign.backends import loading, lora_files, recorder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe, _ = loading.load(source.model, device=device, revision=source.revision)
+    pipe, _ = loading.load(source.model, device=device, revision=source.revision, weights=source.weights)
     if source.ddim:
         pipe.scheduler = recorder.as_ddim(pipe.scheduler)
     for number, adapter in enumerate(source.adapters):

@@ -71,9 +71,15 @@ def _refusal(model: str, revision: str | None, error: Exception) -> str:
 
 
 def load(
-    model: str, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    revision: str | None = None,
+    weights: str | None = None,
 ) -> tuple[Any, Place]:
     """A pipeline from a hub id, a local folder or the name of an embedded one, frozen and ready; and where it was.
+
+    weights: a single file, as other tools save models, whose denoiser takes the place of the model's.
 
     Raises:
         UserError: if there is nothing to load under that name, or it starts from a picture.
@@ -81,9 +87,10 @@ def load(
     from diffusers import DiffusionPipeline
 
     place = locate(model, revision)
+    other = {} if weights is None else _denoiser(weights, place.folder, dtype)
     try:
         with adapters.quiet():
-            pipe = DiffusionPipeline.from_pretrained(place.folder, dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(place.folder, dtype=dtype, **other)
     except Exception as error:  # a damaged file, a class that diffusers does not have
         raise UserError(f"model: cannot load {model!r}: {one_line(error)}") from error
     if OTHER_TASKS.search(type(pipe).__name__):
@@ -98,3 +105,20 @@ def load(
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     return pipe.to(device), place
+
+
+def _denoiser(weights: str, folder: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The denoiser of a single file, by the name it has in a folder's pipeline."""
+    import diffusers
+
+    index = diffusers.DiffusionPipeline.load_config(folder)
+    names = [name for name in adapters.DENOISERS if isinstance(index.get(name), (list, tuple)) and index[name][0]]
+    if len(names) != 1:
+        raise UserError(f"weights: {folder} has {len(names)} denoisers ({', '.join(names)}), a single file fills one")
+    kind = getattr(diffusers, index[names[0]][1])
+    try:
+        with adapters.quiet():
+            module = kind.from_single_file(weights, config=folder, subfolder=names[0], torch_dtype=dtype)
+    except Exception as error:  # not a checkpoint, one of another model, a class without single files
+        raise UserError(f"weights: cannot read {weights!r} as a {kind.__name__}: {one_line(error)}") from error
+    return {names[0]: module}

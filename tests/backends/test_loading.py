@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import diffusers as d
 import pytest
+import torch
 from huggingface_hub import constants, errors
+from safetensors.torch import save_file
 
 from diffalign import config, session
 from diffalign.backends import loading, lora_files
 from diffalign.sampling import resolve
 from diffalign.types import UserError
+from tests.backends.test_hub_configs import tiny
 from tests.families import folder
 from tests.helpers import SMALL, THREE_STEPS
 
@@ -111,3 +114,53 @@ def test_pipelines_that_start_from_a_picture_are_refused(tmp_path):
         UserError, match="is a StableDiffusionImg2ImgPipeline; image-to-image, editing .* not there yet"
     ):
         loading.load(str(tmp_path))
+
+
+def original(place) -> dict[str, torch.Tensor]:
+    """LTX's denoiser with other weights in a single file, under the names its authors use; returns the weights."""
+    pipe = d.LTXPipeline.from_pretrained(folder("LTX-Video"))
+    generator = torch.Generator().manual_seed(5)
+    weights = {
+        key: torch.randn(value.shape, generator=generator) for key, value in pipe.transformer.state_dict().items()
+    }
+    names = {"proj_in.": "patchify_proj.", "time_embed.": "adaln_single.", "norm_q": "q_norm", "norm_k": "k_norm"}
+    written = {}
+    for key, value in weights.items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        written["model.diffusion_model." + key] = value
+    save_file(written, place)
+    return weights
+
+
+def test_a_single_files_denoiser_takes_the_place_of_the_models(tmp_path):
+    weights = original(tmp_path / "tuned.safetensors")
+    pipe, _ = loading.load(str(folder("LTX-Video")), weights=str(tmp_path / "tuned.safetensors"))
+    assert all(torch.equal(value, weights[key]) for key, value in pipe.transformer.state_dict().items())
+    plain, _ = loading.load(str(folder("LTX-Video")))
+    assert not torch.equal(plain.transformer.proj_in.weight, pipe.transformer.proj_in.weight)
+    assert torch.equal(plain.vae.decoder.conv_in.conv.weight, pipe.vae.decoder.conv_in.conv.weight)
+
+
+def test_a_run_on_a_single_file_is_sampled_with_it(tmp_path):
+    original(tmp_path / "tuned.safetensors")
+    settings = tiny("flow_grpo/ltx-video", tmp_path / "run").model_copy(
+        update={"weights": str(tmp_path / "tuned.safetensors")}
+    )
+    session.train(settings, quiet=True)
+    source = resolve(str(tmp_path / "run"))
+    assert source.weights == str(tmp_path / "tuned.safetensors")
+
+
+def test_a_file_that_is_no_checkpoint_of_this_model_is_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"a.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match=r"weights: cannot read '.*other.safetensors' as a UNet2DConditionModel"):
+        loading.load(str(folder("SD 1.5")), weights=str(path))
+    path.write_text("no tensors")
+    with pytest.raises(UserError, match=r"weights: cannot read '.*other.safetensors' as a LTXVideoTransformer3DModel"):
+        loading.load(str(folder("LTX-Video")), weights=str(path))
+    with pytest.raises(UserError, match=r"has 2 denoisers \(transformer, transformer_2\), a single file fills one"):
+        loading.load(str(folder("Wan 2.2")), weights=str(path))
+    with pytest.raises(UserError, match=r"weights: got 'nowhere', no file there"):
+        config.load("flow_grpo/shapes-sd3", ["weights=nowhere"])
