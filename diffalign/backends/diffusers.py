@@ -19,7 +19,7 @@ from diffalign.backends.chain import ChainPolicy, OnStep
 from diffalign.processes import Process
 from diffalign.types import Media, Prompts, Rollout
 
-EMBEDDINGS_KEPT = 64  # encoded batches kept in memory
+EMBEDDING_BYTES = 2**30  # of encoded batches kept in memory: one prompt of a large T5 takes 4 MB
 
 
 class DiffusersPolicy(ChainPolicy):
@@ -141,7 +141,7 @@ class DiffusersPolicy(ChainPolicy):
             assert self._encode is not None
             with torch.no_grad():
                 self._embeddings[name] = recorder.detached(self._encode(*args, **kwargs))
-            if len(self._embeddings) > EMBEDDINGS_KEPT:
+            while len(self._embeddings) > 1 and recorder.stored(list(self._embeddings.values())) > EMBEDDING_BYTES:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(name)
         return self._embeddings[name]

@@ -168,6 +168,20 @@ def test_prompts_are_encoded_once_per_batch(policy, part, monkeypatch):
     assert not calls
 
 
+def test_encoded_prompts_are_kept_up_to_a_budget(monkeypatch):
+    policy = make(train=False)
+    batch = given()
+    one = [batch.select([k]) for k in range(len(batch))]
+    for prompts in one:
+        policy.rollout(prompts, NOISY)
+    assert len(policy._embeddings) == 1 + len({prompts.text[0] for prompts in one})  # and that of the first empty run
+    monkeypatch.setattr(diffusers, "EMBEDDING_BYTES", 1)
+    last = policy.rollout(one[0], NOISY).x[-1]
+    policy.rollout(batch, NOISY)
+    assert len(policy._embeddings) == 1
+    assert torch.equal(policy.rollout(one[0], NOISY).x[-1], last)
+
+
 def test_rows_are_counted_where_the_network_runs():
     policy = make(guidance=3.0)
     part = policy.rollout(given(), NOISY)
