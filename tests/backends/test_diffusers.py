@@ -172,9 +172,9 @@ def test_encoded_prompts_are_kept_up_to_a_budget(monkeypatch):
     policy = make(train=False)
     batch = given()
     one = [batch.select([k]) for k in range(len(batch))]
-    for prompts in one:
-        policy.rollout(prompts, NOISY)
-    assert len(policy._embeddings) == 1 + len({prompts.text[0] for prompts in one})  # and that of the first empty run
+    for each in one:
+        policy.rollout(each, NOISY)
+    assert len(policy._embeddings) == 1 + len({each.text[0] for each in one})  # and that of the first empty run
     monkeypatch.setattr(diffusers, "EMBEDDING_BYTES", 1)
     last = policy.rollout(one[0], NOISY).x[-1]
     policy.rollout(batch, NOISY)
