@@ -231,15 +231,15 @@ class Session:
         self.done = index + 1
         if row.get("reward/valid", 1.0) < 1:
             missing = round((1 - row["reward/valid"]) * self.config.samples_per_update)
-            self.reporter.say(f"update {index}: {missing} samples have no score and carry no weight")
+            self.reporter.say(f"update {self.done}: {missing} samples have no score and carry no weight")
         if row.get("skipped_flat"):
-            self.reporter.say(f"update {index}: every group has equal rewards, nothing to learn; skipped")
+            self.reporter.say(f"update {self.done}: every group has equal rewards, nothing to learn; skipped")
         if row.get("skipped_nonfinite"):
             self.skipped += 1
-            self.reporter.say(f"update {index}: the gradient is not finite; skipped ({self.skipped} so far)")
+            self.reporter.say(f"update {self.done}: the gradient is not finite; skipped ({self.skipped} so far)")
             if self.trainer.nonfinite_in_a_row >= NONFINITE_LIMIT:
                 raise Fault(
-                    f"update {index}: {NONFINITE_LIMIT} gradients in a row were not finite; look at the reward, or lower optimizer.lr"
+                    f"update {self.done}: {NONFINITE_LIMIT} gradients in a row were not finite; look at the reward, or lower optimizer.lr"
                 )
         if torch.cuda.is_available():
             row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

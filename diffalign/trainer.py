@@ -131,7 +131,7 @@ class Trainer:
         else:
             with clock("train"):
                 metrics |= self._train(sampled, credit, index)
-        self.world.check_equal(self.policy.parameters, f"update {index}")
+        self.world.check_equal(self.policy.parameters, f"update {index + 1}")
         self.policy.follow(self.rule.needs.shadows)
         if hasattr(self.rule, "after_update"):
             self.rule.after_update(metrics)
@@ -144,7 +144,7 @@ class Trainer:
     def gradient(self, index: int) -> Metrics:
         """The gradient of update `index`'s first optimiser step, left in the parameters' `grad`; nothing else moves."""
         sampled, credit, metrics = self._sample(index, Clock(next(iter(self.policy.parameters.values())).device))
-        where = f"update {index}"
+        where = f"update {index + 1}"
         return metrics | self._gradient(sampled.plan.updates[0], sampled, credit, first=True, where=where)
 
     def _sample(self, index: int, clock: Clock) -> tuple[Sampled, Credit | None, Metrics]:
@@ -168,7 +168,7 @@ class Trainer:
         scores = joined_scores(self.world.gather((rows, part)), tree)
         if not scores.valid.any():
             dead = [name for name, values in scores.by_name.items() if not np.isfinite(values).all()]
-            raise Fault(f"update {index}: no sample got a score; not finite: {', '.join(dead)}")
+            raise Fault(f"update {index + 1}: no sample got a score; not finite: {', '.join(dead)}")
         credit = self.rule.credit(tree, scores, prompts)
         # Terms that go through the reward learn without credit.
         if credit is not None and not plan.pathwise and not plan.perturbed:
@@ -220,7 +220,7 @@ class Trainer:
         """The optimiser steps of one update; metrics are averaged over them."""
         sums: dict[str, list[float]] = defaultdict(list)
         for number, terms in enumerate(sampled.plan.updates):
-            first, where = number == 0, f"update {index}"
+            first, where = number == 0, f"update {index + 1}"
             work = functools.partial(self._gradient, terms, sampled, credit, first=first, where=where)
             values = self.world.together(functools.partial(self.fitting, work))
             values = self.world.average(values, len(sampled.rollout.prompts) / sampled.total)

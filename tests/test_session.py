@@ -236,7 +236,7 @@ def test_a_planted_change_of_one_stored_latent_stops_the_run_and_says_so(tmp_pat
         return found
 
     monkeypatch.setattr(made.policy, "rollout", planted)
-    with pytest.raises(Fault, match="update 0, step 0: the replay differs from the rollout"):
+    with pytest.raises(Fault, match="update 1, step 0: the replay differs from the rollout"):
         made.run()
 
 
@@ -257,11 +257,11 @@ def test_samples_without_a_score_are_counted_and_none_at_all_is_a_fault(tmp_path
     monkeypatch.setattr(made.reporter, "say", said.append)
     made.trainer.rewards = {"shapes_geneval_partial": lambda media, prompts: [float("nan"), 0.0, 1.0, 0.5]}
     made.run()
-    assert "update 0: 1 samples have no score and carry no weight" in said
+    assert "update 1: 1 samples have no score and carry no weight" in said
     made.folder.close()
     made = start(tmp_path / "other", "evaluation.enabled=false")
     made.trainer.rewards = {"shapes_geneval_partial": lambda media, prompts: [float("nan")] * 4}
-    with pytest.raises(Fault, match="update 0: no sample got a score; not finite: shapes_geneval_partial"):
+    with pytest.raises(Fault, match="update 1: no sample got a score; not finite: shapes_geneval_partial"):
         made.run()
 
 
@@ -336,7 +336,7 @@ def test_out_of_memory_halves_the_micro_batch_says_so_and_a_resumed_run_remember
     finish(made)
     assert [line for line in said if "micro" in line] == [
         "out of memory (OutOfMemoryError: CUDA out of memory.): going on with optimizer.micro_batch 2",
-        "update 0: old log-probabilities are computed again, for the smaller micro-batch",
+        "update 1: old log-probabilities are computed again, for the smaller micro-batch",
     ]
     resumed = start(tmp_path / "run", *overrides)
     resumed.resume()
