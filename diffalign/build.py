@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffalign.backends import adapters, diffusers, loading, lora_files
 from diffalign.config import Config
-from diffalign.files import LORA
+from diffalign.files import lora_folder
 from diffalign.processes import PROCESSES
 from diffalign.rewards.base import Reward
 from diffalign.rewards.load import load as load_reward
@@ -53,7 +52,8 @@ def build(config: Config) -> Parts:
     lora = config.lora
     parameters = adapters.attach(pipe, lora.rank, lora.alpha, lora.targets, config.seed)
     if lora.start is not None:
-        folder = next(p for p in (Path(lora.start) / "adapter", Path(lora.start)) if (p / LORA).is_file())
+        folder = lora_folder(lora.start)
+        assert folder is not None, "the config was checked"
         try:
             lora_files.go_on_from(pipe, folder)
         except ValueError as error:

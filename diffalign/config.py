@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffalign import prompts as prompt_files
-from diffalign.files import LORA, is_file
+from diffalign.files import LORA, is_file, lora_folder, lora_notes
 from diffalign.processes import PROCESSES
 from diffalign.rewards import catalog
 from diffalign.rules import RULES
@@ -28,6 +28,7 @@ Split = Literal["train", "validation", "test"]
 assert (Task.__args__, Split.__args__) == (TASKS, SPLITS)  # type: ignore[attr-defined]
 
 
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 LARGEST = 100_000  # samples per update
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -363,7 +364,7 @@ def _explain(item: Any, model: Any, prefix: str = "") -> str:
 
 def _check_model(name: str) -> list[str]:
     """An embedded name, a folder that diffusers wrote, or something that can be a hub id."""
-    if models.path(name) or is_file(Path(name) / "model_index.json") or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if models.path(name) or is_file(Path(name) / "model_index.json") or HUB_ID.fullmatch(name):
         return []
     known = ", ".join(models.names())
     allowed = f"allowed are embedded pipelines ({known}), folders with a model_index.json, hub ids (owner/name)"
@@ -384,12 +385,7 @@ def _check_names(config: Config) -> list[str]:
             problems += [problem for problem in error.problems if problem not in problems]
     if config.weights is not None and not is_file(Path(config.weights)):
         problems.append(f"weights: got {config.weights!r}, no file there; allowed is a .safetensors or .ckpt file")
-    if config.lora.start is not None and not any(
-        is_file(Path(config.lora.start) / place / LORA) for place in ("adapter", ".")
-    ):
-        problems.append(
-            f"lora.start: got {config.lora.start!r}, no {LORA} there; allowed is a run's or adapter's folder"
-        )
+    problems += _check_start(config)
     problems += _check_rewards(config, entries)
     if not problems:
         problems += _check_stages(config)
@@ -399,6 +395,22 @@ def _check_names(config: Config) -> list[str]:
     if config.rewards and not any(config.rewards.values()):
         problems.append(f"rewards: got only zero weights {config.rewards}, allowed is at least one other")
     return problems
+
+
+def _check_start(config: Config) -> list[str]:
+    """An adapter to go on from that is there, whole, and of the same model."""
+    if config.lora.start is None:
+        return []
+    folder = lora_folder(config.lora.start)
+    if folder is None:
+        return [f"lora.start: got {config.lora.start!r}, no {LORA} there; allowed is a run's or adapter's folder"]
+    try:
+        base = lora_notes(folder).get("base_model", config.model)
+    except ValueError as error:
+        return [f"lora.start: {error}"]
+    return (
+        [] if base == config.model else [f"lora.start: {folder} belongs to {base}, the run's model is {config.model}"]
+    )
 
 
 def _check_rewards(config: Config, entries: list[list[prompt_files.Entry]]) -> list[str]:
@@ -411,6 +423,10 @@ def _check_rewards(config: Config, entries: list[list[prompt_files.Entry]]) -> l
             except LookupError as error:
                 problems.append(f"{section}: {name}: {error}")
                 continue
+            if entry.place is not None and not (Path(entry.place).exists() or HUB_ID.fullmatch(entry.place)):
+                problems.append(
+                    f"{section}: {name}: {entry.place} is not there; allowed is a file, a folder or a hub id"
+                )
             if not entry.installed:
                 problems.append(f"{section}: {name} needs {entry.extra}; pip install 'diffalign[rewards]'")
             for key in entry.needs:

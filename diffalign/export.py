@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from diffalign.files import LORA, make_folder
+from diffalign.files import LORA, lora_folder, make_folder
 from diffalign.types import UserError, one_line
 
 # Denoisers whose layers ComfyUI finds under diffusers' own names.
@@ -35,9 +35,12 @@ def comfyui(folder: Path, out: Path) -> int:
     """
     if out.suffix != ".safetensors":
         raise UserError(f"--out: got {str(out)!r}, allowed is a .safetensors file")
-    path = next((place / LORA for place in (folder / "adapter", folder) if (place / LORA).is_file()), None)
-    if path is None:
+    place = lora_folder(folder)
+    if place is None:
         raise UserError(f"export: got {str(folder)!r}, no {LORA} there; allowed is a run or an adapter folder")
+    path = place / LORA
+    if out.exists() and out.samefile(path):
+        raise UserError(f"--out: got {str(out)!r}, which is the adapter itself; name another file")
     try:
         with safe_open(path, framework="np") as file:
             notes = dict(file.metadata() or {})
@@ -48,9 +51,14 @@ def comfyui(folder: Path, out: Path) -> int:
     if not denoisers or (unread := [name for name in denoisers if name not in READABLE]):
         what = ", ".join(unread) if denoisers else "an adapter that does not say its denoiser"
         raise UserError(f"export: got {what}; ComfyUI reads the layers of {', '.join(READABLE)} under their names here")
+    if "lora_adapter_metadata" not in notes:
+        raise UserError(f"export: {path} does not say its alpha")
     written = _named(tensors, json.loads(notes["lora_adapter_metadata"]))
     make_folder(out.parent, "--out")
-    save_file(written, out, metadata={k: v for k, v in notes.items() if k != "lora_adapter_metadata"})
+    try:
+        save_file(written, out, metadata={k: v for k, v in notes.items() if k != "lora_adapter_metadata"})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out: got {str(out)!r}, cannot write there ({one_line(error)})") from error
     return sum(key.endswith(".alpha") for key in written)
 
 

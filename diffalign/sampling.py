@@ -14,13 +14,23 @@ from typing import Any
 
 import yaml
 
-from diffalign.files import DDIM, LORA, make_folder
+from diffalign.files import DDIM, LORA, lora_folder, lora_notes, make_folder
+from diffalign.memory import out_of_memory
 from diffalign.processes import linear_sigmas
-from diffalign.types import UserError, one_line
+from diffalign.types import Fault, UserError, one_line
 
 PAGE = Path(__file__).parent / "sample_page.html"
 BATCH = 8  # pictures a call
 STRONGEST = 100
+# Arguments of a pipeline's call that have their own option, or that decide what comes back.
+RESERVED = {
+    "prompt": "given with --prompt",
+    "negative_prompt": "given with --negative",
+    "num_inference_steps": "given with --steps",
+    "guidance_scale": "given with --guidance",
+    "generator": "made from --seed",
+    **dict.fromkeys(("output_type", "return_dict", "latents", "num_images_per_prompt"), "not free here"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,8 @@ def with_options(source: Source, options: Sequence[str]) -> Source:
             raise UserError(f"--set: got {option!r}, its value is not YAML ({one_line(error)})") from error
         if not sign or not key.isidentifier():
             raise UserError(f"--set: got {option!r}, allowed is KEY=VALUE, such as height=512")
+        if key in RESERVED:
+            raise UserError(f"--set: got {option!r}, {key} is {RESERVED[key]}")
         given[key] = value
     return replace(source, call={**source.call, **given})
 
@@ -82,22 +94,21 @@ def _target(target: str, strength: float) -> Source:
     from diffalign.shapes import models
 
     path = Path(target)
-    for folder in (path / "adapter", path):
-        if (folder / LORA).is_file():
-            notes = _notes(folder)
-            if "base_model" not in notes:
-                raise UserError(
-                    f"sample: {folder} does not say its base model; give the model, and this folder with --adapter"
-                )
-            adapter = Adapter(folder, strength)
-            return Source(
-                notes["base_model"],
-                (adapter,),
-                json.loads(notes["call"]),
-                notes.get("scheduler") == DDIM,
-                notes.get("base_revision") or None,
-                notes.get("base_weights") or None,
+    if folder := lora_folder(path):
+        notes = _notes(folder)
+        if "base_model" not in notes:
+            raise UserError(
+                f"sample: {folder} does not say its base model; give the model, and this folder with --adapter"
             )
+        adapter = Adapter(folder, strength)
+        return Source(
+            notes["base_model"],
+            (adapter,),
+            json.loads(notes["call"]),
+            notes.get("scheduler") == DDIM,
+            notes.get("base_revision") or None,
+            notes.get("base_weights") or None,
+        )
     if (path / "config.yaml").is_file():
         raise UserError(f"sample: the run {target} has no adapter yet; train it to its end first")
     if strength != 1:
@@ -128,20 +139,16 @@ def _adapter(text: str) -> Adapter:
             raise UserError(
                 f"--adapter: got {text!r}, allowed are FOLDER and FOLDER:STRENGTH, a number to +-{STRONGEST}"
             )
-    for place in (folder / "adapter", folder):
-        if (place / LORA).is_file():
-            return Adapter(place, strength)
+    if place := lora_folder(folder):
+        return Adapter(place, strength)
     raise UserError(f"--adapter: got {text!r}, no {LORA} there; allowed is FOLDER or FOLDER:STRENGTH")
 
 
 def _notes(folder: Path) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(folder / LORA, framework="np") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"sample: {folder} holds a damaged adapter: {one_line(error)}") from error
+        return lora_notes(folder)
+    except ValueError as error:
+        raise UserError(f"sample: {error}") from error
 
 
 def sample(
@@ -240,11 +247,18 @@ def _draw(
             given = {key: [value] * len(some) if key == "negative_prompt" else value for key, value in call.items()}
             try:
                 drawn = pipe(prompt=[prompt] * len(some), generator=generators, output_type="np", **given)[0]
-            except (TypeError, ValueError) as error:
-                raise UserError(f"sample: {type(pipe).__name__} does not accept this: {one_line(error)}") from error
+            except Exception as error:  # whatever a pipeline does with arguments that are not for it
+                if out_of_memory(error):
+                    raise Fault(f"sample: out of memory with {len(some)} at a time: {one_line(error)}") from error
+                raise UserError(f"sample: {type(pipe).__name__} does not accept this: {_told(error)}") from error
             for s, shot in zip(some, drawn, strict=True):
                 paths.append(_write(shot, out / f"{number:03d}_seed{s}{ending}.png", fps))
     return paths
+
+
+def _told(error: Exception) -> str:
+    """An error in one line, however many it takes to say something."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
 
 
 def _films(pipe: Any) -> bool:
@@ -257,6 +271,10 @@ def _write(shot: Any, path: Path, fps: int) -> Path:
     import numpy as np
     from PIL import Image
 
+    if not np.isfinite(np.asarray(shot)).all():
+        raise UserError(
+            f"sample: {path.stem} has numbers that are not finite; the call's arguments or an adapter are at fault"
+        )
     shot = np.round(np.asarray(shot) * 255).astype(np.uint8)
     if shot.ndim == 4:
         from imageio.v2 import mimwrite

@@ -5,6 +5,7 @@ A tensor path all the way: bicubic with antialiasing is what PIL does to within 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,11 @@ def fetched(name: str, place: str | None, repo: str, file: str | None = None) ->
     """
     what = "a folder as the hub lays it out" if file is None else f"the file {file}"
     if place is not None:
-        if not (Path(place).is_dir() if file is None else Path(place).is_file()):
-            raise FileNotFoundError(f"{place} is not there; allowed is {what}")
+        path = Path(place)
+        if file is None and not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", place):
+            return place  # another repository of the hub
+        if not (path.is_dir() if file is None else path.is_file()):
+            raise FileNotFoundError(f"{place} is no {'folder' if file is None else 'file'}; allowed is {what}")
         return place
     if file is None:
         return repo
@@ -102,6 +106,8 @@ class Scorer:
         try:
             self.net = CLIPModel.from_pretrained(source).requires_grad_(False).eval()
         except OSError as error:
+            if Path(source).is_dir():
+                raise FileNotFoundError(f"{source} holds no CLIP model as the hub lays it out") from error
             raise FileNotFoundError(missing(name, source)) from error
         self.size: int = self.net.config.vision_config.image_size
         self.length: int = self.net.config.text_config.max_position_embeddings

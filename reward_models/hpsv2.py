@@ -52,9 +52,15 @@ class HPSv2:
         except ImportError as error:
             raise ImportError("needs open_clip_torch: pip install 'diffalign[rewards]'") from error
         path = _clip.fetched(self.name, place, REPO, self.file)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        except Exception as error:  # torch's own message advises to run whatever the file holds
+            raise ValueError(f"{path} is not {self.file}: no tensors under state_dict") from error
         self.net = open_clip.create_model(self.architecture, pretrained=None).requires_grad_(False).eval()
-        self.net.load_state_dict(weights["state_dict"])
+        try:
+            self.net.load_state_dict(weights)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} does not hold the weights of a {self.architecture}") from error
 
     def __call__(self, media: Media, prompts: Prompts) -> Tensor:
         return _clip.per_frame(media, self.score, prompts.text)

@@ -10,8 +10,10 @@ from PIL import Image
 
 from diffalign import session
 from diffalign.cli import app
+from diffalign.types import UserError
 from tests.backends.test_hub_configs import tiny
 from tests.families import FAMILIES, folder
+from tests.helpers import tiny_config
 
 
 def run(*args: str):
@@ -55,7 +57,7 @@ def test_a_run_of_any_family_can_be_sampled(name, tmp_path):
     assert "height=" in (tmp_path / "out" / "index.html").read_text()
 
 
-@pytest.mark.parametrize("option", ["height", "=3", "he ight=3", "height=[1"])
+@pytest.mark.parametrize("option", ["height", "=3", "he ight=3", "height=[1", "prompt=a", "output_type=pil"])
 def test_an_option_that_is_none_is_refused(option):
     done = run("sample", "shapes-sd3", "--prompt", "a", "--set", option)
     assert done.exit_code == 2 or "--set: got" in str(done.exception)
@@ -65,3 +67,31 @@ def test_an_argument_the_pipeline_does_not_have_is_named(tmp_path):
     done = run("sample", "shapes-sd3", "--prompt", "a", "--steps", "2", "--set", "frames=3", "--out", str(tmp_path))
     assert "does not accept this" in f"{done.output}{done.exception}"
     assert "frames" in f"{done.output}{done.exception}"
+
+
+@pytest.mark.parametrize("option", ["height=-64", "clip_skip=99"])
+def test_whatever_a_pipeline_makes_of_bad_arguments_is_one_line(option, tmp_path):
+    done = run(
+        "sample",
+        "shapes-sd",
+        "--prompt",
+        "a",
+        "--steps",
+        "2",
+        "--set",
+        "width=-64",
+        "--set",
+        option,
+        "--out",
+        str(tmp_path),
+    )
+    assert isinstance(done.exception, UserError)
+    (line,) = done.exception.problems
+    assert line.startswith("sample: StableDiffusionPipeline does not accept this: ")
+    assert "\n" not in line
+
+
+def test_arguments_that_only_long_prompts_break_are_named_in_training(tmp_path):
+    settings = tiny_config(tmp_path / "run", "model=shapes-flux", "evaluation.enabled=false")
+    with pytest.raises(UserError, match="sampler.pipeline_args: FluxPipeline does not accept these prompts with"):
+        session.train(settings, quiet=True)

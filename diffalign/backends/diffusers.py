@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from diffalign.backends import adapters, recorder
 from diffalign.backends.chain import ChainPolicy, OnStep
 from diffalign.processes import Process
-from diffalign.types import Media, Prompts, Rollout
+from diffalign.types import Media, Prompts, Rollout, UserError
 
 EMBEDDING_BYTES = 2**30  # of encoded batches kept in memory: one prompt of a large T5 takes 4 MB
 
@@ -152,7 +152,13 @@ class DiffusersPolicy(ChainPolicy):
         """The pipeline's own initial latents: image k is what `generator=torch.Generator().manual_seed(seeds[k])` gives."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         # Not what the call returns: some pipelines unpack their latents before they hand them out.
-        self._run(prompts.text, None, (), None, generators, "latent")
+        try:
+            self._run(prompts.text, None, (), None, generators, "latent")
+        except (TypeError, ValueError) as error:  # arguments that fit the first, short text and not these
+            name, said = type(self.pipe).__name__, " ".join(str(error).split())[:200]
+            raise UserError(
+                f"sampler.pipeline_args: {name} does not accept these prompts with {self.arguments}: {said}"
+            ) from error
         assert self._prepared is not None
         return self._prepared
 

@@ -65,8 +65,8 @@ def _refusal(model: str, revision: str | None, error: Exception) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return (
-        f"cannot fetch {model!r} ({one_line(error)[:200]}); it is not in the hub's cache ({HF_HUB_CACHE}) either: "
-        "connect, or give the folder of a copy"
+        f"cannot fetch {model!r} from the hub ({type(error).__name__}); there is no folder of that name, and it is not in the hub's "
+        f"cache ({HF_HUB_CACHE}) either: connect, or give the folder of a copy"
     )
 
 

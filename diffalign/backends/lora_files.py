@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffalign.backends.adapters import denoisers, quiet
 from diffalign.files import LORA
-from diffalign.types import Fault
+from diffalign.types import Fault, one_line
 
 
 @dataclass(frozen=True)
@@ -119,26 +119,35 @@ def load(pipe: Any, folder: Path, name: str) -> None:
     """Load a LoRA under a name.
 
     Raises:
-        ValueError: if a file is missing, or nothing of it fits the pipeline; diffusers itself loads nothing, silently.
+        ValueError: if a file is missing or damaged, or a layer of it is none of the pipeline's: diffusers leaves it out, silently.
     """
     for part in parts(pipe):
-        _read(pipe, part, folder, name)
-        if name not in pipe.get_list_adapters().get(part.component, []):
+        keys = _read(pipe, part, folder, name)
+        found = len(list(layers(getattr(pipe, part.component), name)))
+        if not found:
             raise ValueError(f"{part.file} names no layer of this model's {part.component}")
+        if (named := sum("lora_A" in key for key in keys)) > found:
+            raise ValueError(f"{part.file} has {named} layers, this model's {part.component} has {found} of them")
 
 
-def _read(pipe: Any, part: Part, folder: Path, name: str) -> None:
+def _read(pipe: Any, part: Part, folder: Path, name: str) -> list[str]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not (folder / part.file).is_file():
         raise ValueError(f"there is no {part.file} in it, for the model's {part.component}")
-    if broken := [key for key, tensor in load_file(folder / part.file).items() if not tensor.isfinite().all()]:
+    try:
+        tensors = load_file(folder / part.file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{part.file} is damaged: {one_line(error)}") from error
+    if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} holds numbers that are not finite")
     with quiet():
         try:
             pipe.load_lora_weights(folder, weight_name=part.file, adapter_name=name, **part.options)
         except (RuntimeError, KeyError) as error:
             raise ValueError(" ".join(str(error).split())[:300]) from error
+    return list(tensors)
 
 
 @torch.no_grad()

@@ -72,8 +72,8 @@ def test_what_is_not_there_is_named_with_the_way_out(hub):
     with pytest.raises(UserError) as caught:
         loading.load("someone/else")
     (line,) = caught.value.problems
-    assert line.startswith("model: cannot fetch 'someone/else'")
-    assert line.endswith(f"it is not in the hub's cache ({hub}) either: connect, or give the folder of a copy")
+    assert line.startswith("model: cannot fetch 'someone/else' from the hub")
+    assert line.endswith(f"and it is not in the hub's cache ({hub}) either: connect, or give the folder of a copy")
 
 
 @pytest.mark.parametrize(

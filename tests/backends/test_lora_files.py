@@ -135,3 +135,33 @@ def test_a_run_says_its_denoisers(tmp_path):
     assert json.loads(notes["denoisers"]) == ["SD3Transformer2DModel"]
     assert export.comfyui(tmp_path / "run", tmp_path / "x.safetensors") > 10
     assert config.load("flow_grpo/shapes-sd3").lora.start is None
+
+
+def test_an_adapter_of_another_model_is_not_gone_on_from(tmp_path):
+    """FLUX's double blocks have the names of Stable Diffusion 3's: part of it would load, silently."""
+    saved("FLUX.1-dev", tmp_path / "flux")
+    pipe = build("SD 3.5 Medium")
+    adapters.attach(pipe, 4, 8.0, None, 0)
+    with pytest.raises(
+        ValueError, match=r"pytorch_lora_weights.safetensors has \d+ layers, this model's transformer has \d+"
+    ):
+        lora_files.go_on_from(pipe, tmp_path / "flux")
+    made = policy("FLUX.1-dev")
+    lora_files.save(made.pipe, tmp_path / "named", lora_files.notes(base_model="shapes-flux"))
+    with pytest.raises(UserError, match=r"lora.start: .*named belongs to shapes-flux, the run's model is shapes-sd3"):
+        tiny_config(tmp_path / "run", f"lora.start={tmp_path / 'named'}")
+    (tmp_path / "named" / "pytorch_lora_weights.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"lora.start: .*named holds a damaged adapter"):
+        tiny_config(tmp_path / "run", f"lora.start={tmp_path / 'named'}")
+
+
+def test_an_export_never_replaces_what_it_is_made_from(tmp_path):
+    saved("SD 1.5", tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="which is the adapter itself; name another file"):
+        export.comfyui(tmp_path, file)
+    assert file.read_bytes() == before
+    (tmp_path / "way").write_text("")
+    with pytest.raises(UserError, match="--out: got .*cannot write there"):
+        export.comfyui(tmp_path, tmp_path / "way" / "x.safetensors")

@@ -187,18 +187,37 @@ def test_the_rule_for_real_models_takes_them_by_the_place_of_their_weights(folde
 
 def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    other = tmp_path / "other.pt"
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, other)
     for name, expected in (
         ("pickscore", "yuvalkirstain/PickScore_v1 is not in the hub's cache and cannot be fetched; give a folder"),
         (
             "hpsv2",
             "xswu/HPSv2 is not in the hub's cache and cannot be fetched; give the file HPS_v2_compressed.pt as hpsv2@PLACE",
         ),
-        (f"pickscore@{tmp_path / 'nowhere'}", "is not there; allowed is a folder"),
-        (f"clipscore@{tmp_path}", "cannot be fetched; give a folder as the hub lays it out as clipscore@PLACE"),
+        ("clipscore@some/clip", "some/clip is not in the hub's cache and cannot be fetched; give a folder"),
+        (f"pickscore@{tmp_path / 'nowhere'}", "nowhere is no folder; allowed is a folder as the hub lays it out"),
+        (f"clipscore@{tmp_path}", f"{tmp_path} holds no CLIP model as the hub lays it out"),
+        (f"hpsv2@{tmp_path}", f"{tmp_path} is no file; allowed is the file HPS_v2_compressed.pt"),
+        (f"hpsv2@{other}", f"{other} does not hold the weights of a"),
     ):
+        if str(other) in name:
+            place = other.parent / "tiny-hps.json"
+            place.write_text(json.dumps(TINY))
+            open_clip.add_model_config(place)
+            monkeypatch.setattr(hpsv2.HPSv2, "architecture", "tiny-hps")
         with pytest.raises(UserError) as caught:
             load(name)
         assert expected in str(caught.value), name
+
+
+def test_places_that_are_not_there_are_named_all_at_once():
+    with pytest.raises(UserError) as caught:
+        load_config("truncated_bp/shapes-sd3", ["rewards={pickscore@/nope: 1.0}", "eval_rewards=[hpsv2@/none]"])
+    assert caught.value.problems == (
+        "rewards: pickscore@/nope: /nope is not there; allowed is a file, a folder or a hub id",
+        "eval_rewards: hpsv2@/none: /none is not there; allowed is a file, a folder or a hub id",
+    )
 
 
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
@@ -210,7 +229,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
 
     path = tmp_path / "HPS_v2_compressed.pt"
     path.write_bytes(pickle.dumps({"state_dict": Evil()}))
-    with pytest.raises(UserError, match="hpsv2"):
+    with pytest.raises(UserError, match="is not HPS_v2_compressed.pt: no tensors under state_dict"):
         load(f"hpsv2@{path}")
 
 
