@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -339,9 +339,12 @@ def _fields(model: Any, location: tuple[Any, ...]) -> list[str]:
     """Field names of the section an error points into."""
     for part in location:
         annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        if annotation is None or not hasattr(annotation, "model_fields"):
+        sections = [
+            kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")
+        ]  # or X | None
+        if not sections:
             break
-        model = annotation
+        model = sections[0]
     return list(model.model_fields)
 
 

@@ -360,6 +360,11 @@ def test_risk_and_flash_settings_are_checked_with_everything_else():
     )
 
 
+def test_an_unknown_key_of_risk_is_told_those_of_risk():
+    with pytest.raises(UserError, match=r"rule.risk.alpha: unknown key; known are low, high, weight, bundle"):
+        config.load("flow_grpo/shapes-sd3", ["rule.risk={bundle: 2, alpha: 2}"])
+
+
 def test_a_divergence_of_means_needs_a_divergence():
     with pytest.raises(UserError, match=r"rule.kl_space: got mean, has no effect without rule.kl"):
         config.load("flow_grpo/shapes-sd3", ["rule.kl_space=mean"])
