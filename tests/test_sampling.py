@@ -49,11 +49,22 @@ def test_a_video_pipeline_writes_videos_with_a_picture_each(tmp_path):
 def test_a_run_of_any_family_can_be_sampled(name, tmp_path):
     session.train(tiny(name, tmp_path / "run"), quiet=True)
     done = run(
-        "sample", str(tmp_path / "run"), "--prompt", "two stars", "-n", "1", "--base", "--out", str(tmp_path / "out")
+        "sample",
+        str(tmp_path / "run"),
+        "--prompt",
+        "two stars",
+        "-n",
+        "1",
+        "--base",
+        "--strength",
+        "100",
+        "--out",
+        str(tmp_path / "out"),
     )
     assert done.exit_code == 0, done.output
     aligned, base = (np.asarray(Image.open(tmp_path / "out" / f"000_seed0{end}.png")) for end in ("", "_base"))
     assert aligned.shape == base.shape
+    assert not np.array_equal(aligned, base)  # a hundred times two small steps
     assert "height=" in (tmp_path / "out" / "index.html").read_text()
 
 

@@ -84,7 +84,7 @@ def leave_one_out(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bo
 def bundled(
     reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bool_], size: int
 ) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
-    """Rewards of bundles (RiskPO, arXiv 2510.00911, sec. 3.3): sample j of `size` groups in a row, added up.
+    """Rewards of bundles (RiskPO, arXiv 2510.00911): sample j of `size` groups in a row, added up.
 
     Returns for every sample its bundle's sum, the id of its `size` groups, and whether the whole bundle is valid; all (N,).
 
@@ -104,7 +104,7 @@ def bundled(
 
 
 def at_risk(reward: Floats, valid: NDArray[np.bool_], low: float, high: float, weight: float) -> Floats:
-    """u(r), the reward whose policy gradient is that of the mixed value-at-risk (RiskPO, arXiv 2510.00911, eq. 7 to 9); (N,).
+    """u(r), the reward whose policy gradient is that of the mixed value-at-risk (RiskPO, arXiv 2510.00911); (N,).
 
     J = (weight / low int_0^low F^-1 + 1 / (high - low) int_low^high F^-1) / (weight + 1) with the quantile function F^-1 of the
     valid rewards: what lies above the upper quantile does not count, what lies below the lower one counts most. 0 where invalid.
