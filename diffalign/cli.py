@@ -111,7 +111,8 @@ def export(folder: Path, out: Path) -> None:
     """Write an adapter under the names ComfyUI reads."""
     from diffalign.export import comfyui
 
-    click.echo(f"{out}: {comfyui(folder, out)} layers")
+    for path, count in comfyui(folder, out).items():
+        click.echo(f"{path}: {count} layers")
 
 
 @app.command()

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.families import FAMILIES
-from tests.families.__main__ import README, committed, markdown
+from tests.families.__main__ import PAGE, README, bases, committed, markdown
 from tests.families.probe import probe
 
 NEEDED = (
@@ -24,6 +24,11 @@ def test_a_family_does_what_the_table_says(name):
     found = probe(name)
     assert found == committed()[name]
     assert [key for key in NEEDED if found[key] != "yes"] == []
+
+
+def test_the_page_of_bases_says_what_the_configs_say():
+    assert bases() == PAGE.read_text(encoding="utf-8")
+    assert bases().count("\n| ") == len(FAMILIES) + 1
 
 
 def test_the_readme_shows_the_table():

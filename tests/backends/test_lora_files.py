@@ -120,8 +120,10 @@ def test_comfyui_adds_what_diffusers_adds(name, tmp_path):
 
 
 def test_what_comfyui_cannot_read_is_refused(tmp_path):
-    saved("Wan 2.1", tmp_path)
-    with pytest.raises(UserError, match="export: got WanTransformer3DModel; ComfyUI reads the layers of UNet2D"):
+    saved("HunyuanVideo", tmp_path)
+    with pytest.raises(
+        UserError, match="export: got HunyuanVideoTransformer3DModel; ComfyUI's names are known here for"
+    ):
         export.comfyui(tmp_path, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="--out: got .*allowed is a .safetensors file"):
         export.comfyui(tmp_path, tmp_path / "x.pt")
@@ -133,7 +135,7 @@ def test_a_run_says_its_denoisers(tmp_path):
     session.train(tiny_config(tmp_path / "run", "evaluation.enabled=false", "updates=1"), quiet=True)
     notes = lora_files.metadata(tmp_path / "run" / "adapter")
     assert json.loads(notes["denoisers"]) == ["SD3Transformer2DModel"]
-    assert export.comfyui(tmp_path / "run", tmp_path / "x.safetensors") > 10
+    assert export.comfyui(tmp_path / "run", tmp_path / "x.safetensors")[tmp_path / "x.safetensors"] > 10
     assert config.load("flow_grpo/shapes-sd3").lora.start is None
 
 
@@ -165,3 +167,33 @@ def test_an_export_never_replaces_what_it_is_made_from(tmp_path):
     (tmp_path / "way").write_text("")
     with pytest.raises(UserError, match="--out: got .*cannot write there"):
         export.comfyui(tmp_path, tmp_path / "way" / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["Wan 2.1", "Wan 2.2", "LTX-Video"])
+def test_layers_of_video_models_have_their_authors_names(name, tmp_path):
+    """diffusers' own reader of the authors' files turns them back."""
+    from diffusers.loaders import single_file_utils as own
+
+    saved(name, tmp_path)
+    found = export.comfyui(tmp_path, tmp_path / "comfy.safetensors")
+    endings = ["", ".transformer_2"] if name == "Wan 2.2" else [""]
+    assert [path.name for path in found] == [f"comfy{ending}.safetensors" for ending in endings]
+    turn = (
+        own.convert_ltx_transformer_checkpoint_to_diffusers
+        if "LTX" in name
+        else own.convert_wan_transformer_to_diffusers
+    )
+    for path, ending in zip(found, endings, strict=True):
+        ours = load_file(tmp_path / f"pytorch_lora_weights{ending}.safetensors")
+        theirs = load_file(path)
+        written = {key: value for key, value in theirs.items() if key.endswith(".lora_A.weight")}
+        named = {"model." + key.replace(".lora_A.weight", ".weight"): value for key, value in written.items()}
+        assert len(named) == found[path] > 5
+        back = turn(dict(named))
+        expected = {
+            key.removeprefix("transformer.").replace(".lora_A.weight", ".weight"): value
+            for key, value in ours.items()
+            if "lora_A" in key
+        }
+        assert back.keys() == expected.keys()
+        assert all(torch.equal(back[key], expected[key]) for key in back)

@@ -10,11 +10,21 @@ from pathlib import Path
 
 import torch
 
+from diffalign import config
 from tests.families import FAMILIES
 from tests.families.probe import probe
 
 TABLE = Path(__file__).parent.parent.parent / "docs" / "capabilities.json"
 README = TABLE.parent.parent / "README.md"
+PAGE = TABLE.parent / "bases.md"
+BASES = """# Models on the hub that configs name
+
+Licences and gating are from memory, of November 2026, and were not looked up: a model's card decides. Published settings are from where they say. None of
+these configs has been run with the model's weights; `python -m tests.families --write` makes this page from their headers.
+
+| model | licence | published settings | configs |
+|---|---|---|---|
+"""
 START, END = "<!-- capabilities -->\n", "<!-- end of capabilities -->"
 
 
@@ -30,6 +40,23 @@ def markdown(rows: dict[str, dict[str, str]]) -> str:
     return "\n".join([*lines, *(f"| {name} | " + " | ".join(row.values()) + " |" for name, row in rows.items())]) + "\n"
 
 
+def bases() -> str:
+    """A page of the models that configs name: what their headers say."""
+    found: dict[str, tuple[str, str, list[str]]] = {}
+    for path in sorted(config.folders()[0].rglob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if not lines[2].startswith("# Not run: it needs a GPU and the weights of "):
+            continue
+        licence, published = lines[3].removeprefix("# (").removesuffix(".").split("; its card decides). Published: ")
+        rule = f"{path.parent.name}/{path.stem}"
+        found.setdefault(lines[2].rsplit(" ", 1)[1], (licence, published, []))[2].append(rule)
+    rows = [
+        f"| {name} | {licence} | {published} | {', '.join(rules)} |"
+        for name, (licence, published, rules) in found.items()
+    ]
+    return BASES + "\n".join(rows) + "\n"
+
+
 def main() -> None:
     """Try every family, print, and write if asked to."""
     warnings.simplefilter("ignore")
@@ -38,6 +65,7 @@ def main() -> None:
     rows = {name: probe(name) for name in FAMILIES}
     print(markdown(rows), f"{time.perf_counter() - started:.0f} s", sep="\n")
     if "--write" in sys.argv:
+        PAGE.write_text(bases(), encoding="utf-8")
         TABLE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         text = README.read_text(encoding="utf-8")
         before, rest = text.split(START)
