@@ -19,8 +19,9 @@ README = TABLE.parent.parent / "README.md"
 PAGE = TABLE.parent / "bases.md"
 BASES = """# Models on the hub that configs name
 
-Licences and gating are from memory, of November 2026, and were not looked up: a model's card decides. Published settings are from where they say. None of
-these configs has been run with the model's weights; `python -m tests.families --write` makes this page from their headers.
+Licences and gating are of November 2026 and mostly from memory: a model's card decides. Published settings are from where they
+say. None of these configs has been run with the model's weights. `python -m tests.families --write` makes this page from their
+headers.
 
 | model | licence | published settings | configs |
 |---|---|---|---|
