@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffalign import build, measure, prompts
+from diffalign import architectures, build, measure, prompts
 from diffalign.backends import adapters
 from diffalign.backends.diffusers import DiffusersPolicy
-from diffalign.backends.toy import ToyPolicy
+from diffalign.backends.toy import ToyPolicy, grid
 from diffalign.config import Config
 from diffalign.evaluate import quiet_plan
-from diffalign.processes import Levels
+from diffalign.processes import PROCESSES, Levels
 from diffalign.randomness import numpy_generator
 from diffalign.shapes import models
 from diffalign.trainer import Trainer
@@ -47,8 +47,8 @@ class Cost:
     decode_flops: float
     notes: tuple[str, ...]
 
-    def lines(self, rate: float) -> list[str]:
-        """A report; `rate` is this machine's matrix rate in FLOP/s."""
+    def lines(self, rate: float, source: str) -> list[str]:
+        """A report; `rate` in FLOP/s, and where it is from."""
         noisy = [k for k, on in enumerate(self.plan.noise) if on and self.schedule.std[k] > 0]
         total = self.flops + self.decode_flops
         lines = [f"note        {note}" for note in self.notes]
@@ -64,9 +64,24 @@ class Cost:
             f"rows        {self.rows_forward} forward, of them {self.rows_backward} with backward",
             f"stored      {self.stored_bytes / 2**20:.1f} MiB of trajectories",
             f"parameters  {self.parameters / 1e6:.2f} M in the denoiser, {self.trained / 1e6:.3f} M trained",
-            f"flops       {self.flops / 1e9:.1f} G network, {self.decode_flops / 1e9:.1f} G decoding, per update",
-            f"bound here  {total / rate:.2f} s an update at {rate / 1e9:.0f} GFLOP/s (a 1024 x 1024 product, measured now)",
+            f"flops       {_big(self.flops)} network, {_big(self.decode_flops)} decoding, per update",
+            f"bound       {total / rate:.2f} s an update at {_big(rate)}FLOP/s ({source})",
         ]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a pipeline's network costs: rows a sample and step takes (2 with guidance by two predictions); FLOPs of a row's forward,
+    and of one with all that its gradient takes; of decoding a sample, without and with gradient; numbers in a latent; parameters."""
+
+    calls: int
+    row: float
+    trained_row: float
+    decode: float
+    trained_decode: float
+    latent: int
+    parameters: int
+    trained: int
 
 
 def random_pipeline(folder: Path) -> Any:
@@ -122,13 +137,14 @@ def count(config: Config) -> Cost:
     """Count one update of a config.
 
     Raises:
-        UserError: if the model is neither embedded nor a local folder.
+        UserError: if the model is neither embedded, nor a local folder, nor known by its architecture.
     """
     folder = models.path(config.model) or Path(config.model)
+    if not folder.exists() and config.model in architectures.known():
+        return _outline(config)
     if not (folder / "model_index.json").is_file():
-        raise UserError(
-            f"model: got {config.model!r}; plan reads embedded pipelines ({', '.join(models.names())}) and local folders"
-        )
+        known = ", ".join([*models.names(), *architectures.known()])
+        raise UserError(f"model: got {config.model!r}; plan reads local folders, and knows {known}")
     try:
         with adapters.quiet():
             pipe = random_pipeline(folder)
@@ -140,34 +156,67 @@ def count(config: Config) -> Cost:
     trained = adapters.attach(pipe, lora.rank, lora.alpha, lora.targets, config.seed)
     policy = build.policy(config, pipe, trained)
     rule = config.make_rule()
+    batch = prompts.fixed([{"prompt": "a"}], config.optimizer.micro_batch, 0)
     notes = []
-    if measure.fit(
-        rule, policy, {"toy": _toy_reward}, prompts.fixed([{"prompt": "a"}], config.optimizer.micro_batch, 0)
-    ):
+    if measure.fit(rule, policy, {"toy": _toy_reward}, batch):
         notes.append("what is auto was fitted without the reward's own graph, which a run counts")
-    plans = [rule.plan(policy.schedule, k, numpy_generator(config.seed, 15, k)) for k in range(20)]
+    network = _network(policy, sized(adapters.denoisers(pipe), trained), sized({}, trained))
+    return _cost(config, rule, policy.levels, policy.schedule, network, notes)
+
+
+def sized(modules: dict[str, Any], trained: dict[str, torch.Tensor]) -> int:
+    """Parameters of modules without the LoRA in them; without modules, of the LoRA."""
+    own = sum(p.numel() for p in trained.values())
+    return sum(p.numel() for m in modules.values() for p in m.parameters()) - own if modules else own
+
+
+def _outline(config: Config) -> Cost:
+    """The same for a model on the hub, from its architecture alone."""
+    modules, trained = architectures.denoisers(config)
+    forward, both = architectures.flops(config, next(iter(modules.values())))
+    sampler, given = config.sampler, architectures.sizes(config)
+    kind = PROCESSES[sampler.process].kind
+    toy = ToyPolicy(process=sampler.process, noise_level=sampler.noise_level, levels=grid(kind, sampler.steps))
+    weights = sized(modules, trained) * (4 if config.precision == "float32" else 2) / 2**30
+    latent = int(np.prod(architectures.dimension(architectures.known()[config.model]["latent"], given)))
+    network = Network(
+        architectures.predictions(config), forward, both, 0.0, 0.0, latent, sized(modules, trained), sized({}, trained)
+    )
+    notes = [
+        "the model is known by its architecture alone: noise levels are even ones, decoder and text encoders are not counted",
+        f"the denoiser's weights take {weights:.1f} GiB in {config.precision}",
+    ]
+    rule = config.make_rule()
+    if rule.needs.graph_bytes:
+        raise UserError("rule.memory_gib: plan cannot fit depth and span into memory without the model's folder")
+    return _cost(config, rule, toy.levels, toy.schedule, network, notes)
+
+
+def _cost(
+    config: Config, rule: UpdateRule, levels: Levels, schedule: Schedule, network: Network, notes: list[str]
+) -> Cost:
+    """An update of a rule from what one row of its network costs."""
+    plans = [rule.plan(schedule, k, numpy_generator(config.seed, 15, k)) for k in range(20)]
     if any(other != plans[0] for other in plans):
-        notes.append("the plan is drawn anew for every update; this is the first one's")
+        notes = [*notes, "the plan is drawn anew for every update; this is the first one's"]
     plan = plans[0]
-    calls, one, trained_one, decode, decode_trained, latent = _flops(policy)
-    forward, backward = (calls * rows for rows in _rows(config, rule, policy.levels))
+    forward, backward = (network.calls * rows for rows in _rows(config, rule, levels))
     again = backward if config.optimizer.gradient_checkpointing else 0  # rows that run again for the gradient
-    levels = sum(int(np.prod(plan.branch[:t])) for t in range(plan.stop + 1))
+    nodes = sum(int(np.prod(plan.branch[:t])) for t in range(plan.stop + 1))
     noisy = sum(int(np.prod(plan.branch[: t + 1])) for t in range(plan.stop) if plan.noise[t])
     leaves = config.samples_per_update * int(np.prod(plan.branch[: plan.stop]))
     return Cost(
         plan,
-        policy.schedule,
+        schedule,
         leaves,
         forward + again,
         backward,
-        4 * latent * config.samples_per_update * (levels + noisy),
-        sum(p.numel() for m in adapters.denoisers(pipe).values() for p in m.parameters())
-        - sum(p.numel() for p in trained.values()),
-        sum(p.numel() for p in trained.values()),
-        one * (forward - backward) + trained_one * backward,
-        decode * leaves * ((plan.stop == policy.schedule.steps) + 2 * plan.perturbed)
-        + decode_trained * leaves * plan.pathwise,
+        4 * network.latent * config.samples_per_update * (nodes + noisy),
+        network.parameters,
+        network.trained,
+        network.row * (forward + again - backward) + network.trained_row * backward,
+        network.decode * leaves * ((plan.stop == schedule.steps) + 2 * plan.perturbed)
+        + network.trained_decode * leaves * plan.pathwise,
         tuple(notes),
     )
 
@@ -200,9 +249,8 @@ def _rows(config: Config, rule: UpdateRule, levels: Levels) -> tuple[int, int]:
     return toy.rows_forward, toy.rows_backward
 
 
-def _flops(policy: DiffusersPolicy) -> tuple[int, float, float, float, float, int]:
-    """Rows a sample and step takes (2 with guidance by two predictions); per row: FLOPs of a forward, of one with all that its
-    gradient takes, of decoding, of that with gradient; and numbers in a latent."""
+def _network(policy: DiffusersPolicy, parameters: int, trained: int) -> Network:
+    """What the rows of a pipeline cost, counted on one step of it."""
     from torch.utils.flop_counter import FlopCounterMode
 
     example = prompts.fixed([{"prompt": "a"}], 1, 0)
@@ -218,14 +266,33 @@ def _flops(policy: DiffusersPolicy) -> tuple[int, float, float, float, float, in
         policy.decode(part, part.x[-1])
     with FlopCounterMode(display=False) as decode_both:
         policy.decode(part, part.x[-1].clone().requires_grad_()).pixels.sum().backward()
-    return (
+    return Network(
         rows,
         forward.get_total_flops() / rows,
         both.get_total_flops() / rows,
         decode.get_total_flops(),
         decode_both.get_total_flops(),
         part.x[0].numel(),
+        parameters,
+        trained,
     )
+
+
+# Dense bfloat16 peaks in FLOP/s from the vendor's data sheets; large products reach some 60 to 80 % of them.
+CARDS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "l40s": 362e12, "rtx4090": 165e12}
+
+
+def bound(card: str | None) -> tuple[float, str]:
+    """A rate to hold an update against, and where it is from: a named card's peak, or what this machine does."""
+    if card is None:
+        return matrix_rate(), "a 1024 x 1024 product on this machine, measured now"
+    return CARDS[card], f"the dense bfloat16 peak of the {card} by its data sheet"
+
+
+def _big(value: float) -> str:
+    """A number with G, T or P."""
+    unit, sign = next(((u, s) for u, s in ((1e15, "P"), (1e12, "T")) if value >= u), (1e9, "G"))
+    return f"{value / unit:.1f} {sign}"
 
 
 def matrix_rate(size: int = 1024, seconds: float = 0.5) -> float:

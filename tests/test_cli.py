@@ -109,7 +109,7 @@ def test_plan_says_what_an_update_does_without_loading_weights(tmp_path):
     # 64 samples: 10 steps of sampling and 3 trained ones
     assert f"rows        {64 * 13} forward, of them {64 * 3} with backward" in done.stdout
     assert "noise on steps [0, 1, 2]" in done.stdout
-    assert "bound here" in done.stdout
+    assert "a 1024 x 1024 product on this machine, measured now" in done.stdout
 
 
 def test_plan_counts_the_rows_that_training_uses(trained):

@@ -19,14 +19,14 @@ LAYERS = [
     {"backends"},
     {"shapes.pretrain", "prompts"},
     {"config", "evaluate", "figures", "trainer"},
-    {"checkpoint", "runfolder", "trackers", "progress", "build", "measure"},
+    {"checkpoint", "runfolder", "trackers", "progress", "build", "measure", "architectures"},
     {"card", "cost", "doctor", "sampling", "stages", "gradients", "preview", "export"},
     {"session"},
     {"cli"},
     {"__main__"},
 ]
 HEAVY = {"diffusers", "transformers", "peft", "accelerate", "tokenizers"}
-MAY_IMPORT_HEAVY = {"backends", "shapes.pretrain", "reward_models", "trackers", "cost"}
+MAY_IMPORT_HEAVY = {"backends", "shapes.pretrain", "reward_models", "trackers", "cost", "architectures"}
 
 
 def layer(module: str) -> int | None:
