@@ -47,7 +47,7 @@ def test_sample_writes_pictures_and_a_grid(trained, tmp_path):
 def test_five_lines_of_diffusers_draw_the_training_pipelines_picture(trained, tmp_path):
     """alpha differs from rank; the five lines import diffusers, torch and numpy only."""
     from diffalign import build, config, prompts
-    from diffalign.backends import diffusers as backend
+    from diffalign.backends import loading
     from diffalign.evaluate import quiet_plan
     from diffalign.shapes import models
 
@@ -74,7 +74,7 @@ numpy.save({str(out)!r}, pipe("a photo of two stars", generator=torch.Generator(
     part = parts.policy.rollout(one, quiet_plan(3))
     ours = parts.policy.decode(part, part.x[-1]).pixels[0, 0].permute(1, 2, 0).numpy()
     assert np.abs(np.load(out) - ours).max() < 1e-5
-    base = build.policy(settings, backend.load("shapes-sd3"))
+    base = build.policy(settings, loading.load("shapes-sd3")[0])
     assert (
         np.abs(
             base.decode(part, base.rollout(one, quiet_plan(3)).x[-1]).pixels[0, 0].permute(1, 2, 0).numpy() - ours

@@ -480,7 +480,7 @@ def test_fresh_deletes_nothing_where_there_is_no_run(tmp_path):
 def test_fresh_deletes_nothing_before_everything_has_loaded(tmp_path):
     folder = tmp_path / "run"
     kept = finish(start(folder, "evaluation.enabled=false"))
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="cannot fetch"):
         session.train(tiny_config(folder, "model=owner/name"), fresh=True, quiet=True)
     assert same(load_file(folder / "adapter" / "pytorch_lora_weights.safetensors"), kept)
     assert checkpoint.complete(folder / "checkpoints")

@@ -114,7 +114,7 @@ def test_a_v_prediction_pipeline_equals_the_plain_one():
 def test_a_solver_of_flows_that_also_has_betas_is_not_taken_for_ddim():
     from diffusers import UniPCMultistepScheduler
 
-    with pytest.raises(UserError, match="UniPCMultistepScheduler; allowed with that: none"):
+    with pytest.raises(UserError, match="UniPCMultistepScheduler; allowed with that: flow_sde"):
         make("shapes-sd", scheduler=lambda config: UniPCMultistepScheduler(use_flow_sigmas=True))
 
 
