@@ -91,9 +91,8 @@ def flops(config: Config, module: torch.nn.Module) -> tuple[float, float]:
         return [made(spec["list"])] if "list" in spec else {key: made(value) for key, value in spec.items()}
 
     inputs = {key: made(spec) for key, spec in known()[config.model]["inputs"].items()}
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
-        module(**inputs, return_dict=False)
-    with FlopCounterMode(display=False) as both:
+    with FlopCounterMode(display=False) as counter:
         found = module(**inputs, return_dict=False)[0]
+        forward = counter.get_total_flops()
         (torch.stack(found) if isinstance(found, list) else found).sum().backward()
-    return forward.get_total_flops(), both.get_total_flops()
+        return forward, counter.get_total_flops()
