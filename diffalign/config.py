@@ -7,7 +7,6 @@ import difflib
 import importlib.util
 import itertools
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -15,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffalign import prompts as prompt_files
-from diffalign.files import LORA, is_file, lora_folder, lora_notes
+from diffalign.files import HUB_ID, LORA, is_file, lora_folder, lora_notes
 from diffalign.processes import PROCESSES
 from diffalign.rewards import catalog
 from diffalign.rules import RULES
@@ -28,7 +27,6 @@ Split = Literal["train", "validation", "test"]
 assert (Task.__args__, Split.__args__) == (TASKS, SPLITS)  # type: ignore[attr-defined]
 
 
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 LARGEST = 100_000  # samples per update
 
 Decay = Annotated[float, Field(ge=0, lt=1)]

@@ -160,14 +160,14 @@ def count(config: Config) -> Cost:
     notes = []
     if measure.fit(rule, policy, {"toy": _toy_reward}, batch):
         notes.append("what is auto was fitted without the reward's own graph, which a run counts")
-    network = _network(policy, sized(adapters.denoisers(pipe), trained), sized({}, trained))
+    network = _network(policy, *_sizes(adapters.denoisers(pipe), trained))
     return _cost(config, rule, policy.levels, policy.schedule, network, notes)
 
 
-def sized(modules: dict[str, Any], trained: dict[str, torch.Tensor]) -> int:
-    """Parameters of modules without the LoRA in them; without modules, of the LoRA."""
+def _sizes(modules: dict[str, Any], trained: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Parameters of modules without the LoRA in them, and of the LoRA."""
     own = sum(p.numel() for p in trained.values())
-    return sum(p.numel() for m in modules.values() for p in m.parameters()) - own if modules else own
+    return sum(p.numel() for m in modules.values() for p in m.parameters()) - own, own
 
 
 def _outline(config: Config) -> Cost:
@@ -177,11 +177,10 @@ def _outline(config: Config) -> Cost:
     sampler, given = config.sampler, architectures.sizes(config)
     kind = PROCESSES[sampler.process].kind
     toy = ToyPolicy(process=sampler.process, noise_level=sampler.noise_level, levels=grid(kind, sampler.steps))
-    weights = sized(modules, trained) * (4 if config.precision == "float32" else 2) / 2**30
+    parameters, own = _sizes(modules, trained)
+    weights = parameters * (4 if config.precision == "float32" else 2) / 2**30
     latent = int(np.prod(architectures.dimension(architectures.known()[config.model]["latent"], given)))
-    network = Network(
-        architectures.predictions(config), forward, both, 0.0, 0.0, latent, sized(modules, trained), sized({}, trained)
-    )
+    network = Network(architectures.predictions(config), forward, both, 0.0, 0.0, latent, parameters, own)
     notes = [
         "the model is known by its architecture alone: noise levels are even ones, decoder and text encoders are not counted",
         f"the denoiser's weights take {weights:.1f} GiB in {config.precision}",
@@ -283,9 +282,15 @@ CARDS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "l40s": 362e12, "rtx409
 
 
 def bound(card: str | None) -> tuple[float, str]:
-    """A rate to hold an update against, and where it is from: a named card's peak, or what this machine does."""
+    """A rate to hold an update against, and where it is from: a named card's peak, or what this machine does.
+
+    Raises:
+        UserError: for a card that is not in `CARDS`.
+    """
     if card is None:
         return matrix_rate(), "a 1024 x 1024 product on this machine, measured now"
+    if card not in CARDS:
+        raise UserError(f"--card: got {card!r}, allowed are {', '.join(CARDS)}")
     return CARDS[card], f"the dense bfloat16 peak of the {card} by its data sheet"
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from diffalign.types import UserError, one_line
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for an adapter's file
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 DDIM = "DDIMScheduler"  # in an adapter's metadata: it was trained walking DDIM
 
 

@@ -5,7 +5,8 @@ A tensor path all the way: bicubic with antialiasing is what PIL does to within 
 
 from __future__ import annotations
 
-import re
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffalign.files import HUB_ID
 from diffalign.types import Media
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -47,17 +49,33 @@ def normalised(pixels: Tensor) -> Tensor:
     return (pixels - mean) / std
 
 
-def tokens(texts: list[str], length: int = 77) -> Tensor:
-    """CLIP's token ids (N, 77), padded with 0; the vocabulary comes with open_clip.
+def open_clip() -> Any:
+    """The package.
 
     Raises:
         ImportError: with the command that installs it.
     """
     try:
-        from open_clip.tokenizer import SimpleTokenizer
+        import open_clip
     except ImportError as error:
         raise ImportError("needs open_clip_torch: pip install 'diffalign[rewards]'") from error
-    return SimpleTokenizer(context_length=length)(texts)
+    return open_clip
+
+
+@functools.cache
+def _tokenizer(length: int) -> Any:
+    return open_clip().tokenizer.SimpleTokenizer(context_length=length)  # reads its vocabulary anew every time
+
+
+def tokens(texts: list[str], length: int = 77) -> Tensor:
+    """CLIP's token ids (N, 77), padded with 0; the vocabulary comes with open_clip."""
+    return _tokenizer(length)(texts)
+
+
+def once(texts: list[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
+    """Embeddings (N, D) of length 1, each text encoded once."""
+    place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    return F.normalize(encode(list(place)), dim=-1)[[place[text] for text in texts]]
 
 
 def per_frame(media: Media, score: Any, texts: list[str]) -> Tensor:
@@ -76,7 +94,7 @@ def fetched(name: str, place: str | None, repo: str, file: str | None = None) ->
     what = "a folder as the hub lays it out" if file is None else f"the file {file}"
     if place is not None:
         path = Path(place)
-        if file is None and not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", place):
+        if file is None and not path.exists() and HUB_ID.fullmatch(place):
             return place  # another repository of the hub
         if not (path.is_dir() if file is None else path.is_file()):
             raise FileNotFoundError(f"{place} is no {'folder' if file is None else 'file'}; allowed is {what}")
@@ -125,13 +143,13 @@ class Scorer:
     @torch.no_grad()
     def text(self, texts: list[str]) -> Tensor:
         """Text embeddings of length 1, (N, D)."""
-        unique = list(dict.fromkeys(texts))
-        ids = tokens(unique, self.length).to(self.net.device)
+        return once(texts, self._encoded)
+
+    def _encoded(self, texts: list[str]) -> Tensor:
+        ids = tokens(texts, self.length).to(self.net.device)
         hidden = self.net.text_model(input_ids=ids).last_hidden_state
         # The end of a text has the highest id. transformers looks for config.eos_token_id, which old configs give wrongly.
-        ends = hidden[torch.arange(len(ids)), ids.argmax(-1)]
-        found = F.normalize(self.net.text_projection(ends), dim=-1)
-        return found[[unique.index(text) for text in texts]]
+        return self.net.text_projection(hidden[torch.arange(len(ids)), ids.argmax(-1)])
 
     @property
     def scale(self) -> Tensor:

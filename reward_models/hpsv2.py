@@ -47,10 +47,7 @@ class HPSv2:
     architecture: ClassVar[str] = "ViT-H-14"
 
     def __init__(self, place: str | None = None) -> None:
-        try:
-            import open_clip
-        except ImportError as error:
-            raise ImportError("needs open_clip_torch: pip install 'diffalign[rewards]'") from error
+        open_clip = _clip.open_clip()
         path = _clip.fetched(self.name, place, REPO, self.file)
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
@@ -71,8 +68,8 @@ class HPSv2:
         size = net.visual.image_size[0]
         pictures = net.encode_image(_clip.normalised(_clip.pad(pixels, size)))
         with torch.no_grad():
-            words = net.encode_text(_clip.tokens(texts, net.context_length).to(pixels.device))
-        return (F.normalize(pictures, dim=-1) * F.normalize(words, dim=-1)).sum(1)
+            words = _clip.once(texts, lambda t: net.encode_text(_clip.tokens(t, net.context_length).to(pixels.device)))
+        return (F.normalize(pictures, dim=-1) * words).sum(1)
 
 
 class HPSv21(HPSv2):

@@ -87,6 +87,8 @@ def test_flops_are_those_of_its_linear_layers_and_its_attention():
 def test_sizes_are_asked_for_and_cards_have_a_bound():
     with pytest.raises(UserError, match="sampler.pipeline_args: height and width missing"):
         cost.count(config.load("flow_grpo/flux-dev", ["sampler.pipeline_args={}"]))
+    with pytest.raises(UserError, match="--card: got 'h9', allowed are a100, h100, h200, l40s, rtx4090"):
+        cost.bound("h9")
     done = CliRunner().invoke(app, ["plan", "flow_grpo/flux-dev", "--card", "h200"])
     assert done.exit_code == 0, done.output
     assert "989.0 TFLOP/s (the dense bfloat16 peak of the h200 by its data sheet)" in done.output

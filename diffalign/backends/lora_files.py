@@ -180,14 +180,6 @@ def _take(layer: Any) -> None:
     to_b[:, : len(a)] = b.to(to_b) * (layer.scaling["start"] / layer.scaling["default"])
 
 
-def metadata(folder: Path) -> dict[str, str]:
-    """The notes stored in a LoRA file."""
-    from safetensors import safe_open
-
-    with safe_open(folder / LORA, framework="pt") as file:
-        return dict(file.metadata() or {})
-
-
 def notes(**values: Any) -> dict[str, str]:
     """Values as safetensors metadata: strings."""
     return {

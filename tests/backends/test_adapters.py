@@ -5,6 +5,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from diffalign.backends import adapters, loading, lora_files
+from diffalign.files import lora_notes
 from diffalign.shapes import models
 from diffalign.types import Fault, UserError
 
@@ -33,7 +34,7 @@ def test_plain_diffusers_loads_the_file_and_draws_the_training_pipelines_picture
     assert plain.get_list_adapters()
     assert (picture(plain) - picture(pipe)).abs().max() < 1e-5
     assert (picture(plain) - base).abs().max() > 0.01
-    assert lora_files.metadata(tmp_path)["seed"] == "3"
+    assert lora_notes(tmp_path)["seed"] == "3"
 
 
 def test_verify_leaves_the_trained_adapter_active_and_trainable(tmp_path):
@@ -56,7 +57,7 @@ def test_a_half_precision_pipeline_verifies_its_file_too(tmp_path):
 def test_a_damaged_file_is_caught(tmp_path):
     pipe = trained()
     path = lora_files.save(pipe, tmp_path, {})
-    tensors, metadata = load_file(path), lora_files.metadata(tmp_path)
+    tensors, metadata = load_file(path), lora_notes(tmp_path)
     name = next(iter(tensors))
     tensors[name] = tensors[name] + 1e-3
     save_file(tensors, path, metadata=metadata)

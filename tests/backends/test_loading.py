@@ -10,7 +10,8 @@ from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 
 from diffalign import config, session
-from diffalign.backends import loading, lora_files
+from diffalign.backends import loading
+from diffalign.files import lora_notes
 from diffalign.sampling import resolve
 from diffalign.types import UserError
 from tests.backends.test_hub_configs import tiny
@@ -64,7 +65,7 @@ def test_a_run_records_the_commit_and_sampling_goes_back_to_it(hub, tmp_path):
         ],
     )
     session.train(settings, quiet=True)
-    assert lora_files.metadata(tmp_path / "run" / "adapter")["base_revision"] == OLDER
+    assert lora_notes(tmp_path / "run" / "adapter")["base_revision"] == OLDER
     assert resolve(str(tmp_path / "run")).revision == OLDER
 
 

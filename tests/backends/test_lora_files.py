@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from diffalign import config, export, session
 from diffalign.backends import adapters, lora_files
 from diffalign.cli import app
+from diffalign.files import lora_notes
 from diffalign.types import UserError
 from tests.families import FAMILIES, build, folder
 from tests.families.probe import given, policy
@@ -133,7 +134,7 @@ def test_what_comfyui_cannot_read_is_refused(tmp_path):
 
 def test_a_run_says_its_denoisers(tmp_path):
     session.train(tiny_config(tmp_path / "run", "evaluation.enabled=false", "updates=1"), quiet=True)
-    notes = lora_files.metadata(tmp_path / "run" / "adapter")
+    notes = lora_notes(tmp_path / "run" / "adapter")
     assert json.loads(notes["denoisers"]) == ["SD3Transformer2DModel"]
     assert export.comfyui(tmp_path / "run", tmp_path / "x.safetensors")[tmp_path / "x.safetensors"] > 10
     assert config.load("flow_grpo/shapes-sd3").lora.start is None
