@@ -39,15 +39,21 @@ class _Section(BaseModel):
 class PromptsConfig(_Section):
     """What is drawn in training."""
 
-    source: str = Field("shapes", description="'shapes', or a .txt or .jsonl file")
+    source: str = Field("shapes", description="shapes, shapes-motion, or a .txt or .jsonl file")
     tasks: list[Task] = Field([], description="of the shapes world; empty: all six")
-    split: Split = Field("train", description="of the shapes world; splits share no combination")
+    split: Split = Field("train", description="of a named set; splits share no combination")
     stages: str | None = Field(
         None,
         description="what the sampler is told on stretches of the chain: 'shapes', or a .jsonl file of prompts with `stages` "
         "(see diffalign stages); rewards see the prompt itself",
     )
     stretches: list[int] | None = Field(None, description="first steps of the stretches; null: of equal length")
+    cache: str | None = Field(
+        None,
+        min_length=1,
+        description="folder for encoded prompts, for any number of runs; the text encoders then leave memory. null: neither",
+    )
+    cache_gib: float = Field(20.0, gt=0, description="what the cache may take on disk; the least recently used go")
     groups: int = Field(4, ge=1, le=LARGEST, description="prompts per update")
     group_size: int = Field(16, ge=1, le=LARGEST, description="samples per prompt")
 
@@ -433,7 +439,8 @@ def _check_rewards(config: Config, entries: list[list[prompt_files.Entry]]) -> l
             for key in entry.needs:
                 if any(key not in prompt for part in entries for prompt in part):
                     problems.append(
-                        f"{section}: {name} needs {key!r} in every prompt's metadata; use prompts.source: shapes"
+                        f"{section}: {name} needs {key!r} in every prompt's metadata; use prompts.source: "
+                        + ("shapes-motion" if key == "motion" else "shapes")
                     )
     return problems
 

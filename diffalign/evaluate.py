@@ -141,10 +141,17 @@ def scores(policy: Policy, rewards: dict[str, Reward], prompts: Prompts, micro_b
 
 @torch.no_grad()
 def pictures(policy: Policy, prompts: Prompts, micro_batch: int) -> NDArray[np.uint8]:
-    """First frames (n, H, W, 3) of deterministic samples."""
+    """Deterministic samples (n, H, W, 3); of videos five frames side by side."""
     plan = quiet_plan(policy.schedule.steps)
     shots = []
     for rows in chunks(len(prompts), micro_batch):
         part = policy.rollout(prompts.select(rows), plan)
-        shots.append(to_uint8(policy.decode(part, part.x[-1]))[:, 0])
+        shots.append(strips(to_uint8(policy.decode(part, part.x[-1]))))
     return np.concatenate(shots)
+
+
+def strips(frames: NDArray[np.uint8], most: int = 5) -> NDArray[np.uint8]:
+    """Videos (n, F, H, W, 3) as pictures: up to `most` evenly spaced frames side by side; pictures (F = 1) as they are."""
+    count = frames.shape[1]
+    chosen = np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
+    return np.concatenate([frames[:, k] for k in chosen], axis=2)

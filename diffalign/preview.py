@@ -9,7 +9,7 @@ import torch
 
 from diffalign import build, figures, prompts
 from diffalign.config import Config
-from diffalign.evaluate import quiet_plan
+from diffalign.evaluate import quiet_plan, strips
 from diffalign.files import make_folder
 from diffalign.randomness import numpy_generator
 from diffalign.rewards.base import check_media, evaluate, to_uint8
@@ -38,7 +38,7 @@ def write(config: Config, path: Path) -> list[str]:
     for name, chosen in (("deterministic", quiet_plan(steps)), ("with noise", noisy)):
         part = parts.policy.rollout(drawn, chosen)
         media = check_media(parts.policy.decode(part, part.x[-1]))
-        rows.append(to_uint8(media)[:, 0])
+        rows.append(strips(to_uint8(media)))
         scores = evaluate(parts.rewards, config.rewards, media, drawn)
         means = ", ".join(f"{reward} {np.nanmean(values):.3f}" for reward, values in scores.by_name.items())
         lines.append(f"{name:14} {means}")

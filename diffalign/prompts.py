@@ -1,4 +1,4 @@
-"""Where prompts come from: the shapes world by name, or a file. Needs no torch.
+"""Where prompts come from: a set by name, or a file. Needs no torch.
 
 A file is text, one prompt a line, or JSON lines of objects with a `prompt` and whatever metadata a reward needs.
 """
@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from diffalign.files import is_file
+from diffalign.prompt_sets import SETS, Entry
 from diffalign.types import Prompts, UserError
 
-Entry = dict[str, Any]
 Stages = dict[str, tuple[str, ...]]  # prompt -> what the sampler is told instead, on each stretch of the chain
 
 
@@ -25,14 +24,12 @@ def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.so
     Raises:
         UserError: naming the file and every broken line.
     """
-    if source == "shapes":
-        from diffalign.shapes import captions
-
-        return [entry for task in tasks or captions.TASKS for entry in captions.captions(task, split)]
+    if source in SETS:
+        return SETS[source](tasks, split)
     path = Path(source)
     if not is_file(path):
         what = "is a folder" if path.is_dir() else "is no file"
-        raise UserError(f"{field}: {source!r} {what}; allowed are 'shapes', a .txt or a .jsonl file")
+        raise UserError(f"{field}: {source!r} {what}; allowed are {', '.join(SETS)}, a .txt or a .jsonl file")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

@@ -104,6 +104,7 @@ class Session:
         )
         content = json.dumps([entries, stages, self.fixed.text, self.fixed.stages, self.fixed.metadata], sort_keys=True)
         self.prompts_digest = hashlib.sha256(content.encode()).hexdigest()
+        self._store_prompts(entries, stages)
         self._fit()
         if self.parts.place.commit is not None:
             reporter.say(f"{config.model} at commit {self.parts.place.commit}")
@@ -114,6 +115,22 @@ class Session:
 
     def _write_adapter(self, summary: dict[str, float], name: str) -> None:
         write_adapter(self.config, self.policy, self.folder, summary, name, self.done, self.parts.place.commit)
+
+    def _store_prompts(self, entries: list[prompts.Entry], stages: prompts.Stages) -> None:
+        """Encode all prompts of the run beforehand and let the text encoders go, if the config has a cache for it."""
+        settings, world, policy = self.config.prompts, self.world, self.policy
+        if settings.cache is None:
+            return
+        staged = [text for texts in (*stages.values(), *self.fixed.stages) for text in texts]
+        texts = list(dict.fromkeys([*(entry["prompt"] for entry in entries), *self.fixed.text, *staged]))
+        folder, budget = Path(settings.cache).expanduser(), settings.cache_gib * 2**30
+        self.reporter.say(f"encoding {len(texts)} prompts, or finding them in {folder}")
+        mine = texts[world.rank :: world.size]
+        answers = world.gather(world.together(lambda: policy.store_prompts(folder, budget, texts, mine)))
+        if why_not := next(filter(None, answers), ""):
+            self.reporter.say(f"text encoders stay: {why_not}")
+        else:
+            self.reporter.say(f"text encoders leave memory: {policy.leave_encoders() / 2**20:.0f} MiB")
 
     def _fit(self) -> None:
         """Let the rule fit its terms into memory if it does, and refuse settings that this sampler cannot run."""

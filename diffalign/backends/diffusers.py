@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import itertools
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from diffalign.backends import adapters, recorder
 from diffalign.backends.chain import ChainPolicy, OnStep
+from diffalign.backends.encodings import Encodings, Store, digest, versions
 from diffalign.processes import Process
 from diffalign.types import Media, Prompts, Rollout, UserError
-
-EMBEDDING_BYTES = 2**30  # of encoded batches kept in memory: one prompt of a large T5 takes 4 MB
 
 
 class DiffusersPolicy(ChainPolicy):
@@ -60,8 +60,8 @@ class DiffusersPolicy(ChainPolicy):
         self._latent: Tensor | None = None
         self._prepared: Tensor | None = None
         self._prepare = pipe.prepare_latents
-        self._encode = getattr(pipe, "encode_prompt", None)
-        self._embeddings: OrderedDict[Any, Any] = OrderedDict()
+        encode = getattr(pipe, "encode_prompt", None)
+        self._encodings = None if encode is None else Encodings(encode)
         with torch.no_grad():  # an empty run: the pipeline sets its timesteps as it would to sample
             self._run(["a"], None, (), None, [torch.Generator().manual_seed(0)], "latent")
         timestep = self._recorder.full_timesteps.double().cpu().numpy()
@@ -118,8 +118,8 @@ class DiffusersPolicy(ChainPolicy):
         """Recording scheduler, latents swapped in `prepare_latents`, prompts encoded once; all undone afterwards."""
         self.pipe.scheduler = self._recorder
         self.pipe.prepare_latents = self._prepare_latents
-        if self._encode is not None:
-            self.pipe.encode_prompt = self._encode_prompt
+        if self._encodings is not None:
+            self.pipe.encode_prompt = self._encodings
         try:
             yield
         finally:
@@ -134,17 +134,47 @@ class DiffusersPolicy(ChainPolicy):
         self._prepared = recorder.first(output)
         return output if self._latent is None else recorder.swap_first(output, self._latent)
 
-    def _encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's own encoding of a batch of prompts, kept for the batches that come back in replays."""
-        name = repr((args, sorted(kwargs.items())))
-        if name not in self._embeddings:
-            assert self._encode is not None
-            with torch.no_grad():
-                self._embeddings[name] = recorder.detached(self._encode(*args, **kwargs))
-            while len(self._embeddings) > 1 and recorder.stored(list(self._embeddings.values())) > EMBEDDING_BYTES:
-                self._embeddings.popitem(last=False)
-        self._embeddings.move_to_end(name)
-        return self._embeddings[name]
+    def store_prompts(self, folder: Path, budget: float, texts: Sequence[str], mine: Sequence[str]) -> str:
+        """Encode `mine`, a share of all texts of a run, and keep them on disk; returns why not, "" if it is done.
+
+        With all shares done, `leave_encoders` may follow.
+        """
+        if self._encodings is None:
+            return f"{type(self.pipe).__name__} has no encode_prompt"
+        parts = self.pipe.components
+        encoders = [part for name, part in parts.items() if name in self.encoders]
+        tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
+        depends = digest(encoders, tokenizers, type(self.pipe).__name__, versions())
+        kept = Encodings(self.pipe.encode_prompt, Store(folder, budget), depends)
+        self._encodings, before = kept, self._encodings
+        with torch.no_grad():  # an empty run tells it what else the pipeline passes on
+            self._run([texts[0]], None, (), None, [torch.Generator().manual_seed(0)], "latent")
+        why_not = kept.prepare(texts, mine)
+        if not kept.splits:
+            self._encodings = before
+        return why_not
+
+    @property
+    def encoders(self) -> list[str]:
+        """Names of the text encoders that are in memory."""
+        return [
+            name
+            for name, part in self.pipe.components.items()
+            if name.startswith("text_encoder") and isinstance(part, torch.nn.Module)
+        ]
+
+    def leave_encoders(self) -> int:
+        """Let the text encoders go; returns the bytes they took."""
+        assert self._encodings is not None
+        taken = 0
+        for name in self.encoders:
+            taken += sum(p.nbytes for p in getattr(self.pipe, name).parameters())
+            setattr(self.pipe, name, None)
+        self._encodings.complete = True
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return taken
 
     # -- what a chain needs
 

@@ -138,19 +138,3 @@ def swap_first(output: Any, latent: Tensor) -> Any:
         )
     latent = latent.to(device=prepared.device, dtype=prepared.dtype)
     return (latent, *output[1:]) if isinstance(output, tuple) else latent
-
-
-def stored(value: Any) -> int:
-    """Bytes of the tensors in nested tuples and lists."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    return sum(stored(item) for item in value) if isinstance(value, (tuple, list)) else 0
-
-
-def detached(value: Any) -> Any:
-    """Nested tuples and lists of tensors, cut from any graph."""
-    if isinstance(value, torch.Tensor):
-        return value.detach()
-    if isinstance(value, (tuple, list)):
-        return type(value)(detached(item) for item in value)
-    return value

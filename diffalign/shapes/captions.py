@@ -33,12 +33,14 @@ class Combination:
     relation: str | None = None
 
 
-def _phrase(shape: str, colour: str | None) -> str:
+def phrase(shape: str, colour: str | None) -> str:
+    """A thing with its article: "an orange star"."""
     words = f"{colour} {shape}" if colour else shape
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
-def _clause(shape: str, colour: str | None, count: int = 1) -> dict[str, Any]:
+def clause(shape: str, colour: str | None, count: int = 1) -> dict[str, Any]:
+    """A clause of GenEval's `include`."""
     clause: dict[str, Any] = {"class": shape, "count": count}
     if colour:
         clause["color"] = colour
@@ -55,17 +57,17 @@ def caption(combination: Combination, flip: bool = False) -> dict[str, Any]:
         (subject, reference), relation = things, combination.relation
         if flip:
             subject, reference, relation = reference, subject, OPPOSITE[str(relation)]
-        prompt = f"a photo of {_phrase(*subject)} {relation} {_phrase(*reference)}"
-        include = [_clause(*reference), {**_clause(*subject), "position": [relation, 0]}]
+        prompt = f"a photo of {phrase(*subject)} {relation} {phrase(*reference)}"
+        include = [clause(*reference), {**clause(*subject), "position": [relation, 0]}]
         return {"tag": task, "include": include, "prompt": prompt}
     if task == "counting":
         (shape, colour), n = things[0], combination.count
         prompt = f"a photo of {NUMERALS[n]} {colour + ' ' if colour else ''}{shape}s"
         exclude = [{"class": shape, "count": n + 1}]
-        return {"tag": task, "include": [_clause(shape, colour, n)], "exclude": exclude, "prompt": prompt}
+        return {"tag": task, "include": [clause(shape, colour, n)], "exclude": exclude, "prompt": prompt}
     ordered = things[::-1] if flip else things
-    prompt = "a photo of " + " and ".join(_phrase(*thing) for thing in ordered)
-    return {"tag": task, "include": [_clause(*thing) for thing in ordered], "prompt": prompt}
+    prompt = "a photo of " + " and ".join(phrase(*thing) for thing in ordered)
+    return {"tag": task, "include": [clause(*thing) for thing in ordered], "prompt": prompt}
 
 
 def combinations(task: str) -> list[Combination]:

@@ -23,4 +23,5 @@ def call(name: str) -> dict[str, Any]:
     return {
         "shapes-sd3": {"max_sequence_length": 1},
         "shapes-flux": {"max_sequence_length": 16, "height": 64, "width": 64},
+        "shapes-wan": {"max_sequence_length": 16, "height": 32, "width": 32, "num_frames": 5},
     }.get(name, {})

@@ -104,7 +104,7 @@ def test_many_equal_text_tokens_act_as_one_with_a_larger_logit():
 def test_the_recipe_repeats_from_its_seed(architecture):
     runs = []
     for _ in range(2):
-        scenes = data.build(20, seed=3)
+        scenes = data.pictures(20, seed=3)
         latents = torch.randn(20, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         model = training.train(architecture.create, latents, scenes.prompts, 2, 3, lambda line: None, batch=4)
         runs.append(torch.cat([p.flatten() for module in model.modules() for p in module.parameters()]))
@@ -113,7 +113,7 @@ def test_the_recipe_repeats_from_its_seed(architecture):
 
 def test_training_scenes_use_training_captions_only():
     held_out = {m["prompt"] for t in captions.TASKS for s in ("validation", "test") for m in captions.captions(t, s)}
-    assert not held_out & set(data.build(300, seed=0).prompts)
+    assert not held_out & set(data.pictures(300, seed=0).prompts)
 
 
 def test_no_file_says_where_it_was_made():

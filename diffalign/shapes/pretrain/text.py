@@ -22,7 +22,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from diffalign.shapes import captions
+from diffalign.shapes import captions, motion
 from diffalign.shapes.world import COLOURS, SHAPES
 
 Encoder = TypeVar("Encoder", CLIPTextModel, CLIPTextModelWithProjection)
@@ -38,9 +38,14 @@ def words() -> list[str]:
     )
 
 
-def tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges make every word one token; other text falls back to letters."""
-    merges = byte_pairs(words())
+def motion_words() -> list[str]:
+    """Every word a caption of a video can contain."""
+    return sorted({"a", "an", *" ".join(motion.MOTIONS).split(), *COLOURS, *SHAPES})
+
+
+def tokenizer(known: list[str] | None = None) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair merges make every known word one token; other text falls back to letters."""
+    merges = byte_pairs(known or words())
     letters = [chr(code) for code in range(33, 127)]
     pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))}
