@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from diffalign.shapes import models
 from diffalign.trainer import Trainer
 from diffalign.types import Media, Plan, Prompts, Schedule, UpdateRule, UserError, one_line
 
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 LARGEST = 200_000_000  # parameters that are built to be counted
 
 
@@ -46,6 +47,7 @@ class Cost:
     flops: float
     decode_flops: float
     notes: tuple[str, ...]
+    memory: dict[str, float] = field(default_factory=dict)  # bytes by what takes them, where it is known
 
     def lines(self, rate: float, source: str) -> list[str]:
         """A report; `rate` in FLOP/s, and where it is from."""
@@ -58,11 +60,14 @@ class Cost:
         ]
         for number, terms in enumerate(self.plan.updates, 1):
             lines.append(f"step {number}      {', '.join(map(str, terms))}")
+        parts = ", ".join(f"{name} {taken / 2**30:.1f}" for name, taken in self.memory.items())
+        memory = [f"memory      {sum(self.memory.values()) / 2**30:.1f} GiB, counted: {parts}"] if self.memory else []
         return [
             *lines,
             f"samples     {self.samples}",
             f"rows        {self.rows_forward} forward, of them {self.rows_backward} with backward",
             f"stored      {self.stored_bytes / 2**20:.1f} MiB of trajectories",
+            *memory,
             f"parameters  {self.parameters / 1e6:.2f} M in the denoiser, {self.trained / 1e6:.3f} M trained",
             f"flops       {_big(self.flops)} network, {_big(self.decode_flops)} decoding, per update",
             f"bound       {total / rate:.2f} s an update at {_big(rate)}FLOP/s ({source})",
@@ -173,22 +178,43 @@ def _sizes(modules: dict[str, Any], trained: dict[str, torch.Tensor]) -> tuple[i
 def _outline(config: Config) -> Cost:
     """The same for a model on the hub, from its architecture alone."""
     modules, trained = architectures.denoisers(config)
-    forward, both = architectures.flops(config, next(iter(modules.values())))
+    row, decoder = architectures.row(config, next(iter(modules.values()))), architectures.decoder(config)
     sampler, given = config.sampler, architectures.sizes(config)
     kind = PROCESSES[sampler.process].kind
     toy = ToyPolicy(process=sampler.process, noise_level=sampler.noise_level, levels=grid(kind, sampler.steps))
     parameters, own = _sizes(modules, trained)
-    weights = parameters * (4 if config.precision == "float32" else 2) / 2**30
     latent = int(np.prod(architectures.dimension(architectures.known()[config.model]["latent"], given)))
-    network = Network(architectures.predictions(config), forward, both, 0.0, 0.0, latent, parameters, own)
-    notes = [
-        "the model is known by its architecture alone: noise levels are even ones, decoder and text encoders are not counted",
-        f"the denoiser's weights take {weights:.1f} GiB in {config.precision}",
-    ]
+    decode = decoder[0] if decoder else architectures.Row(0.0, 0.0, 0.0)
+    network = Network(
+        architectures.predictions(config), row.forward, row.both, decode.forward, decode.both, latent, parameters, own
+    )
+    notes = ["the model is known by its architecture alone: noise levels are even ones, rewards are not counted"]
+    if decoder is None:
+        notes.append("its decoder is not known here and not counted")
     rule = config.make_rule()
     if rule.needs.graph_bytes:
         raise UserError("rule.memory_gib: plan cannot fit depth and span into memory without the model's folder")
-    return _cost(config, rule, toy.levels, toy.schedule, network, notes)
+    found = _cost(config, rule, toy.levels, toy.schedule, network, notes)
+    copies = 4 + len(rule.needs.shadows) + (config.optimizer.ema is not None)
+    memory = {
+        "denoiser": found.parameters * WIDTH[config.precision],
+        "autoencoder": (decoder[1] if decoder else 0) * WIDTH[config.precision],
+        "text encoders": float(architectures.known()[config.model]["encoders"]) * WIDTH[config.precision],
+        "what is trained": 4 * copies * found.trained,  # float32: itself, its gradient, Adam's two moments, slow copies
+        "graph": _graph(config, found.plan, row.kept * network.calls, decode.kept),
+    }
+    if config.prompts.cache is not None:
+        del memory["text encoders"]
+    return replace(found, memory={name: float(taken) for name, taken in memory.items() if taken})
+
+
+def _graph(config: Config, plan: Plan, step: float, decode: float) -> float:
+    """Bytes kept for the gradient of the largest term of a micro-batch, from what a step and the decoder keep of one sample."""
+    span = max(term.stop - term.start if term.through == "reward" else 1 for terms in plan.updates for term in terms)
+    decode = decode if plan.pathwise else 0.0
+    # With checkpointing the network calls and the decoder run again one after another.
+    held = max(step, decode) if config.optimizer.gradient_checkpointing else step * span + decode
+    return held * config.optimizer.micro_batch
 
 
 def _cost(

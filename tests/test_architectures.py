@@ -79,7 +79,8 @@ def test_flops_are_those_of_its_linear_layers_and_its_attention():
     for layer in modules["transformer"].modules():
         if isinstance(layer, torch.nn.Linear):
             layer.register_forward_hook(lambda m, args, out: counted.append(2 * args[0].numel() * m.out_features))
-    forward, both = architectures.flops(settings, modules["transformer"])
+    row = architectures.row(settings, modules["transformer"])
+    forward, both = row.forward, row.both
     assert forward == pytest.approx(sum(counted) + 57 * 4 * 1280**2 * 3072, rel=1e-3)
     assert 2 * forward < both < 2.2 * forward  # frozen weights need no gradient of their own
 
@@ -93,3 +94,52 @@ def test_sizes_are_asked_for_and_cards_have_a_bound():
     assert done.exit_code == 0, done.output
     assert "989.0 TFLOP/s (the dense bfloat16 peak of the h200 by its data sheet)" in done.output
     assert "known by its architecture alone" in done.output
+    assert "GiB, counted: denoiser 22.2, autoencoder 0.2, what is trained" in done.output
+
+
+def test_a_row_counts_products_and_what_the_gradient_keeps():
+    """x -> GELU(W x) with W (16, 8) frozen, 4 rows: 2 * 4 * 8 * 16 forward, as much for the gradient to x; GELU keeps its input."""
+    with torch.device("meta"):
+        layer = torch.nn.Linear(8, 16).requires_grad_(False)
+        x = torch.ones(4, 8, requires_grad=True)
+    row = architectures._row(lambda: torch.nn.functional.gelu(layer(x)), layer.parameters())
+    assert row == architectures.Row(1024, 2048, 4 * 16 * 4)
+
+
+def test_attention_is_counted_as_a_card_does_it():
+    """N = 32 rows, 2 heads of 8: 4 N^2 d forward, 10 N^2 d backward with its recomputation; no N x N matrix is kept."""
+    with torch.device("meta"):
+        q, k, v = (torch.ones(1, 2, 32, 8, requires_grad=True) for _ in range(3))
+    row = architectures._row(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), ())
+    assert (row.forward, row.both) == (4 * 32**2 * 16, 14 * 32**2 * 16)
+    assert row.kept <= 4 * (4 * 32 * 16) + 4 * 2 * 32 + 64  # q, k, v, the output, the logarithms of sums, a seed
+    plain = torch.nn.functional.scaled_dot_product_attention
+    x = torch.randn(1, 2, 4, 8)
+    assert plain(x, x, x).shape == x.shape  # it is torch's own again
+
+
+def test_our_counter_is_torch_s_own():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    settings = config.load("truncated_bp/sd15")
+    modules, _ = architectures.denoisers(settings)
+    row = architectures.row(settings, modules["unet"])
+    with torch.device("meta"):
+        args = torch.ones(1, 4, 64, 64), torch.ones(1), torch.ones(1, 77, 768)
+    with architectures._fused_attention(), FlopCounterMode(display=False) as counter:
+        out = modules["unet"].to(torch.float32)(*(a.to("meta") for a in args), return_dict=False)[0]
+        assert counter.get_total_flops() == row.forward
+        out.sum().backward()
+    assert counter.get_total_flops() == row.both
+
+
+def test_memory_counts_encoders_graphs_and_slow_copies():
+    few = ["prompts.cache=null", "optimizer.gradient_checkpointing=false", "optimizer.micro_batch=2"]
+    base = cost.count(config.load("truncated_bp/sd15", [*few, "rule.depth=1", "optimizer.ema=null"])).memory
+    deep = cost.count(config.load("truncated_bp/sd15", [*few, "rule.depth=3", "optimizer.ema=0.9"])).memory
+    settings = config.load("truncated_bp/sd15")
+    row = architectures.row(settings, architectures.denoisers(settings)[0]["unet"])
+    assert base["text encoders"] == 2 * 123_060_480
+    assert deep["graph"] - base["graph"] == 2 * 2 * 2 * row.kept  # two steps more, of two samples, with guidance
+    assert deep["what is trained"] * 4 == base["what is trained"] * 5
+    assert "text encoders" not in cost.count(settings).memory
