@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from diffalign.files import is_file
-from diffalign.prompt_sets import SETS, Entry
+from diffalign.prompt_sets import SETS
+from diffalign.prompt_sets import Entry as Entry
 from diffalign.types import Prompts, UserError
 
 Stages = dict[str, tuple[str, ...]]  # prompt -> what the sampler is told instead, on each stretch of the chain

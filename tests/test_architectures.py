@@ -1,10 +1,15 @@
 """What `plan` says of models on the hub, from their architecture alone."""
 
+import itertools
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from click.testing import CliRunner
 
-from diffalign import architectures, config, cost
+from diffalign import architectures, config, cost, export
 from diffalign.cli import app
 from diffalign.types import UserError
 from tests.backends.test_hub_configs import CONFIGS, HUB
@@ -143,3 +148,39 @@ def test_memory_counts_encoders_graphs_and_slow_copies():
     assert deep["graph"] - base["graph"] == 2 * 2 * 2 * row.kept  # two steps more, of two samples, with guidance
     assert deep["what is trained"] * 4 == base["what is trained"] * 5
     assert "text encoders" not in cost.count(settings).memory
+
+
+def spelled(pattern: str) -> list[str]:
+    """What a pattern with {a,b} and {0-3} stands for."""
+    parts = re.split(r"\{(.*?)\}", pattern)
+    choices = [
+        [part]
+        if k % 2 == 0
+        else [str(n) for n in range(int(part.split("-")[0]), int(part.split("-")[1]) + 1)]
+        if re.fullmatch(r"\d+-\d+", part)
+        else part.split(",")
+        for k, part in enumerate(parts)
+    ]
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+COMFYUI = json.loads((Path(__file__).parent / "comfyui_keys.json").read_text())["keys"]
+
+
+@pytest.mark.parametrize("model", COMFYUI)
+def test_comfyui_finds_every_layer_of_the_full_size_model(model):
+    modules, trained = architectures.denoisers(config.load(ONE_EACH[model]))
+    for component, module in modules.items():
+        names = export.READABLE[type(module).__name__]
+        layers = [
+            key.partition(".")[2].partition(".lora_A")[0]
+            for key in trained
+            if key.startswith(component + ".") and "lora_A" in key
+        ]
+        found = {names(layer) for layer in layers}
+        assert found == {name for pattern in COMFYUI[model] for name in spelled(pattern)}
+
+
+def test_the_list_covers_every_kind_that_is_exported():
+    kinds = {kind for model in COMFYUI for kind, _ in architectures.known()[model]["denoisers"].values()}
+    assert kinds == set(export.READABLE)

@@ -239,7 +239,10 @@ class Encodings:
         if needed > 0.9 * self._store.budget:
             allowed = self._store.budget / 2**30
             return f"{len(texts)} encoded prompts take up to {needed / 2**30:.3g} GiB, prompts.cache_gib allows {allowed:g}"
-        for row in [*(_told(calls[0], [text]) for text in mine), *itertools.chain.from_iterable(map(_single, self._calls))]:
+        for row in [
+            *(_told(calls[0], [text]) for text in mine),
+            *itertools.chain.from_iterable(map(_single, self._calls)),
+        ]:
             self._kept(row)
         return ""
 
