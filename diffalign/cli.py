@@ -229,6 +229,25 @@ def check(name: str) -> None:
         click.echo(line)
 
 
+@app.command("serve-reward")
+@click.argument("name")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8090, show_default=True, help="0: any free one.")
+@click.option("--token", envvar="DIFFALIGN_REWARD_TOKEN", show_envvar=True, help="What clients must send.")
+@click.option("--max-mib", type=click.IntRange(1, 2**14), default=256, show_default=True, help="Largest request.")
+def serve_reward(name: str, host: str, port: int, token: str | None, max_mib: int) -> None:
+    """Serve the reward NAME over HTTP; a config then names it http://HOST:PORT/score."""
+    from diffalign.rewards import catalog
+
+    try:
+        catalog.find(name)
+    except LookupError as error:
+        raise UserError(f"serve-reward: {name}: {error}") from error
+    from diffalign.rewards import server
+
+    server.serve(name, host, port, token, max_mib * 2**20)
+
+
 @app.command()
 def doctor() -> None:
     """Report versions, devices and optional parts, with the command that mends each."""

@@ -122,6 +122,19 @@ class OutputConfig(_Section):
     trackers: list[Literal["tensorboard", "wandb"]] = []
 
 
+class ScoringConfig(_Section):
+    """How rewards are asked, and when too many samples go without a score."""
+
+    max_invalid: float = Field(
+        0.05, ge=0, le=1, description="share of an update's or evaluation's samples without a score that stops the run"
+    )
+    invalid_in_a_row: int = Field(10, ge=1, description="updates in a row with such samples that stop the run")
+    deadline: float = Field(
+        300.0, gt=0, le=1e5, description="seconds a reward server has for a batch, retries included"
+    )
+    batch: int = Field(16, ge=1, description="samples in a request to a reward server")
+
+
 class Config(_Section):
     """A run: `model`, `rule`, `rewards` and everything around them."""
 
@@ -138,6 +151,7 @@ class Config(_Section):
     lora: LoraSection = LoraSection()  # type: ignore[call-arg]
     optimizer: OptimizerConfig = OptimizerConfig()  # type: ignore[call-arg]
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    scoring: ScoringConfig = ScoringConfig()  # type: ignore[call-arg]
     output: OutputConfig = OutputConfig()  # type: ignore[call-arg]
     updates: int = Field(100, ge=1, le=10_000_000)
     seed: int = Field(0, ge=0, lt=2**63)

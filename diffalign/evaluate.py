@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from diffalign.files import write_text
-from diffalign.rewards.base import Reward, check_media, evaluate, to_uint8
-from diffalign.types import Fault, Integers, Plan, Policy, Prompts, Rows, chunks, one_line
+from diffalign.rewards.base import Background, Reward, begin, check_media, to_uint8, unscored
+from diffalign.types import Fault, Integers, Plan, Policy, Prompts, Rows, Unscored, chunks, one_line
 
 Floats = NDArray[np.float64]
 FEW = 8  # with fewer prompts than this, images are resampled instead of prompts
@@ -110,18 +110,25 @@ def quiet_plan(steps: int) -> Plan:
     return Plan(stop=steps, noise=(False,) * steps, updates=())
 
 
-def joined(found: Sequence[tuple[Rows, dict[str, Floats]]], prompts: Prompts, update: int) -> Evaluation:
+def joined(
+    found: Sequence[tuple[Rows, dict[str, Floats]]],
+    prompts: Prompts,
+    update: int,
+    rewards: Mapping[str, Reward],
+    max_invalid: float = 1.0,
+) -> Evaluation:
     """An evaluation from parts: which prompts, and their scores by reward.
 
     Raises:
-        Fault: if a reward gave no score at all.
+        Unscored: if a reward gave no score at all, or none for more than `max_invalid` of the samples.
     """
     whole = {name: np.empty(len(prompts)) for name in found[0][1]}
     for rows, columns in found:
         for name, values in columns.items():
             whole[name][np.asarray(rows, dtype=np.int64)] = values
-    if silent := [name for name, values in whole.items() if not np.isfinite(values).any()]:
-        raise Fault(f"evaluation after update {update}: no sample got a score; not finite: {', '.join(silent)}")
+    share = {name: float(np.isfinite(values).mean()) for name, values in whole.items()}
+    if any(1 - given > max_invalid or not given for given in share.values()):
+        raise Unscored(f"evaluation after update {update}: samples without a score, {unscored(whole, rewards)}")
     return Evaluation(update, whole, prompts.group)
 
 
@@ -130,13 +137,13 @@ def scores(policy: Policy, rewards: dict[str, Reward], prompts: Prompts, micro_b
     """Scores (n,) by reward of deterministic samples, in the order of the prompts."""
     plan = quiet_plan(policy.schedule.steps)
     weights = dict.fromkeys(rewards, 1.0)
-    columns: dict[str, list[Floats]] = {name: [] for name in rewards}
+    background, begun = Background(), []
     for rows in chunks(len(prompts), micro_batch):
         part = policy.rollout(prompts.select(rows), plan)
-        found = evaluate(rewards, weights, check_media(policy.decode(part, part.x[-1])), part.prompts)
-        for name, values in found.by_name.items():
-            columns[name].append(values)
-    return {name: np.concatenate([np.empty(0), *parts]) for name, parts in columns.items()}
+        media = check_media(policy.decode(part, part.x[-1]))
+        begun.append(begin(rewards, weights, media, part.prompts, background))
+    parts = [answer() for answer in begun]
+    return {name: np.concatenate([np.empty(0), *(part.by_name[name] for part in parts)]) for name in rewards}
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from diffalign.progress import Reporter
 from diffalign.randomness import numpy_generator
 from diffalign.runfolder import RunFolder, open_run
 from diffalign.trainer import Metrics, Trainer
-from diffalign.types import Fault, UserError, one_line
+from diffalign.types import Fault, Unscored, UserError, one_line
 
 NONFINITE_LIMIT = 10  # updates in a row without a finite gradient that end a run
 
@@ -96,6 +96,7 @@ class Session:
             max_grad_norm=optimizer.max_grad_norm,
             seed=config.seed,
             world=world,
+            max_invalid=config.scoring.max_invalid,
             notify=reporter.say,
         )
         settings = config.evaluation
@@ -109,7 +110,7 @@ class Session:
         if self.parts.place.commit is not None:
             reporter.say(f"{config.model} at commit {self.parts.place.commit}")
         self.done = 0
-        self.skipped = 0
+        self.skipped = self.unscored = 0
         self.saved = -1
         self.stop_code: int | None = None
 
@@ -223,7 +224,7 @@ class Session:
         started = time.perf_counter()
         self.world.lead(lambda: self.folder.begin(self.config))
         self.resume()
-        with self._signals():
+        with self._signals(), self._saved_if_unscored():
             if self.done == 0:
                 self._look(0)
             for index in range(self.done, self.config.updates):
@@ -234,11 +235,25 @@ class Session:
                 if codes:
                     self.save()
                     raise Interrupted(codes[0])
+                if self.unscored >= (limit := self.config.scoring.invalid_in_a_row):
+                    names = ", ".join(key.removeprefix("invalid/") for key in row if key.startswith("invalid/"))
+                    raise Unscored(f"update {self.done}: {limit} updates in a row had samples without a score: {names}")
             self.save()
             self.reporter.close()
             summary = self._finish()
         self.reporter.say(f"done: {self.done} updates, {time.perf_counter() - started:.0f} s, {self.folder.path}")
         return summary
+
+    @contextmanager
+    def _saved_if_unscored(self) -> Iterator[None]:
+        """Save before a run ends for want of scores: nothing was learnt from what has none."""
+        try:
+            yield
+        except Unscored as error:
+            if self.done:
+                self.save()
+            kept = f"saved after update {self.done}; " if self.done else ""
+            raise Fault(f"{error}; {kept}the same command goes on") from error
 
     def _update(self, index: int) -> Metrics:
         with self.reporter.update(index, self.config.updates) as shown:
@@ -246,8 +261,9 @@ class Session:
             self.policy.follow(self.averages)
             shown.update(row)
         self.done = index + 1
-        if row.get("reward/valid", 1.0) < 1:
-            missing = round((1 - row["reward/valid"]) * self.config.samples_per_update)
+        missing = round((1 - row.get("reward/valid", 1.0)) * self.config.samples_per_update)
+        self.unscored = self.unscored + 1 if missing else 0
+        if missing:
             self.reporter.say(f"update {self.done}: {missing} samples have no score and carry no weight")
         if row.get("skipped_flat"):
             self.reporter.say(f"update {self.done}: every group has equal rewards, nothing to learn; skipped")
@@ -328,7 +344,13 @@ class Session:
                     lambda: evaluate.scores(self.policy, self.parts.eval_rewards, own, trainer.micro_batch)
                 )
             )
-        found = evaluate.joined(self.world.gather((rows, scores)), self.fixed, update)
+        found = evaluate.joined(
+            self.world.gather((rows, scores)),
+            self.fixed,
+            update,
+            self.parts.eval_rewards,
+            self.config.scoring.max_invalid,
+        )
         return self.world.lead(lambda: self._judged(found))
 
     def _judged(self, found: evaluate.Evaluation) -> dict[str, float]:

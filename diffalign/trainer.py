@@ -18,7 +18,7 @@ from torch import Tensor
 from diffalign.distributed import ALONE, World
 from diffalign.memory import out_of_memory, release
 from diffalign.randomness import numpy_generator
-from diffalign.rewards.base import Reward, check_media, evaluate
+from diffalign.rewards.base import Background, Reward, begin, check_media, unscored
 from diffalign.types import (
     Credit,
     Fault,
@@ -34,6 +34,7 @@ from diffalign.types import (
     Term,
     TrainablePolicy,
     Tree,
+    Unscored,
     UpdateRule,
     chunks,
     one_line,
@@ -89,6 +90,7 @@ class Trainer:
         micro_batch: samples whose graph is held at once; halved for good where memory does not suffice.
         term_norms: also return the gradient norm of every term.
         world: the processes that share the work; each samples its own micro-batches.
+        max_invalid: share of an update's samples that may be without a score.
         notify: told what a user should know.
     """
 
@@ -106,6 +108,7 @@ class Trainer:
         seed: int = 0,
         term_norms: bool = False,
         world: World = ALONE,
+        max_invalid: float = 1.0,
         notify: Callable[[str], None] = print,
     ) -> None:
         self.rule, self.policy, self.optimizer, self.draw = rule, policy, optimizer, draw
@@ -113,6 +116,7 @@ class Trainer:
         self.micro_batch, self.max_grad_norm, self.seed = micro_batch, max_grad_norm, seed
         self.notify, self.term_norms = notify, term_norms or rule.needs.term_norms
         self.world, self.dealt = world, micro_batch
+        self.max_invalid, self._background = max_invalid, Background()
         self.nonfinite_in_a_row = 0
         self._proved: set[str] = set()
         policy.add_shadows(rule.needs.shadows)
@@ -156,34 +160,51 @@ class Trainer:
 
         def own() -> tuple[Sampled, Scores | None]:
             sampler = self.policy.shadow(plan.sampled_by) if plan.sampled_by else nullcontext()
-            with clock("sample"), sampler:
-                rollout = self.fitting(lambda: self.policy.rollout(prompts.select(rows), plan))
-            sampled = Sampled(rollout, self.policy.micro_batch, len(prompts))
-            return sampled, self.fitting(lambda: self.score(rollout, clock)) if whole else None
+            with sampler:
+                rollout, scores = self.fitting(lambda: self._scored(prompts.select(rows), plan, whole, clock))
+            return Sampled(rollout, self.policy.micro_batch, len(prompts)), scores
 
         sampled, part = self.world.together(own)
         if part is None:
             return sampled, None, {}
         tree = Tree.grow(len(prompts), plan.branch)
         scores = joined_scores(self.world.gather((rows, part)), tree)
-        if not scores.valid.any():
-            dead = [name for name, values in scores.by_name.items() if not np.isfinite(values).all()]
-            raise Fault(f"update {index + 1}: no sample got a score; not finite: {', '.join(dead)}")
+        if 1 - scores.valid.mean() > self.max_invalid or not scores.valid.any():
+            raise Unscored(f"update {index + 1}: samples without a score, {unscored(scores.by_name, self.rewards)}")
         credit = self.rule.credit(tree, scores, prompts)
         # Terms that go through the reward learn without credit.
         if credit is not None and not plan.pathwise and not plan.perturbed:
             sampled.flat = not any(np.any(edges) for edges in credit)
         return sampled, credit and select_credit(credit, tree, rows), describe(scores, prompts.group[tree.leaf_root])
 
+    def _scored(self, prompts: Prompts, plan: Plan, whole: bool, clock: Clock) -> tuple[Rollout, Scores | None]:
+        """Sample and, if sampling goes to the end, score: rewards in the background work while the next micro-batch is sampled."""
+        begun: list[Callable[[], Scores]] = []
+        each = functools.partial(self._begin, begun, clock) if whole else None
+        before = dict(clock.seconds)
+        with clock("sample"):
+            rollout = self.policy.rollout(prompts, plan, each)
+        clock.seconds["sample"] -= sum(clock.seconds[p] - before.get(p, 0.0) for p in ("decode", "reward"))
+        return rollout, self._joined(rollout, begun, clock) if whole else None
+
     def score(self, rollout: Rollout, clock: Clock) -> Scores:
-        """Decode and score the leaves, a micro-batch at a time."""
-        parts: list[Scores] = []
+        """Decode and score the leaves of a rollout, a micro-batch at a time."""
+        begun: list[Callable[[], Scores]] = []
         for rows in chunks(len(rollout.prompts), self.micro_batch):
-            part = rollout.select(rows)
-            with clock("decode"), torch.no_grad():
-                media = check_media(self.policy.decode(part, part.x[-1]))
-            with clock("reward"), torch.no_grad():
-                parts.append(evaluate(self.rewards, self.weights, media, part.at(-1)))
+            self._begin(begun, clock, rollout.select(rows))
+        return self._joined(rollout, begun, clock)
+
+    def _begin(self, begun: list[Callable[[], Scores]], clock: Clock, part: Rollout) -> None:
+        """Decode a micro-batch and begin to score it."""
+        with clock("decode"), torch.no_grad():
+            media = check_media(self.policy.decode(part, part.x[-1]))
+        with clock("reward"):
+            begun.append(begin(self.rewards, self.weights, media, part.at(-1), self._background))
+
+    def _joined(self, rollout: Rollout, begun: list[Callable[[], Scores]], clock: Clock) -> Scores:
+        """Wait for the scores of a rollout's micro-batches."""
+        with clock("reward"):
+            parts = [answer() for answer in begun]
         steps = range(rollout.plan.stop) if self.rule.needs.log_probs else ()
         return Scores(
             {name: np.concatenate([part.by_name[name] for part in parts]) for name in self.rewards},
@@ -393,6 +414,8 @@ def describe(scores: Scores, group: Integers) -> Metrics:
     valid = scores.valid
     metrics = {"reward/valid": float(valid.mean()), "reward/total": float(scores.total[valid].mean())}
     metrics |= {f"reward/{name}": float(values[valid].mean()) for name, values in scores.by_name.items()}
+    missing = {name: float((~np.isfinite(values)).sum()) for name, values in scores.by_name.items()}
+    metrics |= {f"invalid/{name}": count for name, count in missing.items() if count}
     spread = [np.ptp(scores.total[(group == g) & valid]) if ((group == g) & valid).any() else 0.0 for g in set(group)]
     metrics["groups_flat"] = float(np.mean(np.asarray(spread) == 0))
     return metrics

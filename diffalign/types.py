@@ -43,6 +43,10 @@ class Fault(Exception):
     """Something outside the user's input stopped the run; the last good state is kept: exit code 3."""
 
 
+class Unscored(Fault):
+    """Too many samples have no score. Nothing was learnt from them: the parameters are those before the update."""
+
+
 @dataclass(frozen=True)
 class Prompts:
     """What to draw: one entry a sample.
@@ -343,7 +347,7 @@ class Policy(Protocol):
 
     schedule: Schedule
 
-    def rollout(self, prompts: Prompts, plan: Plan) -> Rollout: ...
+    def rollout(self, prompts: Prompts, plan: Plan, each: Callable[[Rollout], None] | None = None) -> Rollout: ...
     def transition(self, part: Rollout, step: int) -> Transition: ...
     def replay(
         self, part: Rollout, start: int, stop: int, steps: Collection[int] | None = None, detached: bool = False

@@ -13,12 +13,14 @@ REWARDS = {
     "jpeg_compressibility": {
         "object": "compressibility",
         "differentiable": False,
+        "background": True,
         "modality": "image",
         "about": "minus the JPEG's size in kB (quality 95)",
     },
     "jpeg_incompressibility": {
         "object": "incompressibility",
         "differentiable": False,
+        "background": True,
         "modality": "image",
         "about": "the JPEG's size in kB (quality 95)",
     },

@@ -11,6 +11,7 @@ REWARDS = {
     "shapes_geneval": {
         "object": "official",
         "differentiable": False,
+        "background": True,
         "modality": "image",
         "needs": ["include"],
         "about": "GenEval's official verdict on shapes, 0 or 1 (gold)",
@@ -18,6 +19,7 @@ REWARDS = {
     "shapes_geneval_strict": {
         "object": "strict",
         "differentiable": False,
+        "background": True,
         "modality": "image",
         "needs": ["include"],
         "about": "exactly the wanted shapes and no unexplained pixels, 0 or 1",
@@ -25,6 +27,7 @@ REWARDS = {
     "shapes_geneval_partial": {
         "object": "partial",
         "differentiable": False,
+        "background": True,
         "modality": "image",
         "needs": ["include"],
         "about": "share of what the caption asks for, in [0, 1]: a training signal",

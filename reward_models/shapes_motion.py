@@ -10,6 +10,7 @@ REWARDS = {
     "shapes_motion": {
         "object": "official",
         "differentiable": False,
+        "background": True,
         "modality": "video",
         "needs": ["include", "motion"],
         "about": "every frame shows just the wanted shape and it moves as asked, 0 or 1 (gold)",
@@ -17,6 +18,7 @@ REWARDS = {
     "shapes_motion_partial": {
         "object": "partial",
         "differentiable": False,
+        "background": True,
         "modality": "video",
         "needs": ["include", "motion"],
         "about": "half for the shape and colour in the frames, half for the way it goes, in [0, 1]: a training signal",

@@ -33,6 +33,8 @@ def test_every_mutation_is_killed(mutation, tmp_path):
             "-m",
             "pytest",
             "-x",
+            "-n",
+            "0",
             "-q",
             "-p",
             "no:cacheprovider",

@@ -229,8 +229,8 @@ def test_a_planted_change_of_one_stored_latent_stops_the_run_and_says_so(tmp_pat
     made = start(tmp_path / "run", "evaluation.enabled=false", "rewards={jpeg_compressibility: 1}")
     rollout = made.policy.rollout
 
-    def planted(prompts, plan):
-        found = rollout(prompts, plan)
+    def planted(prompts, plan, each=None):
+        found = rollout(prompts, plan, each)
         if any(plan.noise):
             found.x[1][0, 0, 0, 0] += 1e-3
         return found
@@ -252,7 +252,7 @@ def test_equal_rewards_skip_the_update_and_say_so(tmp_path, monkeypatch):
 
 
 def test_samples_without_a_score_are_counted_and_none_at_all_is_a_fault(tmp_path, monkeypatch):
-    made = start(tmp_path / "run", "evaluation.enabled=false", "updates=1")
+    made = start(tmp_path / "run", "evaluation.enabled=false", "updates=1", "scoring.max_invalid=0.25")
     said: list[str] = []
     monkeypatch.setattr(made.reporter, "say", said.append)
     made.trainer.rewards = {"shapes_geneval_partial": lambda media, prompts: [float("nan"), 0.0, 1.0, 0.5]}
@@ -261,7 +261,7 @@ def test_samples_without_a_score_are_counted_and_none_at_all_is_a_fault(tmp_path
     made.folder.close()
     made = start(tmp_path / "other", "evaluation.enabled=false")
     made.trainer.rewards = {"shapes_geneval_partial": lambda media, prompts: [float("nan")] * 4}
-    with pytest.raises(Fault, match="update 1: no sample got a score; not finite: shapes_geneval_partial"):
+    with pytest.raises(Fault, match="update 1: samples without a score, shapes_geneval_partial: 4 of 4"):
         made.run()
 
 
@@ -348,8 +348,8 @@ def test_the_best_evaluation_keeps_its_checkpoint_and_its_adapter(tmp_path, monk
     values = iter([0.1, 0.3, 0.9, 0.2, 0.4])  # before training, then after each update
     joined = evaluate.joined
 
-    def scored(parts, prompts, update):
-        found = joined(parts, prompts, update)
+    def scored(parts, prompts, update, *more):
+        found = joined(parts, prompts, update, *more)
         value = next(values)
         return evaluate.Evaluation(update, {k: np.full_like(v, value) for k, v in found.scores.items()}, found.group)
 
@@ -452,7 +452,9 @@ def test_a_reward_whose_gradient_does_not_come_from_the_pixels_is_a_fault(tmp_pa
 def test_a_judge_that_never_gives_a_score_is_a_fault(tmp_path):
     made = start(tmp_path / "run")
     made.parts.eval_rewards["shapes_geneval"] = lambda media, prompts: [float("nan")] * len(prompts)
-    with pytest.raises(Fault, match="evaluation after update 0: no sample got a score; not finite: shapes_geneval"):
+    with pytest.raises(
+        Fault, match="evaluation after update 0: samples without a score, shapes_geneval: 24 of 24; the same"
+    ):
         made.run()
     made.folder.close()
 

@@ -111,9 +111,13 @@ class ChainPolicy(ABC):
         return float(rows.x[step]), float(rows.prediction[step]), float(rows.std[step])
 
     @torch.no_grad()
-    def rollout(self, prompts: Prompts, plan: Plan) -> Rollout:
-        """Sample every prompt to level `plan.stop`, `micro_batch` roots at a time."""
-        parts = [self._rollout(prompts.select(rows), plan) for rows in chunks(len(prompts), self.micro_batch)]
+    def rollout(self, prompts: Prompts, plan: Plan, each: Callable[[Rollout], None] | None = None) -> Rollout:
+        """Sample every prompt to level `plan.stop`, `micro_batch` roots at a time; `each` sees every micro-batch once it is done."""
+        parts = []
+        for rows in chunks(len(prompts), self.micro_batch):
+            parts.append(self._rollout(prompts.select(rows), plan))
+            if each is not None:
+                each(parts[-1])
         return concatenate(parts, prompts)
 
     def _rollout(self, prompts: Prompts, plan: Plan) -> Rollout:

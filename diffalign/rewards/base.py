@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 from diffalign.memory import out_of_memory
 from diffalign.types import Fault, Media, Prompts, Scores, one_line
 
+Scored = np.ndarray[Any, np.dtype[np.float64]]  # (N,), NaN where there is no score
 Reward = Callable[[Media, Prompts], "Tensor | Sequence[float]"]
 
 
@@ -36,24 +39,72 @@ def to_uint8(media: Media) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return pixels.permute(0, 1, 3, 4, 2).cpu().numpy()
 
 
-def evaluate(rewards: dict[str, Reward], weights: dict[str, float], media: Media, prompts: Prompts) -> Scores:
-    """Score media with every reward and add up by weight; a score that is not finite makes its sample invalid.
+class Background:
+    """One thread for each reward that says `background`: remote ones, and those on the CPU, score while sampling goes on."""
+
+    def __init__(self) -> None:
+        self._threads: dict[str, ThreadPoolExecutor] = {}
+
+    def submit(self, name: str, work: Callable[[], Scored]) -> Callable[[], Scored]:
+        """Begin some work; the answer waits for it."""
+        thread = self._threads.setdefault(name, ThreadPoolExecutor(1, thread_name_prefix=f"reward {name}"))
+        return thread.submit(work).result
+
+
+def begin(
+    rewards: dict[str, Reward], weights: dict[str, float], media: Media, prompts: Prompts, background: Background
+) -> Callable[[], Scores]:
+    """Begin to score media with every reward; the answer waits for those in the background and adds up by weight.
+
+    A score that is not finite makes its sample invalid.
 
     Raises:
-        Fault: if a reward returns the wrong number of scores, or fails.
+        Fault: (the answer too) if a reward returns the wrong number of scores, or fails.
     """
-    by_name: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
+    aside = any(getattr(reward, "background", False) for reward in rewards.values())
+    copy = Media(media.pixels.detach().cpu(), media.fps) if aside else media
+    found: dict[str, Callable[[], Scored]] = {}
     for name, reward in rewards.items():
-        try:
-            output = reward(media, prompts)
-            values = output.detach().cpu().double().numpy() if isinstance(output, Tensor) else np.asarray(output, float)
-        except (Exception, SystemExit) as error:  # whatever a user's function does
-            if out_of_memory(error):
-                raise  # the trainer answers it
-            raise Fault(f"reward {name}: {one_line(error)}") from error
-        if values.shape != (len(prompts),):
-            raise Fault(f"reward {name}: returned shape {values.shape} for {len(prompts)} samples")
-        by_name[name] = values
-    total = sum((weights[name] * values for name, values in by_name.items()), np.zeros(len(prompts)))
-    valid = np.isfinite(total)
-    return Scores(by_name, np.where(valid, total, 0.0), valid, weights)
+        if getattr(reward, "background", False):
+            found[name] = background.submit(name, functools.partial(_scored, name, reward, copy, prompts))
+        else:
+            values = _scored(name, reward, media, prompts)
+            found[name] = functools.partial(lambda values: values, values)
+
+    def finish() -> Scores:
+        by_name = {name: answer() for name, answer in found.items()}
+        total = sum((weights[name] * values for name, values in by_name.items()), np.zeros(len(prompts)))
+        valid = np.isfinite(total)
+        return Scores(by_name, np.where(valid, total, 0.0), valid, weights)
+
+    return finish
+
+
+def evaluate(rewards: dict[str, Reward], weights: dict[str, float], media: Media, prompts: Prompts) -> Scores:
+    """Score media with every reward and wait for all; see `begin`."""
+    return begin(rewards, weights, media, prompts, Background())()
+
+
+@torch.no_grad()
+def _scored(name: str, reward: Reward, media: Media, prompts: Prompts) -> Scored:
+    """One reward's scores (N,)."""
+    try:
+        output = reward(media, prompts)
+        values = output.detach().cpu().double().numpy() if isinstance(output, Tensor) else np.asarray(output, float)
+    except (Exception, SystemExit) as error:  # whatever a user's function does
+        if out_of_memory(error):
+            raise  # the trainer answers it
+        raise Fault(f"reward {name}: {one_line(error)}") from error
+    if values.shape != (len(prompts),):
+        raise Fault(f"reward {name}: returned shape {values.shape} for {len(prompts)} samples")
+    return values
+
+
+def unscored(by_name: Mapping[str, Scored], rewards: Mapping[str, Reward]) -> str:
+    """Which rewards have samples without a finite score, how many, and what is known of why; empty if none."""
+    found = []
+    for name, values in by_name.items():
+        if missing := int((~np.isfinite(values)).sum()):
+            why = getattr(rewards.get(name), "said", "")
+            found.append(f"{name}: {missing} of {len(values)}" + (f" ({why})" if why else ""))
+    return ", ".join(found)

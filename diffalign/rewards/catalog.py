@@ -2,11 +2,14 @@
 
     REWARDS = {"name": {"object": "Class or function", "differentiable": False, "modality": "image", "about": "one line"}}
 
-with `needs` (keys of the prompts' metadata), `weights` (where its weights are, with a class that takes another place: `name@PLACE`),
-`licence` and `extra` (a module of an optional extra) where they apply.
+with `range`, `needs` (keys of the prompts' metadata), `weights` (where its weights are, with a class that takes another place:
+`name@PLACE`), `licence`, `memory` (GiB of its weights), `extra` (a module of an optional extra) and `background` (it works on the CPU, while
+sampling goes on) where they apply.
 
 Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`; a module-level
-`DIFFERENTIABLE = ["function"]` says which of its functions have a gradient to the pixels.
+`DIFFERENTIABLE = ["function"]` says which of its functions have a gradient to the pixels. An installed package gives it a bare name by
+an entry point in the group `diffalign.rewards`. `http://host:port/score` is a reward behind a server, several addresses with | between
+them one behind several.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-from dataclasses import dataclass, replace
+import urllib.parse
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,8 @@ from diffalign.files import is_file
 @dataclass(frozen=True)
 class Entry:
     """Where a reward is and what it promises. needs: keys its samples' metadata must have; weights: where its weights are unless
-    `place` says otherwise; extra: the module it needs from an optional extra."""
+    `place` says otherwise; extra: the module it needs from an optional extra; range: of its scores; memory: GiB of its weights;
+    background: it may score in a thread of its own; urls: of its servers."""
 
     name: str
     source: str  # a module name or a file
@@ -37,7 +42,11 @@ class Entry:
     weights: str = ""
     licence: str = ""
     extra: str = ""
+    range: str = ""
+    memory: float = 0.0
+    background: bool = False
     place: str | None = None
+    urls: tuple[str, ...] = ()
 
     @property
     def installed(self) -> bool:
@@ -85,21 +94,34 @@ def builtin() -> dict[str, Entry]:
         facts_of = _literal(_parsed(path), "REWARDS")
         assert facts_of, f"{path.name} has no literal REWARDS"
         for name, facts in facts_of.items():
-            found[name] = Entry(
-                name,
-                f"reward_models.{path.stem}",
-                str(facts["object"]),
-                bool(facts["differentiable"]),
-                str(facts["modality"]),
-                str(facts["about"]),
-                tuple(facts.get("needs", ())),  # type: ignore[arg-type]
-                *(str(facts.get(key, "")) for key in ("weights", "licence", "extra")),
-            )
+            known = {field.name for field in fields(Entry)} & facts.keys()
+            assert known | {"object"} == facts.keys(), f"{path.name}: {name} has unknown facts"
+            given = {key: facts[key] for key in known} | {"needs": tuple(facts.get("needs", ()))}
+            found[name] = Entry(name, f"reward_models.{path.stem}", facts["object"], **given)
     return found
 
 
+def plugged(name: str) -> str | None:
+    """`module:attr` of an entry point of that name in the group `diffalign.rewards`, if an installed package has one."""
+    from importlib.metadata import entry_points
+
+    found = list(entry_points(group="diffalign.rewards", name=name))
+    return found[0].value if found else None
+
+
+def _served(name: str) -> Entry:
+    urls = tuple(name.split("|"))
+    for url in urls:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise LookupError(f"{url!r} is no address; allowed is http://host:port/score, several with | between them")
+        if parts.username or parts.password:
+            raise LookupError("an address with a password would be written into the run; set DIFFALIGN_REWARD_TOKEN")
+    return Entry(name, "diffalign.rewards.remote", "Remote", background=True, about="behind a server", urls=urls)
+
+
 def find(name: str) -> Entry:
-    """The entry of a bare name, `name@PLACE`, `./file.py:function` or `package.module:function`.
+    """The entry of a bare name, `name@PLACE`, an address, `./file.py:function` or `package.module:function`.
 
     Raises:
         LookupError: one line that says what is wrong and what is allowed.
@@ -107,17 +129,27 @@ def find(name: str) -> Entry:
     known = builtin()
     if name in known:
         return known[name]
+    if name.startswith(("http://", "https://")):
+        return _served(name)
     bare, at, place = name.partition("@")
     if at and bare in known:
         if not known[bare].weights or not place:
             able = ", ".join(key for key, entry in known.items() if entry.weights)
             raise LookupError(f"got {name!r}; NAME@PLACE is for rewards with weights: {able}")
         return replace(known[bare], name=name, place=place)
-    source, _, attribute = name.rpartition(":")
+    return _function(name, plugged(name) or name)
+
+
+def _function(name: str, place: str) -> Entry:
+    """The entry of `./file.py:function` or `package.module:function`."""
+    known = builtin()
+    source, _, attribute = place.rpartition(":")
     if not source:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]}" if near else ""
-        raise LookupError(f"unknown reward{hint}; known are {', '.join(known)}; or ./file.py:function")
+        raise LookupError(
+            f"unknown reward{hint}; known are {', '.join(known)}; or ./file.py:function, http://host/score"
+        )
     if source.endswith(".py"):
         path = Path(source)
         if not is_file(path):

@@ -11,11 +11,12 @@ from typing import Any
 
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import Entry, find
+from diffalign.rewards.remote import Remote
 from diffalign.types import UserError, one_line
 
 
-def load(name: str) -> Reward:
-    """The reward of a name; classes are created without arguments, or with the place of their weights.
+def load(name: str, deadline: float = 300.0, batch: int = 16) -> Reward:
+    """The reward of a name; classes are created without arguments, or with the place of their weights; deadline, batch: of `Remote`.
 
     Raises:
         UserError: if its module cannot be imported or lacks the function.
@@ -24,6 +25,8 @@ def load(name: str) -> Reward:
         entry = find(name)
     except LookupError as error:
         raise UserError(f"rewards: {name}: {error}") from error
+    if entry.urls:
+        return Remote(name, entry.urls, deadline, batch)
     try:
         module = _module(entry)
     except (Exception, SystemExit) as error:  # whatever a user's file does while it is imported
@@ -32,10 +35,13 @@ def load(name: str) -> Reward:
     if not callable(found):
         raise UserError(f"rewards: {name}: {entry.source} has no function {entry.attribute!r}")
     if not inspect.isclass(found):
+        if entry.background:
+            found.background = True
         return found
     make: Any = found
     try:
         reward = make() if entry.place is None else make(entry.place)
+        reward.background = entry.background
     except Exception as error:  # whatever a user's class does
         raise UserError(f"rewards: {name}: cannot be created: {one_line(error)}") from error
     return reward  # type: ignore[no-any-return]

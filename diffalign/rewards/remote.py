@@ -1,0 +1,186 @@
+"""Rewards behind a server: the wire format, and a client that asks one or several of them.
+
+A request is JSON: `prompts` (n texts), `metadata` (n objects), `fps`, and `media`: either {"format": "png", "data": n lists of one
+base64 PNG a frame} or {"format": "raw", "shape": [n, frames, height, width, 3], "data": base64 of uint8}. The answer is
+{"name": ..., "version": ..., "scores": n numbers, null where there is none}. Pixels travel as uint8 without loss, never pickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffalign.rewards.base import to_uint8
+from diffalign.types import Fault, Media, Prompts, chunks, one_line
+
+TOKEN = "DIFFALIGN_REWARD_TOKEN"  # the variable whose value is sent as a bearer token, and asked for by `serve-reward`
+CONNECT, READ = 5.0, 120.0  # seconds
+PAUSE, LONGEST = 0.5, 30.0  # seconds before the second attempt, doubled each time up to the longest
+IN_FLIGHT = 2  # requests a server works on at once: one scores while the next one travels
+RETRIED = {408, 425, 429, 500, 502, 503, 504}
+
+
+def packed(media: Media, form: str = "png") -> dict[str, Any]:
+    """Media as JSON; `form` is png or raw."""
+    frames = to_uint8(media)
+    if form == "raw":
+        return {"format": "raw", "shape": list(frames.shape), "data": base64.b64encode(frames.tobytes()).decode()}
+    return {"format": "png", "data": [[_png(frame) for frame in sample] for sample in frames]}
+
+
+def _png(frame: NDArray[np.uint8]) -> str:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG", compress_level=1)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def unpacked(given: Any) -> torch.Tensor:
+    """Pixels (n, F, 3, H, W) float in [0, 1] of what `packed` makes.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if not isinstance(given, dict) or given.get("format") not in ("png", "raw"):
+        raise ValueError("media: expected an object with format png or raw")
+    frames = _raw(given) if given["format"] == "raw" else _pngs(given.get("data"))
+    return torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255
+
+
+def _raw(given: dict[str, Any]) -> NDArray[np.uint8]:
+    data = _bytes(given.get("data"), "media.data")
+    shape: Any = given.get("shape")
+    whole = isinstance(shape, list) and len(shape) == 5 and all(type(n) is int and n > 0 for n in shape)
+    if not whole or shape[-1] != 3 or math.prod(shape) != len(data):
+        raise ValueError(f"media: shape {shape} does not fit {len(data)} bytes; expected [n, frames, height, width, 3]")
+    return np.frombuffer(data, np.uint8).reshape(shape).copy()
+
+
+def _pngs(samples: Any) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    if not isinstance(samples, list) or not samples or not all(isinstance(s, list) and s for s in samples):
+        raise ValueError("media.data: expected a list of lists of PNG files, one a frame")
+    found = []
+    for sample in samples:
+        frames = []
+        for text in sample:
+            try:
+                with Image.open(io.BytesIO(_bytes(text, "media.data")), formats=("PNG",)) as picture:
+                    frames.append(np.asarray(picture.convert("RGB")))
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                raise ValueError(f"media.data: not a PNG file ({one_line(error)})") from error
+        found.append(frames)
+    if len({tuple(frame.shape for frame in frames) for frames in found}) > 1:
+        raise ValueError("media.data: samples of one request must have one size and number of frames")
+    return np.stack([np.stack(frames) for frames in found])
+
+
+def _bytes(text: Any, where: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: not base64") from error
+
+
+class _Down(Exception):
+    """A request did not come through; it may at the next attempt."""
+
+
+class Remote:
+    """A reward behind one or several servers that give the same scores: requests of `batch` samples go round them.
+
+    A request that does not come through is tried again, at the next server, with growing pauses, until `deadline` seconds have passed for
+    the whole call; what then has no answer has no score. After a call without any answer the next one tries each request once.
+    """
+
+    background = True
+
+    def __init__(self, name: str, urls: Sequence[str], deadline: float = 300.0, batch: int = 16) -> None:
+        import httpx
+
+        self.name, self.urls, self.deadline, self.batch = name, list(urls), deadline, batch
+        token = os.environ.get(TOKEN)
+        self._client = httpx.Client(
+            timeout=httpx.Timeout(READ, connect=CONNECT), headers={"Authorization": f"Bearer {token}"} if token else {}
+        )
+        self._down = False
+        self._turn, self._lock = 0, threading.Lock()
+        self.said = ""  # why the last request failed
+
+    def __call__(self, media: Media, prompts: Prompts) -> list[float]:
+        """Scores (n,) in the order of the samples, NaN where no server gave one.
+
+        Raises:
+            Fault: if a server refuses the request or gives another number of scores.
+        """
+        until = time.monotonic() + (0.0 if self._down else self.deadline)
+        parts = list(chunks(len(prompts), self.batch))
+        with ThreadPoolExecutor(IN_FLIGHT * len(self.urls)) as pool:
+            found = list(pool.map(lambda rows: self._ask(media, prompts, rows, until), parts))
+        self._down = all(part is None for part in found)
+        scores: list[float] = []
+        for rows, part in zip(parts, found, strict=True):
+            scores += [float("nan")] * len(rows) if part is None else part
+        return scores
+
+    def _ask(self, media: Media, prompts: Prompts, rows: Sequence[int], until: float) -> list[float] | None:
+        """The scores of some rows, None if there was no answer in time."""
+        index = torch.as_tensor(list(rows))
+        body = {
+            "prompts": [prompts.text[k] for k in rows],
+            "metadata": [prompts.metadata[k] for k in rows],
+            "fps": media.fps,
+            "media": packed(Media(media.pixels[index], media.fps)),
+        }
+        pause = PAUSE
+        while True:
+            try:
+                return self._post(self._next(), body, len(rows))
+            except _Down as error:
+                self.said = str(error)
+            left = until - time.monotonic()
+            if left <= 0:
+                return None
+            time.sleep(min(left, pause * random.uniform(0.5, 1.0)))  # apart, or all come back at once
+            pause = min(2 * pause, LONGEST)
+
+    def _next(self) -> str:
+        with self._lock:
+            self._turn += 1
+            return self.urls[self._turn % len(self.urls)]
+
+    def _post(self, url: str, body: dict[str, Any], count: int) -> list[float]:
+        import httpx
+
+        try:
+            response = self._client.post(url, json=body)
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise Fault(f"reward {self.name}: {url}: {one_line(error)}") from error
+        except httpx.HTTPError as error:
+            raise _Down(f"{url}: {one_line(error)}") from error
+        if response.status_code in RETRIED:
+            raise _Down(f"{url}: status {response.status_code} {response.text[:200]}".rstrip())
+        if response.status_code != 200:
+            raise Fault(f"reward {self.name}: {url} refused ({response.status_code}): {response.text[:300]!r}")
+        try:
+            scores = response.json()["scores"]
+            found = [float("nan") if score is None else float(score) for score in scores]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Fault(f"reward {self.name}: {url} answered {response.text[:200]!r}, expected scores") from error
+        if len(found) != count:
+            raise Fault(f"reward {self.name}: {url} gave {len(found)} scores for {count} samples")
+        return found
