@@ -105,6 +105,43 @@ def sample(
 
 
 @app.command()
+@click.argument("targets", nargs=-1, required=True, metavar="RUN|ADAPTER|MODEL...")
+@click.option("--suite", required=True, metavar="NAME|FILE", help="shapes, shapes-motion, or a file of prompts.")
+@click.option("--prompts", help="Other prompts for the suite's rewards: a set's name or a file.")
+@click.option("--reward", "rewards", multiple=True, help="What judges, instead of the suite's; several times.")
+@click.option("--split", type=click.Choice(("train", "validation", "test")), default="test", show_default=True)
+@click.option("-n", "count", type=click.IntRange(1, 1000), default=4, show_default=True, help="Samples a prompt.")
+@click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True)
+@click.option("--steps", type=click.IntRange(1, 1000), help="Sampling steps [default: as trained].")
+@click.option("--guidance", type=Number(0, 1000), help="Guidance scale [default: as trained].")
+@click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="A further argument of the pipeline's call.")
+@click.option("--batch", type=click.IntRange(1, 1024), default=16, show_default=True, help="Samples at a time.")
+@click.option("--fresh", is_flag=True, help="Make again what is there.")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
+def evaluate(
+    targets: tuple[str, ...],
+    suite: str,
+    prompts: str | None,
+    rewards: tuple[str, ...],
+    split: str,
+    count: int,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    options: tuple[str, ...],
+    batch: int,
+    fresh: bool,
+    out: Path,
+) -> None:
+    """Judge models and adapters on a suite of prompts, all from the same noises, with intervals, grids and a page."""
+    from diffalign import benchmark
+
+    task = benchmark.task_of(suite, prompts, rewards, split, count, seed, batch)
+    models = benchmark.sources(targets, options, steps, guidance)
+    benchmark.run(task, models, out, fresh, click.echo)
+
+
+@app.command()
 @click.argument("folder", metavar="RUN|ADAPTER", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A .safetensors file.")
 def export(folder: Path, out: Path) -> None:

@@ -177,11 +177,11 @@ def sample(
         UserError: if `out` cannot be written, an argument does not fit, or the model or an adapter does not load.
     """
     out = Path(out)
-    call = _call(source, steps, guidance, negative)
+    call = call_of(source, steps, guidance, negative)
     if base and not source.adapters:
         raise UserError(f"--base: {source.model} is sampled without an adapter, there is nothing to compare")
     make_folder(out, "--out")
-    pipe = _pipeline(source)
+    pipe = pipeline(source)
     if _films(pipe) and importlib.util.find_spec("imageio") is None:
         raise UserError(
             f"sample: {type(pipe).__name__} makes videos, which need imageio; pip install 'diffalign[video]'"
@@ -196,7 +196,12 @@ def sample(
     return [*aligned, *plain, out / "grid.png", out / "index.html"]
 
 
-def _call(source: Source, steps: int | None, guidance: float | None, negative: str | None) -> dict[str, Any]:
+def call_of(source: Source, steps: int | None, guidance: float | None, negative: str | None) -> dict[str, Any]:
+    """The arguments of a source's call with those that the user changed.
+
+    Raises:
+        UserError: for a negative prompt where it has no effect.
+    """
     call = dict(source.call)
     if guidance is not None:
         call["guidance_scale"] = guidance
@@ -213,7 +218,12 @@ def _call(source: Source, steps: int | None, guidance: float | None, negative: s
     return call
 
 
-def _pipeline(source: Source) -> Any:
+def pipeline(source: Source) -> Any:
+    """The pipeline of a source with its adapters, on the GPU where there is one.
+
+    Raises:
+        UserError: if the model or an adapter does not load.
+    """
     import torch
 
     from diffalign.backends import loading, lora_files, recorder
@@ -236,24 +246,33 @@ def _pipeline(source: Source) -> Any:
 def _draw(
     pipe: Any, prompts: Sequence[str], seeds: range, call: dict[str, Any], out: Path, ending: str, fps: int
 ) -> list[Path]:
-    import torch
-
     paths = []
     batch = 1 if _films(pipe) else BATCH
     for number, prompt in enumerate(prompts):
         for start in range(0, len(seeds), batch):
             some = seeds[start : start + batch]
-            generators = [torch.Generator().manual_seed(s) for s in some]
-            given = {key: [value] * len(some) if key == "negative_prompt" else value for key, value in call.items()}
-            try:
-                drawn = pipe(prompt=[prompt] * len(some), generator=generators, output_type="np", **given)[0]
-            except Exception as error:  # whatever a pipeline does with arguments that are not for it
-                if out_of_memory(error):
-                    raise Fault(f"sample: out of memory with {len(some)} at a time: {one_line(error)}") from error
-                raise UserError(f"sample: {type(pipe).__name__} does not accept this: {_told(error)}") from error
-            for s, shot in zip(some, drawn, strict=True):
+            for s, shot in zip(some, shots(pipe, [prompt] * len(some), some, call), strict=True):
                 paths.append(_write(shot, out / f"{number:03d}_seed{s}{ending}.png", fps))
     return paths
+
+
+def shots(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: dict[str, Any]) -> Any:
+    """One call of a pipeline: n pictures (H, W, 3) or videos (F, H, W, 3) with values in [0, 1], each from a seed of its own.
+
+    Raises:
+        UserError: if the pipeline refuses the call.
+        Fault: if memory does not suffice.
+    """
+    import torch
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    given = {key: [value] * len(seeds) if key == "negative_prompt" else value for key, value in call.items()}
+    try:
+        return pipe(prompt=list(prompts), generator=generators, output_type="np", **given)[0]
+    except Exception as error:  # whatever a pipeline does with arguments that are not for it
+        if out_of_memory(error):
+            raise Fault(f"sample: out of memory with {len(seeds)} at a time: {one_line(error)}") from error
+        raise UserError(f"sample: {type(pipe).__name__} does not accept this: {_told(error)}") from error
 
 
 def _told(error: Exception) -> str:

@@ -20,7 +20,7 @@ LAYERS = [
     {"shapes.pretrain", "prompts", "prompt_sets"},
     {"config", "evaluate", "figures", "trainer"},
     {"checkpoint", "runfolder", "trackers", "progress", "build", "measure", "architectures"},
-    {"card", "cost", "doctor", "sampling", "stages", "gradients", "preview", "export"},
+    {"card", "benchmark", "cost", "doctor", "sampling", "stages", "gradients", "preview", "export"},
     {"session"},
     {"cli"},
     {"__main__"},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -58,7 +59,7 @@ def stand_in(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
     def set_timesteps(self: Any, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:
         if self.linear:
             count = num_inference_steps if num_inference_steps is not None else len(kwargs["sigmas"])
-            kwargs["sigmas"] = linear_sigmas(count)
+            kwargs["sigmas"] = np.array(linear_sigmas(count))  # solvers' shift multiplies them as they come
             num_inference_steps = None
         base.set_timesteps(self, num_inference_steps, *args, **kwargs)
         self.full_timesteps, self.full_sigmas = self.timesteps, getattr(self, "sigmas", None)
@@ -95,6 +96,9 @@ def _of_kind(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
         raise UserError(
             f"sampler.process: got one for {wanted} schedulers, the pipeline has {name}; allowed with that: {allowed}"
         )
+    takes = inspect.signature(type(scheduler).set_timesteps).parameters
+    if kind == "flow" and sigmas == "linear" and "sigmas" not in takes:
+        raise UserError(f"sampler.sigmas: got 'linear', {name} cannot be told its levels; allowed is pipeline")
     if kind == "flow":
         return scheduler
     if sigmas == "linear":
@@ -114,7 +118,10 @@ def levels(recording: Any, kind: Kind) -> Levels:
         ValueError: if they do not fall, or the scheduler's prediction type is unknown.
     """
     if kind == "flow":
-        return Levels.flow(recording.full_sigmas.double().cpu().numpy())
+        sigma = recording.full_sigmas.double().cpu().numpy()
+        # UniPC takes 1e-6 off a first level of 1 to spare its logarithm; the start is pure noise all the same, and Flow-SDE's
+        # noise of sqrt(sigma / (1 - sigma)) would be a thousand times too strong.
+        return Levels.flow(np.where(sigma > 1 - 1e-5, 1.0, sigma))
     signal = recording.alphas_cumprod.double()[recording.full_timesteps.cpu()]
     abar = torch.cat([signal, recording.final_alpha_cumprod.double()[None]]).numpy()
     return Levels(np.sqrt(abar), np.sqrt(1 - abar), recording.config.prediction_type)

@@ -18,7 +18,6 @@ from diffalign.rewards.load import load
 from diffalign.rewards.remote import unpacked
 from diffalign.types import Fault, Media, Prompts, UserError, one_line
 
-
 Answer = tuple[int, dict[str, Any]]  # status, content
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from diffalign.types import UserError
 from tests.families import FAMILIES
 from tests.families.__main__ import PAGE, README, bases, committed, markdown
-from tests.families.probe import probe
+from tests.families.probe import policy, probe
 
 NEEDED = (
     "pictures",
@@ -34,3 +35,25 @@ def test_the_page_of_bases_says_what_the_configs_say():
 def test_the_readme_shows_the_table():
     assert list(committed()) == list(FAMILIES)
     assert markdown(committed()) in README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["Wan 2.1", "FLUX.1-dev", "LTX-Video"])
+def test_even_levels_fall_from_noise_to_the_sample_under_every_scheduler(name):
+    made = policy(name, sigmas="linear")
+    assert made.levels.sigma[0] == 1
+    assert made.levels.sigma[-1] == 0
+    assert (made.levels.sigma[1:] < made.levels.sigma[:-1]).all()
+    assert made.schedule.std.max() < 2
+
+
+def test_the_first_step_of_a_solver_s_levels_gets_no_more_noise_than_elsewhere():
+    """UniPC's first level is 1 - 1e-6: taken as it is, Flow-SDE's noise of a sqrt(t / (1 - t)) sqrt(dt) would be 221 there. At t = 1
+    Flow-GRPO takes the next level instead, which leaves a."""
+    made = policy("Wan 2.1")
+    assert made.levels.sigma[0] == 1
+    assert made.schedule.std[0] == pytest.approx(0.7)
+
+
+def test_a_scheduler_that_cannot_be_told_its_levels_says_so():
+    with pytest.raises(UserError, match="sampler.sigmas: got 'linear', DPMSolverMultistepScheduler cannot be told"):
+        policy("Sana", sigmas="linear")

@@ -1,0 +1,81 @@
+"""Samples of an evaluation as files: a PNG each, the frames of a video side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from diffalign import sampling
+from diffalign.types import Fault, chunks, one_line
+
+if TYPE_CHECKING:
+    from diffalign.benchmark import Task
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A model's samples and their scores (total,) by reward."""
+
+    folder: Path
+    scores: dict[str, NDArray[np.float64]]
+
+
+def path(folder: Path, row: int) -> Path:
+    """The file of a sample."""
+    return folder / f"{row:06d}.png"
+
+
+def write(frames: NDArray[np.uint8], place: Path) -> None:
+    """Keep a sample (F, H, W, 3): the file appears whole."""
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("frames", str(len(frames)))
+    part = place.with_suffix(f".{os.getpid()}")
+    Image.fromarray(np.concatenate(frames, axis=1)).save(part, "PNG", pnginfo=notes)
+    os.replace(part, place)
+
+
+def read(folder: Path, row: int) -> NDArray[np.uint8]:
+    """A sample's frames (F, H, W, 3).
+
+    Raises:
+        Fault: if the file is damaged.
+    """
+    place = path(folder, row)
+    try:
+        with Image.open(place) as picture:
+            count = int(picture.info.get("frames", 1))
+            strip = np.asarray(picture.convert("RGB"))
+        return np.stack(np.split(strip, count, axis=1))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise Fault(f"{place}: damaged ({one_line(error)}); delete it, the same command makes it again") from error
+
+
+def draw(task: Task, model: sampling.Source, folder: Path, rows: Sequence[int], say: Callable[[str], None]) -> None:
+    """Draw the samples of some rows by the plain pipeline.
+
+    Raises:
+        UserError: if the model does not load, or refuses its call.
+        Fault: if memory does not suffice, or a sample is not finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe = sampling.pipeline(model)
+    for number, part in enumerate(chunks(len(rows), task.batch)):
+        own = [rows[k] for k in part]
+        texts = [task.entries[row // task.samples]["prompt"] for row in own]
+        for row, shot in zip(
+            own, sampling.shots(pipe, texts, [task.seed_of(row) for row in own], model.call), strict=True
+        ):
+            frames = np.asarray(shot)
+            if not np.isfinite(frames).all():
+                raise Fault(f"{folder.name}: sample {row} has numbers that are not finite")
+            frames = frames if frames.ndim == 4 else frames[None]
+            write(np.round(frames * 255).astype(np.uint8), path(folder, row))
+        if number % 10 == 9:
+            say(f"{folder.name}: {min((number + 1) * task.batch, len(rows))} of {len(rows)} drawn")
