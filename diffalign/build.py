@@ -59,7 +59,8 @@ def build(config: Config) -> Parts:
         except ValueError as error:
             raise UserError(f"lora.start: {folder} does not fit: {error}") from error
     names = dict.fromkeys([*config.rewards, *config.eval_rewards])
-    loaded = {name: load_reward(name, config.scoring.deadline, config.scoring.batch) for name in names}
+    asked = config.scoring
+    loaded = {name: load_reward(name, asked.deadline, asked.batch, asked.frames, asked.reduce) for name in names}
     return Parts(
         place=place,
         policy=policy(config, pipe, parameters),

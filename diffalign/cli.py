@@ -245,9 +245,12 @@ def rewards(context: click.Context) -> None:
 
     for name, entry in catalog.builtin().items():
         kind = "differentiable" if entry.differentiable else "black box"
-        weights = f"; weights {entry.weights} ({entry.licence}), or {name}@PLACE" if entry.weights else ""
-        needs = "" if entry.installed else "; needs pip install 'diffalign[rewards]'"
-        click.echo(f"{name:24} {entry.modality:13} {kind:15} {entry.about}{weights}{needs}")
+        facts = [f"range {entry.range}"] if entry.range else []
+        if entry.weights:
+            size = f", {entry.memory:g} GiB" if entry.memory else ""
+            facts.append(f"weights {entry.weights} ({entry.licence}{size}), or {name}@PLACE")
+        facts += [f"needs {entry.missing}"] if entry.missing else []
+        click.echo("; ".join([f"{name:24} {entry.modality:6} {kind:15} {entry.about}", *facts]))
 
 
 @rewards.command()

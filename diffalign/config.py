@@ -133,6 +133,10 @@ class ScoringConfig(_Section):
         300.0, gt=0, le=1e5, description="seconds a reward server has for a batch, retries included"
     )
     batch: int = Field(16, ge=1, description="samples in a request to a reward server")
+    frames: str = Field(
+        "all", pattern=r"^(first|middle|all|uniform:[1-9]\d*)$", description="of a video, for rewards that see pictures"
+    )
+    reduce: Literal["mean", "min"] = Field("mean", description="over those frames")
 
 
 class Config(_Section):
@@ -444,12 +448,13 @@ def _check_rewards(config: Config, entries: list[list[prompt_files.Entry]]) -> l
             except LookupError as error:
                 problems.append(f"{section}: {name}: {error}")
                 continue
-            if entry.place is not None and not (Path(entry.place).exists() or HUB_ID.fullmatch(entry.place)):
-                problems.append(
-                    f"{section}: {name}: {entry.place} is not there; allowed is a file, a folder or a hub id"
-                )
-            if not entry.installed:
-                problems.append(f"{section}: {name} needs {entry.extra}; pip install 'diffalign[rewards]'")
+            place = entry.place
+            if place is not None and not (
+                Path(place).exists() or HUB_ID.fullmatch(place) or place.startswith(("http://", "https://"))
+            ):
+                problems.append(f"{section}: {name}: {place} is not there; allowed is a file, a folder or a hub id")
+            if entry.missing:
+                problems.append(f"{section}: {name} needs {entry.missing}")
             for key in entry.needs:
                 if any(key not in prompt for part in entries for prompt in part):
                     problems.append(

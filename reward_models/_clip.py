@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffalign.files import HUB_ID
-from diffalign.types import Media
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -76,13 +75,6 @@ def once(texts: list[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
     """Embeddings (N, D) of length 1, each text encoded once."""
     place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
     return F.normalize(encode(list(place)), dim=-1)[[place[text] for text in texts]]
-
-
-def per_frame(media: Media, score: Any, texts: list[str]) -> Tensor:
-    """The mean over a video's frames of a picture's score: `score(pixels (M, 3, H, W), texts)` gives (M,)."""
-    count, frames = media.pixels.shape[:2]
-    repeated = [text for text in texts for _ in range(frames)]
-    return score(media.pixels.flatten(0, 1).float(), repeated).reshape(count, frames).mean(1)
 
 
 def fetched(name: str, place: str | None, repo: str, file: str | None = None) -> str:

@@ -11,8 +11,10 @@ REWARDS = {
     "clipscore": {
         "object": "CLIPScore",
         "differentiable": True,
-        "modality": "image, video",
-        "about": "cosine between text and picture, about 0.2 to 0.35, not multiplied and not cut off",
+        "modality": "image",
+        "about": "cosine between text and picture, not multiplied and not cut off",
+        "range": "-1 to 1, usually 0.2 to 0.35",
+        "memory": 1.7,
         "weights": "openai/clip-vit-large-patch14",
         "licence": "MIT",
         "extra": "open_clip",
@@ -22,10 +24,10 @@ REPO = str(REWARDS["clipscore"]["weights"])
 
 
 class CLIPScore(_clip.Scorer):
-    """Scores (N,) with gradient to the pixels; a video's is the mean over its frames."""
+    """Scores (N,) with gradient to the pixels."""
 
     def __init__(self, place: str | None = None) -> None:
         super().__init__("clipscore", REPO, place)
 
     def __call__(self, media: Media, prompts: Prompts) -> Tensor:
-        return _clip.per_frame(media, self.cosine, prompts.text)
+        return self.cosine(media.pixels[:, 0].float(), prompts.text)

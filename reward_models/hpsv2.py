@@ -20,8 +20,10 @@ REWARDS = {
     "hpsv2": {
         "object": "HPSv2",
         "differentiable": True,
-        "modality": "image, video",
-        "about": "human preference, version 2.0: cos(text, picture), about 0.2 to 0.3",
+        "modality": "image",
+        "about": "human preference, version 2.0: cos(text, picture)",
+        "range": "-1 to 1, usually 0.2 to 0.3",
+        "memory": 3.9,
         "weights": "xswu/HPSv2",
         "licence": "Apache-2.0",
         "extra": "open_clip",
@@ -29,8 +31,10 @@ REWARDS = {
     "hpsv2.1": {
         "object": "HPSv21",
         "differentiable": True,
-        "modality": "image, video",
-        "about": "human preference, version 2.1: cos(text, picture), about 0.2 to 0.35",
+        "modality": "image",
+        "about": "human preference, version 2.1: cos(text, picture)",
+        "range": "-1 to 1, usually 0.2 to 0.35",
+        "memory": 3.9,
         "weights": "xswu/HPSv2",
         "licence": "Apache-2.0",
         "extra": "open_clip",
@@ -40,7 +44,7 @@ REPO = str(REWARDS["hpsv2"]["weights"])
 
 
 class HPSv2:
-    """Scores (N,) with gradient to the pixels; a video's is the mean over its frames."""
+    """Scores (N,) with gradient to the pixels."""
 
     name: ClassVar[str] = "hpsv2"
     file: ClassVar[str] = "HPS_v2_compressed.pt"
@@ -60,7 +64,7 @@ class HPSv2:
             raise ValueError(f"{path} does not hold the weights of a {self.architecture}") from error
 
     def __call__(self, media: Media, prompts: Prompts) -> Tensor:
-        return _clip.per_frame(media, self.score, prompts.text)
+        return self.score(media.pixels[:, 0].float(), prompts.text)
 
     def score(self, pixels: Tensor, texts: list[str]) -> Tensor:
         """cos(text, picture) of pixels (N, 3, H, W) in [0, 1], (N,)."""

@@ -11,8 +11,10 @@ REWARDS = {
     "pickscore": {
         "object": "PickScore",
         "differentiable": True,
-        "modality": "image, video",
-        "about": "preference of Pick-a-Pic's users: exp(scale) cos(text, picture) / 26, about 0.7 to 0.95",
+        "modality": "image",
+        "about": "preference of Pick-a-Pic's users: exp(scale) cos(text, picture) / 26",
+        "range": "usually 0.7 to 0.95",
+        "memory": 3.9,
         "weights": "yuvalkirstain/PickScore_v1",
         "licence": "MIT",
         "extra": "open_clip",
@@ -22,7 +24,7 @@ REPO = str(REWARDS["pickscore"]["weights"])
 
 
 class PickScore(_clip.Scorer):
-    """Scores (N,) with gradient to the pixels; a video's is the mean over its frames.
+    """Scores (N,) with gradient to the pixels.
 
     Divided by 26 as Flow-GRPO does, which brings scores near 1; published scores are 26 times these.
     """
@@ -31,4 +33,5 @@ class PickScore(_clip.Scorer):
         super().__init__("pickscore", REPO, place)
 
     def __call__(self, media: Media, prompts: Prompts) -> Tensor:
-        return self.scale.to(media.pixels.device) * _clip.per_frame(media, self.cosine, prompts.text) / 26
+        cosine = self.cosine(media.pixels[:, 0].float(), prompts.text)
+        return self.scale.to(cosine.device) * cosine / 26

@@ -99,8 +99,8 @@ def task_of(
             continue
         missing = [need for need in entry.needs if any(need not in given for given in entries)]
         problems += [f"--reward: {name} needs {need!r} in every prompt's metadata" for need in missing]
-        if not entry.installed:
-            problems.append(f"--reward: {name} needs {entry.extra}; pip install 'diffalign[rewards]'")
+        if entry.missing:
+            problems.append(f"--reward: {name} needs {entry.missing}")
     if problems:
         raise UserError(*problems)
     return Task(source, split, entries, names, count, seed, batch)

@@ -151,9 +151,9 @@ def _page(task: Task, report: dict[str, Any], labels: Sequence[str], drawn: Sequ
         }
         for part in _shown(task)
     ]
-    environment = Environment(autoescape=True)
-    environment.filters["told"] = told
-    template = environment.from_string(PAGE.read_text(encoding="utf-8"))
+    engine = Environment(autoescape=True)
+    engine.filters["told"] = told
+    template = engine.from_string(PAGE.read_text(encoding="utf-8"))
     write_text(path, template.render(report=report, groups=groups_shown, command="diffalign evaluate"))
 
 

@@ -4,7 +4,7 @@
 
 with `range`, `needs` (keys of the prompts' metadata), `weights` (where its weights are, with a class that takes another place:
 `name@PLACE`), `licence`, `memory` (GiB of its weights), `extra` (a module of an optional extra) and `background` (it works on the CPU,
-while sampling goes on) where they apply.
+while sampling goes on) and `shown` ("text": `rewards check` shows it writing) where they apply.
 
 Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`; a module-level
 `DIFFERENTIABLE = ["function"]` says which of its functions have a gradient to the pixels. An installed package gives it a bare name by
@@ -25,6 +25,8 @@ from typing import Any
 
 from diffalign.files import is_file
 
+EXTRAS = {"open_clip": "rewards", "rapidocr_onnxruntime": "ocr"}  # module -> the extra that brings it
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -36,7 +38,7 @@ class Entry:
     source: str  # a module name or a file
     attribute: str
     differentiable: bool = False
-    modality: str = "image"
+    modality: str = "any"  # image: sees one frame at a time; video: needs several; any: gets what there is
     about: str = ""
     needs: tuple[str, ...] = ()
     weights: str = ""
@@ -45,13 +47,16 @@ class Entry:
     range: str = ""
     memory: float = 0.0
     background: bool = False
+    shown: str = ""
     place: str | None = None
     urls: tuple[str, ...] = ()
 
     @property
-    def installed(self) -> bool:
-        """Whether what it imports is there."""
-        return not self.extra or importlib.util.find_spec(self.extra) is not None
+    def missing(self) -> str:
+        """What it needs and is not installed, with the command that installs it; empty if nothing is missing."""
+        if not self.extra or importlib.util.find_spec(self.extra) is not None:
+            return ""
+        return f"{self.extra}; pip install 'diffalign[{EXTRAS[self.extra]}]'"
 
 
 def _literal(body: list[ast.stmt], name: str) -> Any:

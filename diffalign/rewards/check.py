@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from diffalign.rewards.base import evaluate
 from diffalign.rewards.catalog import find
@@ -23,7 +24,8 @@ def check(name: str) -> list[str]:
     Raises:
         Fault: if a score is missing or all are equal.
     """
-    wanted, shots = _videos() if find(name).modality == "video" else _pictures()
+    entry = find(name)
+    wanted, shots = _writing() if entry.shown == "text" else _videos() if entry.modality == "video" else _pictures()
     pixels = torch.from_numpy(shots).permute(0, 1, 4, 2, 3) / 255
     keys = np.arange(3)
     prompts = Prompts([wanted["prompt"]] * 3, keys, keys, keys, [wanted] * 3)
@@ -48,6 +50,17 @@ def _pictures() -> tuple[dict[str, Any], NDArray[np.uint8]]:
     wrong = render((Object("square", "blue", 20, 40, 9), Object("star", "green", 44, 20, 9)))
     noise = np.random.default_rng(0).integers(0, 256, right.shape, dtype=np.uint8)
     return caption(Combination("colors", (("circle", "red"),))), np.stack([right, wrong, noise])[:, None]
+
+
+def _writing() -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    """Metadata, and pictures (3, 1, 96, 256, 3) of the word asked for, another one, and noise."""
+    shots = []
+    for word in ("STAR", "MOON"):
+        picture = Image.new("RGB", (256, 96), "white")
+        ImageDraw.Draw(picture).text((40, 20), word, fill="black", font=ImageFont.load_default(48))
+        shots.append(np.asarray(picture))
+    noise = np.random.default_rng(0).integers(0, 256, shots[0].shape, dtype=np.uint8)
+    return {"prompt": 'a sign that says "STAR"'}, np.stack([*shots, noise])[:, None]
 
 
 def _videos() -> tuple[dict[str, Any], NDArray[np.uint8]]:

@@ -11,12 +11,15 @@ from typing import Any
 
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import Entry, find
+from diffalign.rewards.frames import PerFrame
 from diffalign.rewards.remote import Remote
 from diffalign.types import UserError, one_line
 
 
-def load(name: str, deadline: float = 300.0, batch: int = 16) -> Reward:
-    """The reward of a name; classes are created without arguments, or with the place of their weights; deadline, batch: of `Remote`.
+def load(name: str, deadline: float = 300.0, batch: int = 16, frames: str = "all", reduce: str = "mean") -> Reward:
+    """The reward of a name; classes are created without arguments, or with the place of their weights.
+
+    deadline, batch: of `Remote`; frames, reduce: of `PerFrame`, which shows videos to the rewards for pictures that come with the tool.
 
     Raises:
         UserError: if its module cannot be imported or lacks the function.
@@ -34,17 +37,17 @@ def load(name: str, deadline: float = 300.0, batch: int = 16) -> Reward:
     found = getattr(module, entry.attribute, None)
     if not callable(found):
         raise UserError(f"rewards: {name}: {entry.source} has no function {entry.attribute!r}")
-    if not inspect.isclass(found):
-        if entry.background:
-            found.background = True
-        return found
-    make: Any = found
+    reward = _made(entry, found) if inspect.isclass(found) else found
+    if entry.background:
+        reward.background = True
+    return PerFrame(reward, frames, reduce) if entry.modality == "image" else reward
+
+
+def _made(entry: Entry, kind: Any) -> Any:
     try:
-        reward = make() if entry.place is None else make(entry.place)
-        reward.background = entry.background
+        return kind() if entry.place is None else kind(entry.place)
     except Exception as error:  # whatever a user's class does
-        raise UserError(f"rewards: {name}: cannot be created: {one_line(error)}") from error
-    return reward  # type: ignore[no-any-return]
+        raise UserError(f"rewards: {entry.name}: cannot be created: {one_line(error)}") from error
 
 
 def _module(entry: Entry) -> Any:

@@ -14,7 +14,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -100,70 +100,54 @@ class _Down(Exception):
     """A request did not come through; it may at the next attempt."""
 
 
-class Remote:
-    """A reward behind one or several servers that give the same scores: requests of `batch` samples go round them.
+def openai_key() -> str | None:
+    """The key for OpenAI-compatible endpoints, if there is one."""
+    return os.environ.get("OPENAI_API_KEY")
 
-    A request that does not come through is tried again, at the next server, with growing pauses, until `deadline` seconds have passed for
-    the whole call; what then has no answer has no score. After a call without any answer the next one tries each request once.
+
+class Patient:
+    """Posts JSON, again and again with growing pauses, until `deadline` seconds after `begin`; then there is no answer.
+
+    After a call without any answer the next one tries each request once.
     """
 
-    background = True
-
-    def __init__(self, name: str, urls: Sequence[str], deadline: float = 300.0, batch: int = 16) -> None:
+    def __init__(self, name: str, token: str | None, deadline: float) -> None:
         import httpx
 
-        self.name, self.urls, self.deadline, self.batch = name, list(urls), deadline, batch
-        token = os.environ.get(TOKEN)
+        self.name, self.deadline = name, deadline
+        self.said = ""  # why the last request failed
         self._client = httpx.Client(
             timeout=httpx.Timeout(READ, connect=CONNECT), headers={"Authorization": f"Bearer {token}"} if token else {}
         )
-        self._down = False
-        self._turn, self._lock = 0, threading.Lock()
-        self.said = ""  # why the last request failed
+        self._down, self._until = False, 0.0
 
-    def __call__(self, media: Media, prompts: Prompts) -> list[float]:
-        """Scores (n,) in the order of the samples, NaN where no server gave one.
+    def begin(self) -> None:
+        """A call begins: requests have until its deadline."""
+        self._until = time.monotonic() + (0.0 if self._down else self.deadline)
+
+    def end(self, answered: bool) -> None:
+        """A call is over, and whether any request was answered."""
+        self._down = not answered
+
+    def post(self, url: Callable[[], str], body: dict[str, Any]) -> Any:
+        """The answer's JSON, None if there was none in time; `url` says where the next attempt goes.
 
         Raises:
-            Fault: if a server refuses the request or gives another number of scores.
+            Fault: if a server refuses the request, or answers no JSON.
         """
-        until = time.monotonic() + (0.0 if self._down else self.deadline)
-        parts = list(chunks(len(prompts), self.batch))
-        with ThreadPoolExecutor(IN_FLIGHT * len(self.urls)) as pool:
-            found = list(pool.map(lambda rows: self._ask(media, prompts, rows, until), parts))
-        self._down = all(part is None for part in found)
-        scores: list[float] = []
-        for rows, part in zip(parts, found, strict=True):
-            scores += [float("nan")] * len(rows) if part is None else part
-        return scores
-
-    def _ask(self, media: Media, prompts: Prompts, rows: Sequence[int], until: float) -> list[float] | None:
-        """The scores of some rows, None if there was no answer in time."""
-        index = torch.as_tensor(list(rows))
-        body = {
-            "prompts": [prompts.text[k] for k in rows],
-            "metadata": [prompts.metadata[k] for k in rows],
-            "fps": media.fps,
-            "media": packed(Media(media.pixels[index], media.fps)),
-        }
         pause = PAUSE
         while True:
             try:
-                return self._post(self._next(), body, len(rows))
+                return self._once(url(), body)
             except _Down as error:
                 self.said = str(error)
-            left = until - time.monotonic()
+            left = self._until - time.monotonic()
             if left <= 0:
                 return None
             time.sleep(min(left, pause * random.uniform(0.5, 1.0)))  # apart, or all come back at once
             pause = min(2 * pause, LONGEST)
 
-    def _next(self) -> str:
-        with self._lock:
-            self._turn += 1
-            return self.urls[self._turn % len(self.urls)]
-
-    def _post(self, url: str, body: dict[str, Any], count: int) -> list[float]:
+    def _once(self, url: str, body: dict[str, Any]) -> Any:
         import httpx
 
         try:
@@ -177,10 +161,65 @@ class Remote:
         if response.status_code != 200:
             raise Fault(f"reward {self.name}: {url} refused ({response.status_code}): {response.text[:300]!r}")
         try:
-            scores = response.json()["scores"]
-            found = [float("nan") if score is None else float(score) for score in scores]
+            return response.json()
+        except ValueError as error:
+            raise Fault(f"reward {self.name}: {url} answered {response.text[:200]!r}, expected JSON") from error
+
+
+class Remote:
+    """A reward behind one or several servers that give the same scores: requests of `batch` samples go round them.
+
+    A request that does not come through is tried again at the next server until the call's deadline; what then has no answer has no score.
+    """
+
+    background = True
+
+    def __init__(self, name: str, urls: Sequence[str], deadline: float = 300.0, batch: int = 16) -> None:
+        self.name, self.urls, self.batch = name, list(urls), batch
+        self._client = Patient(name, os.environ.get(TOKEN), deadline)
+        self._turn, self._lock = 0, threading.Lock()
+
+    @property
+    def said(self) -> str:
+        """Why the last request failed."""
+        return self._client.said
+
+    def __call__(self, media: Media, prompts: Prompts) -> list[float]:
+        """Scores (n,) in the order of the samples, NaN where no server gave one.
+
+        Raises:
+            Fault: if a server refuses the request or gives another number of scores.
+        """
+        parts = list(chunks(len(prompts), self.batch))
+        self._client.begin()
+        with ThreadPoolExecutor(IN_FLIGHT * len(self.urls)) as pool:
+            answers = list(pool.map(lambda rows: self._ask(media, prompts, rows), parts))
+        self._client.end(any(answer is not None for answer in answers))
+        return [score for rows, answer in zip(parts, answers, strict=True) for score in self._read(answer, len(rows))]
+
+    def _ask(self, media: Media, prompts: Prompts, rows: Sequence[int]) -> Any:
+        index = torch.as_tensor(list(rows))
+        body = {
+            "prompts": [prompts.text[k] for k in rows],
+            "metadata": [prompts.metadata[k] for k in rows],
+            "fps": media.fps,
+            "media": packed(Media(media.pixels[index], media.fps)),
+        }
+        return self._client.post(self._next, body)
+
+    def _next(self) -> str:
+        with self._lock:
+            self._turn += 1
+            return self.urls[self._turn % len(self.urls)]
+
+    def _read(self, answer: Any, count: int) -> list[float]:
+        """The scores of an answer, NaN without."""
+        if answer is None:
+            return [float("nan")] * count
+        try:
+            found = [float("nan") if score is None else float(score) for score in answer["scores"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise Fault(f"reward {self.name}: {url} answered {response.text[:200]!r}, expected scores") from error
+            raise Fault(f"reward {self.name}: {str(answer)[:200]!r} was answered, expected scores") from error
         if len(found) != count:
-            raise Fault(f"reward {self.name}: {url} gave {len(found)} scores for {count} samples")
+            raise Fault(f"reward {self.name}: gave {len(found)} scores for {count} samples")
         return found

@@ -1,6 +1,8 @@
 """Rewards on CLIP models against the reference packages, with tiny random weights laid out as the published ones."""
 
+import importlib.util
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -234,11 +236,66 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
 
 
 def test_a_place_is_for_rewards_with_weights():
-    with pytest.raises(LookupError, match="is for rewards with weights: clipscore, hpsv2, hpsv2.1, pickscore"):
+    with pytest.raises(
+        LookupError, match="is for rewards with weights: aesthetic, clipscore, hpsv2, hpsv2.1, pickscore, vlm_judge"
+    ):
         catalog.find("soft_colour@here")
 
 
 def test_what_is_not_installed_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr(catalog.Entry, "installed", False)
+    catalog.builtin()  # which looks for its own modules once
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "open_clip" else there(name))
     with pytest.raises(UserError, match=r"rewards: pickscore needs open_clip; pip install 'diffalign\[rewards\]'"):
         load_config("truncated_bp/shapes-sd3", ["rewards={pickscore: 1.0}"])
+
+
+def head(seed: int = 0) -> dict[str, torch.Tensor]:
+    """The aesthetic predictor's layers as its checkpoint names them, after a CLIP of width 16."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = dict(zip((0, 2, 4, 6, 7), ((8, 16), (6, 8), (5, 6), (4, 5), (1, 4)), strict=True))
+    made = {f"layers.{k}.weight": torch.randn(shape, generator=generator) for k, shape in sizes.items()}
+    return made | {f"layers.{k}.bias": torch.randn(shape[0], generator=generator) for k, shape in sizes.items()}
+
+
+@pytest.mark.parametrize("file", ["sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth"])
+def test_aesthetic_is_its_authors_network_on_unit_embeddings(folder, tmp_path, file):
+    """Their class is a Sequential of linear layers with dropout between, which an evaluation leaves out."""
+    place = tmp_path / "aesthetic"
+    shutil.copytree(folder, place)
+    torch.save(head(), place / file)
+    published = torch.nn.Sequential(
+        torch.nn.Linear(16, 8),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(8, 6),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(6, 5),
+        torch.nn.Dropout(0.1),
+        torch.nn.Linear(5, 4),
+        torch.nn.Linear(4, 1),
+    ).eval()
+    published.load_state_dict({key.removeprefix("layers."): value for key, value in head().items()})
+    media, prompts = given()
+    net = CLIPModel.from_pretrained(folder).eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    with torch.no_grad():
+        pooled = net.vision_model(**processor(pictures(media), return_tensors="pt")).pooler_output
+        expected = published(F.normalize(net.visual_projection(pooled), dim=-1))[:, 0]
+    reward = load(f"aesthetic@{place}")
+    found = reward(media, prompts)
+    # The reference resizes pictures of 8 bits; this random head makes 40 of what differs.
+    torch.testing.assert_close(found, expected, rtol=0, atol=40 * 3e-3)
+    assert float(expected.std()) > 5 * 40 * 3e-3
+    pixels = media.pixels.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(reward(Media(pixels), prompts).sum(), pixels)
+    assert slope.abs().max() > 0
+
+
+def test_aesthetic_without_its_head_says_what_is_missing(folder, tmp_path):
+    with pytest.raises(UserError, match="holds neither sac.logos.ava1-l14-linearMSE.pth nor aesthetic-model.pth"):
+        load(f"aesthetic@{folder}")
+    place = tmp_path / "aesthetic"
+    shutil.copytree(folder, place)
+    torch.save({"a": torch.zeros(1)}, place / "aesthetic-model.pth")
+    with pytest.raises(UserError, match="it lacks its five layers"):
+        load(f"aesthetic@{place}")

@@ -1,0 +1,58 @@
+"""Rewards for pictures on videos: which frames they see, and how their scores become one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.rewards.base import Reward
+from diffalign.types import Integers, Media, Prompts
+
+POLICY = re.compile(r"first|middle|all|uniform:([1-9]\d*)")
+
+
+def chosen(policy: str, count: int) -> Integers:
+    """Indices of the frames of `count` that a policy shows: first, middle, all, or uniform:N (N of them, both ends included).
+
+    Raises:
+        ValueError: for another policy.
+    """
+    found = POLICY.fullmatch(policy)
+    if found is None:
+        raise ValueError(f"got {policy!r}, allowed are first, middle, all and uniform:N")
+    if found.group(1):
+        return np.unique(np.linspace(0, count - 1, min(int(found.group(1)), count)).round().astype(np.int64))
+    return {"first": np.arange(1), "middle": np.array([count // 2]), "all": np.arange(count)}[policy]
+
+
+@dataclass
+class PerFrame:
+    """A reward for pictures that takes videos: `frames` is a policy, `reduce` mean or min over the frames seen."""
+
+    reward: Reward
+    frames: str = "all"
+    reduce: str = "mean"
+
+    def __post_init__(self) -> None:
+        self.background = getattr(self.reward, "background", False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reward, name)
+
+    def __call__(self, media: Media, prompts: Prompts) -> Any:
+        count = media.pixels.shape[1]
+        if count == 1:
+            return self.reward(media, prompts)
+        seen = chosen(self.frames, count)
+        pixels = media.pixels[:, torch.from_numpy(seen).to(media.pixels.device)]
+        rows = np.repeat(np.arange(len(prompts)), len(seen))
+        values = self.reward(Media(pixels.flatten(0, 1)[:, None], media.fps), prompts.select(rows))
+        if not isinstance(values, Tensor):
+            values = torch.as_tensor(np.asarray(values, float))
+        by_frame = values.reshape(len(prompts), len(seen))
+        return by_frame.mean(1) if self.reduce == "mean" else by_frame.amin(1)
