@@ -39,7 +39,9 @@ class _Section(BaseModel):
 class PromptsConfig(_Section):
     """What is drawn in training."""
 
-    source: str = Field("shapes", description="shapes, shapes-motion, or a .txt or .jsonl file")
+    source: str = Field(
+        "shapes", description="shapes, shapes-motion, geneval-like, animals, a .txt or .jsonl file, or NAME@FILE"
+    )
     tasks: list[Task] = Field([], description="of the shapes world; empty: all six")
     split: Split = Field("train", description="of a named set; splits share no combination")
     stages: str | None = Field(

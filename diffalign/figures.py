@@ -41,9 +41,11 @@ def before_after(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    pairs_per_row = 4
+    shape = before.shape[1] / before.shape[2]
+    pairs_per_row = 4 if shape > 0.5 else 2  # strips of a video's frames are wide
     rows = -(-len(captions) // pairs_per_row)
-    figure, axes = plt.subplots(rows, 2 * pairs_per_row, figsize=(2.5 * pairs_per_row, 1.5 * rows + 0.5), squeeze=False)
+    size = (10, rows * (5 / pairs_per_row * shape + 0.25 + 0.15 * (shape < 0.5)) + 0.5)
+    figure, axes = plt.subplots(rows, 2 * pairs_per_row, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for k, caption in enumerate(captions):

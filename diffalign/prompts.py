@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from diffalign import prompt_sets
 from diffalign.files import is_file
-from diffalign.prompt_sets import SETS
 from diffalign.prompt_sets import Entry as Entry
 from diffalign.types import Prompts, UserError
 
@@ -25,12 +25,16 @@ def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.so
     Raises:
         UserError: naming the file and every broken line.
     """
-    if source in SETS:
-        return SETS[source](tasks, split)
+    named = prompt_sets.find(source, tasks, split, field)
+    if named is not None:
+        return named
     path = Path(source)
     if not is_file(path):
         what = "is a folder" if path.is_dir() else "is no file"
-        raise UserError(f"{field}: {source!r} {what}; allowed are {', '.join(SETS)}, a .txt or a .jsonl file")
+        raise UserError(
+            f"{field}: {source!r} {what}; allowed are {', '.join(prompt_sets.SETS)}, "
+            f"a .txt or .jsonl file, NAME@FILE of {', '.join(prompt_sets.published.READERS)}"
+        )
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

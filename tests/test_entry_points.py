@@ -60,6 +60,9 @@ def test_the_readme_begins_with_the_two_commands():
 def test_every_command_of_the_readme_runs(command, place):
     if " train" in command or " plan " in command or "train.py" in command:
         command += f" {shortened(command)} run_dir=runs/other" if "mine.py" in command else f" {shortened(command)}"
+    if " evaluate " in command:
+        (place / "few.txt").write_text("a photo of two stars\n")
+        command += " --prompts few.txt --reward jpeg_compressibility"
     done = shell(command, place)
     assert done.returncode == 0, f"{command}\n{done.stderr}"
 

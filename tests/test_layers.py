@@ -83,7 +83,11 @@ def test_every_module_has_a_layer():
 
 def test_only_the_command_line_and_the_launchers_side_read_the_environment():
     allowed = ("diffalign.cli", "diffalign.distributed", "diffalign.rewards.remote")  # the last: a token, no setting
-    readers = [name for name, path in modules().items() if "environ" in path.read_text().replace("Environment", "") and name not in allowed]
+    readers = [
+        name
+        for name, path in modules().items()
+        if "environ" in path.read_text().replace("Environment", "") and name not in allowed
+    ]
     assert not readers
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -59,7 +58,7 @@ def stand_in(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
     def set_timesteps(self: Any, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:
         if self.linear:
             count = num_inference_steps if num_inference_steps is not None else len(kwargs["sigmas"])
-            kwargs["sigmas"] = np.array(linear_sigmas(count))  # solvers' shift multiplies them as they come
+            kwargs["sigmas"] = linear_sigmas(count)
             num_inference_steps = None
         base.set_timesteps(self, num_inference_steps, *args, **kwargs)
         self.full_timesteps, self.full_sigmas = self.timesteps, getattr(self, "sigmas", None)
@@ -96,9 +95,6 @@ def _of_kind(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
         raise UserError(
             f"sampler.process: got one for {wanted} schedulers, the pipeline has {name}; allowed with that: {allowed}"
         )
-    takes = inspect.signature(type(scheduler).set_timesteps).parameters
-    if kind == "flow" and sigmas == "linear" and "sigmas" not in takes:
-        raise UserError(f"sampler.sigmas: got 'linear', {name} cannot be told its levels; allowed is pipeline")
     if kind == "flow":
         return scheduler
     if sigmas == "linear":

@@ -77,6 +77,9 @@ def _row(task: Task, label: str, model: sampling.Source, own: Drawn, base: Drawn
     prompt, tag, names = groups(task)
     scores: dict[str, Any] = {}
     for name, values in own.scores.items():
+        if not np.isfinite(values).any():
+            scores[name] = {"unscored": len(values)}
+            continue
         found: dict[str, Any] = {
             "mean": asdict(statistics.mean(values, prompt)),
             "unscored": int((~np.isfinite(values)).sum()),
@@ -94,8 +97,9 @@ def _row(task: Task, label: str, model: sampling.Source, own: Drawn, base: Drawn
         "adapters": [f"{a.folder} at {a.strength:g}" for a in model.adapters],
         "call": {key: value for key, value in model.call.items() if key != "sigmas"},
         "scores": scores,
-        "diversity": asdict(interval(statistics.diversity(pictures, prompt), prompt)),
     }
+    if task.samples > 1:
+        row["diversity"] = asdict(interval(statistics.diversity(pictures, prompt), prompt))
     if base is not None:
         row["drift"] = asdict(interval(statistics.drift(pictures, _thumbnails(task, base)), prompt))
     return row
