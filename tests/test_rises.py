@@ -7,7 +7,7 @@ from diffalign import config, session
 # config -> the reward it is trained on
 RUNS = {
     "truncated_bp/shapes-flux": "shapes_pref",  # 2 min 41 s; gains +0.177 and +0.128 for seeds 0 and 1
-    "flow_grpo/shapes-wan": "shapes_motion_partial",  # 6 min 43 s; gains +0.055 and +0.057
+    "flow_grpo/shapes-wan": "shapes_motion_partial",  # 12 min beside three jobs; gains +0.047 and +0.063
 }
 
 
