@@ -106,7 +106,9 @@ def sample(
 
 @app.command()
 @click.argument("targets", nargs=-1, required=True, metavar="RUN|ADAPTER|MODEL...")
-@click.option("--suite", required=True, metavar="NAME|FILE", help="shapes, shapes-motion, or a file of prompts.")
+@click.option(
+    "--suite", required=True, metavar="NAME|FILE", help="shapes, shapes-motion, geneval, pickscore, or a file."
+)
 @click.option("--prompts", help="Other prompts for the suite's rewards: a set's name or a file.")
 @click.option("--reward", "rewards", multiple=True, help="What judges, instead of the suite's; several times.")
 @click.option("--split", type=click.Choice(("train", "validation", "test")), default="test", show_default=True)

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffalign.types import Fault
+from diffalign.files import make_folder
+from diffalign.types import Fault, one_line
 
 MEMORY_BYTES = 2**30  # of encoded batches kept in memory: one prompt of a large T5 takes 4 MB
 CLOSE = 2e-2  # largest difference between a batch's and single texts' encodings, as a share of the encoding's own size (bfloat16)
@@ -69,7 +70,7 @@ class Store:
 
     def __init__(self, folder: Path, budget: float) -> None:
         self.folder, self.budget = folder, budget
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "prompts.cache")
         self.used = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
     def read(self, name: str) -> Any:
@@ -90,9 +91,13 @@ class Store:
         tree = _uprooted(value, tensors)
         path = self.folder / f"{name}.safetensors"
         part = path.with_suffix(f".{os.getpid()}")
-        save_file(tensors, part, metadata={"tree": json.dumps(tree)})
-        self.used += part.stat().st_size
-        os.replace(part, path)
+        try:
+            save_file(tensors, part, metadata={"tree": json.dumps(tree)})
+            self.used += part.stat().st_size
+            os.replace(part, path)
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise Fault(f"prompts.cache: cannot write {path}: {one_line(error)}") from error
         if self.used > self.budget:
             self._shrink()
 

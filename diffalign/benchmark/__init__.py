@@ -36,7 +36,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Suite:
-    """Prompts, and the rewards that judge what is made of them; the first is the one that counts."""
+    """Prompts ("": the user's), and the rewards that judge what is made of them; the first is the one that counts."""
 
     source: str
     rewards: tuple[str, ...]
@@ -45,6 +45,8 @@ class Suite:
 SUITES = {
     "shapes": Suite("shapes", ("shapes_geneval", "shapes_geneval_strict")),
     "shapes-motion": Suite("shapes-motion", ("shapes_motion", "shapes_motion_partial")),
+    "geneval": Suite("geneval-like", ("geneval_like",)),
+    "pickscore": Suite("", ("pickscore", "clipscore", "hpsv2.1", "aesthetic")),
 }
 
 
@@ -83,6 +85,8 @@ def task_of(
     """
     known = SUITES.get(suite)
     source = prompts or (known.source if known else suite)
+    if not source:
+        raise UserError(f"--prompts: the suite {suite} needs some, such as partiprompts@FILE, drawbench@FILE or a file")
     entries = prompt_files.read(source, (), split, "--suite" if prompts is None else "--prompts")
     names = tuple(rewards) or (known.rewards if known else ())
     if not names:

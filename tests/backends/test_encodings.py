@@ -10,7 +10,7 @@ from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.backends.encodings import Store, joined
 from diffalign.evaluate import quiet_plan
 from diffalign.processes import PROCESSES
-from diffalign.types import Fault
+from diffalign.types import Fault, UserError
 from tests.families import FAMILIES, build
 
 TEXTS = ["a cat", "two dogs under a table, seen from the side", "a cat and a dog"]
@@ -152,3 +152,22 @@ def test_rows_of_several_lengths_are_padded_at_the_end_and_lists_are_joined():
     assert [len(item) for item in found[2]] == [2, 5]
     assert torch.equal(found[3], torch.arange(3))
     assert found[4] is None
+
+
+def test_a_full_disk_is_a_fault_that_leaves_nothing_half_written(tmp_path, monkeypatch):
+    from diffalign.backends import encodings
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encodings, "save_file", full)
+    with pytest.raises(Fault, match="prompts.cache: cannot write .*No space left"):
+        policy("SD 1.5").store_prompts(tmp_path, 1e9, TEXTS, TEXTS)
+    assert files(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="prompts.cache: got .*file.*cannot write there"):
+        policy("SD 1.5").store_prompts(tmp_path / "file", 1e9, TEXTS, TEXTS)

@@ -165,6 +165,7 @@ def test_several_processes_give_the_same_report(prompts, out, run, tmp_path):
         (["shapes-sd3", "--suite", "{prompts}"], "--reward: none given; a file of prompts needs one at least"),
         (["shapes-sd3", "--suite", "shapes", "--reward", "pickscor"], "did you mean pickscore"),
         (["shapes-sd3", "--suite", "shapes", "--reward", "shapes_motion"], "needs 'motion' in every prompt's metadata"),
+        (["shapes-sd3", "--suite", "pickscore"], "--prompts: the suite pickscore needs some"),
         (["nowhere", "--suite", "shapes"], "which is no run, adapter, model folder or hub id"),
         (["shapes-sd3", "--suite", "shapes", "--set", "height"], "allowed is KEY=VALUE"),
     ],
