@@ -98,8 +98,8 @@ class Official:
             out, threshold=CONFIDENT, target_sizes=[picture.shape[:2]], return_binary_maps=True
         )
         maps, labels = result["segmentation"], self.detector.config.id2label
-        if maps is None:
-            return []
+        if not result["segments_info"]:
+            return []  # `maps` is then an empty picture instead
         facts = [(labels[int(item["label_id"])], float(item["score"])) for item in result["segments_info"]]
         return [(NAMES.get(n, n), score, np.asarray(m.cpu()) > 0) for (n, score), m in zip(facts, maps, strict=True)]
 
