@@ -572,3 +572,33 @@ def test_the_evaluation_compares_the_same_images(whole):
     grids = [np.load(whole[0] / "samples" / f"update_{k:06d}.npz")["images"] for k in (0, 4)]
     assert grids[0].shape == grids[1].shape == (4, 64, 64, 3)
     assert (grids[0] != grids[1]).any()
+
+
+def test_with_a_cache_the_encoders_leave_and_a_resumed_run_is_the_same(tmp_path):
+    cached = (f"prompts.cache={tmp_path / 'encoded'}", "evaluation.every=1")
+    made = start(tmp_path / "whole", "updates=2", *cached)
+    assert made.policy.encoders == []
+    expected = finish(made)
+    count = len(list((tmp_path / "encoded").glob("*.safetensors")))
+    # every counting caption of training and test, and the negative text's
+    assert count == len({*made.fixed.text, *(entry["prompt"] for entry in made.config.training_prompts())})
+    made = start(tmp_path / "cut", "updates=1", *cached)
+    finish(made)
+    assert same(finish(start(tmp_path / "cut", "updates=2", *cached)), expected)
+    assert len(list((tmp_path / "encoded").glob("*.safetensors"))) == count
+    without = finish(start(tmp_path / "without", "updates=2", "evaluation.every=1"))
+    for (
+        name,
+        tensor,
+    ) in without.items():  # texts encoded alone round otherwise than in a batch, and two steps of Adam make much of it
+        assert (tensor - expected[name]).abs().max() < 0.1 * max(tensor.abs().max(), 1e-3)
+
+
+def test_a_cache_that_is_too_small_keeps_the_encoders_and_says_so(tmp_path, capsys):
+    settings = tiny_config(tmp_path / "run", f"prompts.cache={tmp_path / 'encoded'}", "prompts.cache_gib=0.0001")
+    made = Session(settings, open_run(settings, False), Reporter())
+    assert len(made.policy.encoders) == 3
+    said = capsys.readouterr()
+    assert "text encoders stay: " in said.out + said.err
+    assert "encoded prompts take up to" in said.out + said.err
+    made.folder.close()
