@@ -108,6 +108,7 @@ class EvaluationConfig(_Section):
     stages: bool = Field(
         False, description="sample with stage prompts too; false: as others will, with the prompt alone"
     )
+    prompts: int | None = Field(None, ge=1, description="at most so many of them, evenly spread; null: all")
     images_per_prompt: int = Field(4, ge=1)
     every: int = Field(0, ge=0, description="updates between evaluations; 0: before and after only")
     seed: int = 1234
@@ -197,7 +198,9 @@ class Config(_Section):
     def evaluation_prompts(self) -> list[prompt_files.Entry]:
         source = self.evaluation.source or self.prompts.source
         tasks = self.prompts.tasks if self.evaluation.tasks is None else self.evaluation.tasks
-        return prompt_files.read(source, tasks, self.evaluation.split)
+        found = prompt_files.read(source, tasks, self.evaluation.split)
+        most = min(self.evaluation.prompts or len(found), len(found))
+        return [found[k * len(found) // most] for k in range(most)]
 
 
 def folders() -> list[Path]:

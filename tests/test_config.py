@@ -1,9 +1,10 @@
 import importlib.util
+import time
 
 import pytest
 import yaml
 
-from diffalign import config
+from diffalign import config, prompts
 from diffalign.rules import RULES
 from diffalign.types import UserError
 
@@ -202,3 +203,21 @@ def test_every_key_is_explained_and_the_lines_are_the_config():
     assert plain["rule"]["depth"] == 4
     assert "# K: steps with gradient" in next(line for line in lines if "depth" in line)
     assert config.validate(plain).model_dump() == settings.model_copy(update={"rule": plain["rule"]}).model_dump()
+
+
+def test_a_large_file_is_evaluated_on_as_many_prompts_as_asked_for(tmp_path):
+    many = tmp_path / "many.txt"
+    many.write_text("".join(f"prompt {k}\n" for k in range(100_000)))
+    few = [f"prompts.source={many}", "rewards={jpeg_compressibility: 1}", "eval_rewards=[]"]
+    found = config.load("flow_grpo/shapes-sd3", [*few, "evaluation.prompts=4"]).evaluation_prompts()
+    assert [entry["prompt"] for entry in found] == ["prompt 0", "prompt 25000", "prompt 50000", "prompt 75000"]
+    assert len(config.load("flow_grpo/shapes-sd3", few).evaluation_prompts()) == 100_000
+    assert len(config.load("flow_grpo/shapes-sd3", ["evaluation.prompts=99"]).evaluation_prompts()) == 24
+
+
+def test_prompts_are_drawn_from_a_large_file_in_a_moment():
+    entries = [{"prompt": f"prompt {k}"} for k in range(100_000)]
+    started = time.process_time()
+    drawn = prompts.draw(entries, 48, 4, seed=0, update=3)
+    assert time.process_time() - started < 2
+    assert len(set(drawn.text)) == 48
