@@ -93,10 +93,9 @@ def draw(
     """`groups` prompts of one pass after another over shuffled entries, each `group_size` times, with keys for noise."""
     from diffalign.randomness import key, numpy_generator
 
-    picks = []
-    for position in range(update * groups, (update + 1) * groups):
-        lap, place = divmod(position, len(entries))
-        picks.append(int(numpy_generator(seed, 11, lap).permutation(len(entries))[place]))
+    places = [divmod(position, len(entries)) for position in range(update * groups, (update + 1) * groups)]
+    orders = {lap: numpy_generator(seed, 11, lap).permutation(len(entries)) for lap, _ in places}
+    picks = [int(orders[lap][place]) for lap, place in places]
     count = groups * group_size
     group = np.repeat(np.arange(groups), group_size)
     chosen = [entries[picks[g]] for g in group]

@@ -219,5 +219,5 @@ def test_prompts_are_drawn_from_a_large_file_in_a_moment():
     entries = [{"prompt": f"prompt {k}"} for k in range(100_000)]
     started = time.process_time()
     drawn = prompts.draw(entries, 48, 4, seed=0, update=3)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 0.5  # one shuffle takes 0.05 s
     assert len(set(drawn.text)) == 48
