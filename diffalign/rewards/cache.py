@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
+import importlib.util
 import json
 import sqlite3
 from pathlib import Path
@@ -13,28 +16,41 @@ from numpy.typing import NDArray
 
 from diffalign.rewards.catalog import Entry
 
+OURS = ("reward_models", "diffalign.ops", "diffalign.rewards", "diffalign.shapes")  # what rewards that ship are made of
+
 
 def version(entry: Entry) -> str | None:
-    """What a reward's scores depend on besides the sample: its code and the place of its weights; None if that cannot be known."""
-    if entry.urls:
+    """What a reward's scores depend on besides the sample: its code and its weights; None if that cannot be known."""
+    place = entry.place or entry.weights
+    if entry.urls or place.startswith(("http://", "https://")):
         return None  # whatever runs behind an address may change
-    path = Path(entry.source)
-    if path.suffix != ".py":
-        import importlib.util
-
+    if entry.source.endswith(".py"):
+        code = _digest([Path(entry.source)])
+    elif entry.source.startswith("reward_models."):
+        code = _shipped()
+    else:
         spec = importlib.util.find_spec(entry.source)
         if spec is None or spec.origin is None:
             return None
-        path = Path(spec.origin)
-    from diffalign import __version__
-
-    place = entry.place or entry.weights
+        code = _digest([Path(spec.origin)])
     local = Path(place)
     if place and local.exists():  # a file may be replaced under its name
         files = [local] if local.is_file() else sorted(p for p in local.rglob("*") if p.is_file())
         place += "".join(f"|{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
-    code = hashlib.sha256(path.read_bytes()).hexdigest()
-    return f"{entry.attribute} {code} {place} {__version__}"
+    return f"{entry.attribute} {code} {place}"
+
+
+@functools.cache
+def _shipped() -> str:
+    folders = [Path(p) for name in OURS for p in importlib.import_module(name).__path__]
+    return _digest(sorted(path for folder in folders for path in folder.rglob("*.py")))
+
+
+def _digest(files: list[Path]) -> str:
+    found = hashlib.sha256()
+    for path in files:
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def key(frames: NDArray[np.uint8], metadata: dict[str, Any], name: str, version: str) -> str:
