@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from diffalign.files import DDIM, LORA, lora_folder, lora_notes, make_folder
-from diffalign.memory import out_of_memory
 from diffalign.processes import linear_sigmas
 from diffalign.types import Fault, UserError, one_line
 
@@ -264,6 +263,8 @@ def shots(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: dict[st
         Fault: if memory does not suffice.
     """
     import torch
+
+    from diffalign.memory import out_of_memory
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     given = {key: [value] * len(seeds) if key == "negative_prompt" else value for key, value in call.items()}

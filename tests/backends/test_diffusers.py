@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffalign import prompts
-from diffalign.backends import adapters, diffusers, loading, recorder
+from diffalign.backends import adapters, diffusers, encodings, loading, recorder
 from diffalign.evaluate import quiet_plan
 from diffalign.processes import PROCESSES
 from diffalign.types import Plan, Prompts, UserError
@@ -163,7 +163,7 @@ def test_a_run_leaves_the_pipeline_as_it_was(policy, part):
 
 def test_prompts_are_encoded_once_per_batch(policy, part, monkeypatch):
     calls = []
-    monkeypatch.setattr(policy, "_encode", lambda *a, **k: calls.append(a) or 1 / 0)
+    monkeypatch.setattr(policy._encodings, "_encode", lambda *a, **k: calls.append(a) or 1 / 0)
     policy.transition(part, 1)
     assert not calls
 
@@ -174,11 +174,12 @@ def test_encoded_prompts_are_kept_up_to_a_budget(monkeypatch):
     one = [batch.select([k]) for k in range(len(batch))]
     for each in one:
         policy.rollout(each, NOISY)
-    assert len(policy._embeddings) == 1 + len({each.text[0] for each in one})  # and that of the first empty run
-    monkeypatch.setattr(diffusers, "EMBEDDING_BYTES", 1)
+    kept = policy._encodings._memory
+    assert len(kept) == 1 + len({each.text[0] for each in one})  # and that of the first empty run
+    monkeypatch.setattr(encodings, "MEMORY_BYTES", 1)
     last = policy.rollout(one[0], NOISY).x[-1]
     policy.rollout(batch, NOISY)
-    assert len(policy._embeddings) == 1
+    assert len(kept) == 1
     assert torch.equal(policy.rollout(one[0], NOISY).x[-1], last)
 
 
