@@ -602,3 +602,52 @@ def test_a_cache_that_is_too_small_keeps_the_encoders_and_says_so(tmp_path, caps
     assert "text encoders stay: " in said.out + said.err
     assert "encoded prompts take up to" in said.out + said.err
     made.folder.close()
+
+
+def test_too_many_samples_without_a_score_stop_the_run_before_anything_is_learnt_from_them(tmp_path):
+    made = start(tmp_path / "run", "evaluation.enabled=false", "updates=4", "output.checkpoint_every=100")
+    whole = iter([True, True, False])
+
+    def reward(media, prompts):
+        return [0.1, 0.2, 0.9, 0.3 if next(whole) else float("nan")]
+
+    made.trainer.rewards = {"shapes_geneval_partial": reward}
+    with pytest.raises(
+        Fault, match="update 3: samples without a score, shapes_geneval_partial: 1 of 4; saved after update 2"
+    ):
+        made.run()
+    made.folder.close()
+    (kept,) = checkpoint.complete(tmp_path / "run" / "checkpoints")
+    assert checkpoint.load(kept).update == 2
+    assert same(checkpoint.load(kept).parameters, dict(made.policy.parameters))
+
+
+def test_some_samples_without_a_score_in_every_update_stop_the_run_too(tmp_path):
+    made = start(
+        tmp_path / "run",
+        "evaluation.enabled=false",
+        "updates=9",
+        "scoring.max_invalid=0.5",
+        "scoring.invalid_in_a_row=2",
+    )
+    holes = iter([True, False, True, True, True])
+    made.trainer.rewards = {
+        "shapes_geneval_partial": lambda media, prompts: [float("nan") if next(holes) else 0.5, 0.2, 0.9, 0.3]
+    }
+    with pytest.raises(
+        Fault,
+        match="update 4: 2 updates in a row had samples without a score: shapes_geneval_partial; saved after update 4",
+    ):
+        made.run()
+    made.folder.close()
+    assert checkpoint.complete(tmp_path / "run" / "checkpoints")[-1].name.endswith("4")
+
+
+def test_an_evaluation_with_too_many_holes_stops_the_run(tmp_path):
+    made = start(tmp_path / "run")
+    made.parts.eval_rewards["shapes_geneval"] = lambda media, prompts: [float("nan"), *[1.0] * (len(prompts) - 1)]
+    with pytest.raises(
+        Fault, match=r"evaluation after update 0: samples without a score, shapes_geneval: \d of 24; the same"
+    ):
+        made.run()
+    made.folder.close()
