@@ -1,5 +1,7 @@
 """GenEval's verdict around a detector that transformers has: its output read right, colours, thresholds."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -85,8 +87,6 @@ def test_the_real_classes_run_on_pictures(reward):
 
 def test_the_detector_s_output_is_read_as_classes_scores_and_masks_of_the_picture_s_size(reward, monkeypatch):
     """Two queries with planted logits: a mouse on the left half, and nothing."""
-    from types import SimpleNamespace
-
     class_logits = torch.full((1, 2, 4), -9.0)
     class_logits[0, 0, 1], class_logits[0, 1, 3] = 9.0, 9.0  # the last class is "no object"
     mask_logits = torch.full((1, 2, 8, 8), -9.0)
@@ -167,3 +167,20 @@ def test_partial_credit_counts_what_is_there(place, monkeypatch):
 def test_a_place_without_its_parts_is_named(tmp_path):
     with pytest.raises(UserError, match="mask2former is no folder; allowed is a folder as the hub lays it out"):
         load(f"geneval_like@{tmp_path}")
+
+
+def test_what_is_not_the_object_is_grey(reward, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        reward.reward,
+        "clip",
+        SimpleNamespace(text=lambda t: torch.eye(len(t)), image=lambda x: (seen.append(x), torch.ones(1, 30))[1]),
+    )
+    picture = np.full((8, 8, 3), 255, np.uint8)
+    mask = np.zeros((8, 8), bool)
+    mask[1:5, 1:3] = mask[3:5, 1:7] = True  # an L
+    reward.reward.colour(picture, mask, "car", torch.device("cpu"))
+    (shown,) = seen
+    assert shown.shape == (1, 3, 4, 6)
+    assert shown[0, :, 3, 5].tolist() == [1, 1, 1]
+    assert shown[0, :, 0, 5].tolist() == pytest.approx([0x99 / 255] * 3)

@@ -61,3 +61,14 @@ def test_what_stands_there_is_read():
     prompts = Prompts(['says "star"'] * 4, keys, keys, keys, [{}] * 4)
     found = load("ocr")(Media(pixels), prompts)
     assert found == [1.0, 0.75, 0.0, 0.0]
+
+
+def test_the_reader_gets_its_colours_in_its_own_order(monkeypatch):
+    """RapidOCR takes BGR as OpenCV reads it."""
+    reward = load("ocr").reward
+    seen = []
+    monkeypatch.setattr(reward, "read", lambda picture: (seen.append(picture), (None, None))[1])
+    red = np.zeros((4, 4, 3), np.uint8)
+    red[..., 0] = 255
+    assert reward.seen(red) == ""
+    assert seen[0][0, 0].tolist() == [0, 0, 255]
