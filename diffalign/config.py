@@ -521,6 +521,8 @@ def _check_together(config: Config, settings: Any) -> list[str]:
             f"optimizer.micro_batch: got {config.optimizer.micro_batch}, allowed are divisors of "
             f"prompts.groups * prompts.group_size = {config.samples_per_update}, so that replay and rollout agree"
         )
+    if unknown := [name for name in getattr(settings, "gate", ()) if name not in config.rewards]:
+        problems.append(f"rule.gate: got {unknown[0]!r}, allowed are rewards of this run: {', '.join(config.rewards)}")
     if config.prompts.group_size < 2 and needs.groups:
         problems.append("prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more")
     if config.prompts.groups % needs.bundle:

@@ -14,14 +14,16 @@ import yaml
 
 from diffalign import config as configs
 from diffalign.files import write_text
-from diffalign.types import Fault, UserError, one_line
+from diffalign.types import Fault, Prompts, Scores, UserError, one_line
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+SCORES = "scores.jsonl"
 MAY_CHANGE = {"updates", "run_dir"}
 OURS = (
     CONFIG,
     METRICS,
+    SCORES,
     "checkpoints",
     "samples",
     "evaluation",
@@ -34,7 +36,7 @@ OURS = (
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `checkpoints/`, `samples/`, `evaluation/`, `adapter/`,
+    """`config.yaml`, `metrics.jsonl`, `scores.jsonl`, `checkpoints/`, `samples/`, `evaluation/`, `adapter/`,
     `best/`, `curves.png`.
 
     Held by one process at a time; a second one is refused. The others of a run that has several read it, without a lock.
@@ -59,13 +61,26 @@ class RunFolder:
     def append(self, row: dict[str, Any]) -> None:
         """Add one object to `metrics.jsonl`; numbers that are not finite have no place in JSON and are left out."""
         row = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+        self._add(METRICS, row)
+
+    def append_scores(self, update: int, prompts: Prompts, scores: Scores) -> None:
+        """Add an update's raw scores to `scores.jsonl`, sample by sample, null where there is none."""
+        by_name = {
+            name: [float(value) if math.isfinite(value) else None for value in values]
+            for name, values in scores.by_name.items()
+        }
+        told = {"prompt": prompts.text, "seed": prompts.seed.tolist(), "scores": by_name}
+        self._add(SCORES, {"update": update, **told})
+
+    def _add(self, name: str, row: dict[str, Any]) -> None:
+        """One more line of a file, on the disk."""
         try:
-            with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise Fault(f"{self.path / METRICS}: cannot write ({error.strerror or error})") from error
+            raise Fault(f"{self.path / name}: cannot write ({error.strerror or error})") from error
 
     def rows(self) -> list[dict[str, Any]]:
         """The objects of `metrics.jsonl`; a last line cut short by a kill is left out."""
@@ -73,16 +88,17 @@ class RunFolder:
 
     def rewind(self, update: int) -> None:
         """Drop rows, evaluations and samples of more than `update` updates: they will be made again."""
-        kept = [row for row in self.rows() if row["update"] <= update]
-        write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        for name in (METRICS, SCORES):
+            kept = [row for row in read_rows(self.path, name) if row["update"] <= update]
+            write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
         for path in (p for name in ("evaluation", "samples") for p in (self.path / name).glob("update_*")):
             if int(path.stem.removeprefix("update_")) > update:
                 path.unlink()
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of a run, one object an update."""
-    path = folder / METRICS
+def read_rows(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """The metrics of a run, or its scores, one object an update."""
+    path = folder / name
     if not path.is_file():
         return []
     rows: list[dict[str, Any]] = []

@@ -229,7 +229,7 @@ class Session:
                 self._look(0)
             for index in range(self.done, self.config.updates):
                 row = self._update(index)
-                self.world.lead(functools.partial(self.folder.append, {"update": self.done, **row}))
+                self.world.lead(functools.partial(self._note, row))
                 self._tidy()
                 codes = [code for code in self.world.gather(self.stop_code) if code is not None]
                 if codes:
@@ -279,6 +279,12 @@ class Session:
         row["skipped"] = float(self.skipped)
         self.world.lead(lambda: self.tracker.log(row, self.done))
         return row
+
+    def _note(self, row: Metrics) -> None:
+        """An update's metrics and, where it was scored, its scores into the run's files."""
+        if self.trainer.judged is not None:
+            self.folder.append_scores(self.done, *self.trainer.judged)
+        self.folder.append({"update": self.done, **row})
 
     def _tidy(self) -> None:
         output, every = self.config.output, self.config.evaluation.every

@@ -118,6 +118,9 @@ class Trainer:
         self.world, self.dealt = world, micro_batch
         self.max_invalid, self._background = max_invalid, Background()
         self.nonfinite_in_a_row = 0
+        self.judged: tuple[Prompts, Scores] | None = (
+            None  # the last update's samples, of all processes, if they were scored
+        )
         self._proved: set[str] = set()
         policy.add_shadows(rule.needs.shadows)
 
@@ -164,11 +167,13 @@ class Trainer:
                 rollout, scores = self.fitting(lambda: self._scored(prompts.select(rows), plan, whole, clock))
             return Sampled(rollout, self.policy.micro_batch, len(prompts)), scores
 
+        self.judged = None
         sampled, part = self.world.together(own)
         if part is None:
             return sampled, None, {}
         tree = Tree.grow(len(prompts), plan.branch)
         scores = joined_scores(self.world.gather((rows, part)), tree)
+        self.judged = prompts.select(tree.leaf_root), scores
         if 1 - scores.valid.mean() > self.max_invalid or not scores.valid.any():
             raise Unscored(f"update {index + 1}: samples without a score, {unscored(scores.by_name, self.rewards)}")
         credit = self.rule.credit(tree, scores, prompts)

@@ -104,6 +104,8 @@ def kills(nursery: Nursery, rule: str, wanted: int, tmp_path: Path) -> dict[str,
         found = adapter(folder)
         assert found.keys() == whole.keys()
         assert all(torch.equal(found[k], whole[k]) for k in whole), f"run {seen['runs']} differs after its kills"
+        logged, wanted_log = (place / "scores.jsonl" for place in (folder, tmp_path / "whole"))
+        assert logged.read_text() == wanted_log.read_text(), f"run {seen['runs']}: other scores logged"
         seen["runs"] += 1
     return seen
 
@@ -112,6 +114,8 @@ def kills(nursery: Nursery, rule: str, wanted: int, tmp_path: Path) -> dict[str,
 def test_twenty_kills_change_nothing(nursery, rule, tmp_path):
     seen = kills(nursery, rule, 20, tmp_path)
     assert seen["kills"] == 20
+    lines = (tmp_path / "whole" / "scores.jsonl").read_text().splitlines()
+    assert len(lines) == (0 if rule == "truncated_bp" else 6)  # it scores nothing before it learns
     assert seen["writing"] >= 2, seen  # some hit a checkpoint half written
 
 

@@ -10,8 +10,10 @@ from pydantic import Field
 
 from diffalign import ops
 from diffalign.rules import policy_gradient
+from diffalign.rules.merging import merged
 from diffalign.types import (
     Credit,
+    Floats,
     Loss,
     Needs,
     Plan,
@@ -113,24 +115,22 @@ class BranchGRPO(policy_gradient.SurrogateRule):
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """(r(child) - mean) / (std + eps) over the nodes of that depth and prompt."""
-        s = self.settings
-        values, valid = ops.advantages.fuse(scores.total, scores.valid, tree.parent, scores.log_prob, s.fusion)
-        leaf_group = prompts.group[tree.leaf_root]
-        found: Credit = []
-        for level in range(1, len(values)):
-            group = prompts.group[tree.root[level]]
-            spread = (scores.total, leaf_group, scores.valid) if s.normalise == "leaves" else None
-            found.append(
-                ops.advantages.group_relative(
-                    values[level], group, valid[level], limit=s.advantage_limit, spread_of=spread
-                )
-            )
-        return self._pruned(found, values, tree, leaf_group, scores.valid)
+        s, leaf_group = self.settings, prompts.group[tree.leaf_root]
+
+        def of(_: str, reward: Floats) -> list[Floats]:
+            values, valid = ops.advantages.fuse(reward, scores.valid, tree.parent, scores.log_prob, s.fusion)
+            spread = (reward, leaf_group, scores.valid) if s.normalise == "leaves" else None
+            groups = [prompts.group[roots] for roots in tree.root]
+            return [
+                ops.advantages.group_relative(v, g, known, limit=s.advantage_limit, spread_of=spread)
+                for v, g, known in zip(values[1:], groups[1:], valid[1:], strict=True)
+            ]
+
+        return self._pruned(merged(scores, leaf_group, s, of), tree, leaf_group, scores.valid)
 
     def _pruned(
         self,
         credit: Credit,
-        values: Credit,
         tree: Tree,
         leaf_group: NDArray[np.int64],
         valid: NDArray[np.bool_],
@@ -143,8 +143,8 @@ class BranchGRPO(policy_gradient.SurrogateRule):
         siblings = tree.parent[last]  # after it every node has one child: what is true of a node is true of its leaf
         if s.width == "better_child":
             best = np.full(int(siblings.max()) + 1, -np.inf)
-            np.maximum.at(best, siblings, values[last + 1])
-            winners = np.flatnonzero(values[last + 1] == best[siblings])
+            np.maximum.at(best, siblings, credit[last])  # which has the order of the rewards among siblings
+            winners = np.flatnonzero(credit[last] == best[siblings])
             kept = np.zeros(len(siblings), bool)
             kept[winners[np.unique(siblings[winners], return_index=True)[1]]] = True
         else:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from diffalign import ops
 from diffalign.rules import policy_gradient
+from diffalign.rules.merging import merged
 from diffalign.types import (
     Credit,
+    Floats,
     Loss,
     Needs,
     Plan,
@@ -59,7 +62,8 @@ class DDPO:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or self.Settings()
-        self.rewards: dict[str, list[float]] = {}  # the last `history` of each prompt, oldest first
+        # The last `history` of each prompt, oldest first, by reward; "total" is their weighted sum.
+        self.rewards: dict[str, dict[str, list[float]]] = {}
 
     @property
     def needs(self) -> Needs:
@@ -70,18 +74,29 @@ class DDPO:
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """(r - mean) / std of the prompt's last rewards, these included; of the batch while they are few."""
-        s, texts = self.settings, [prompts.text[root] for root in tree.leaf_root]
-        for text, reward, valid in zip(texts, scores.total, scores.valid, strict=True):
-            if valid:
-                self.rewards[text] = [*self.rewards.get(text, []), float(reward)][-s.history :]
-        batch = scores.total[scores.valid]
-        advantage = np.zeros(len(scores.total))
-        for text in dict.fromkeys(texts):
-            rows = np.array([t == text for t in texts]) & scores.valid
-            past = np.asarray(self.rewards.get(text, []))
-            compared = past if len(past) >= s.history_least else batch
-            advantage[rows] = ops.advantages.standardised(scores.total[rows], compared, limit=s.advantage_limit)
+        texts, group = [prompts.text[root] for root in tree.leaf_root], prompts.group[tree.leaf_root]
+
+        def of(name: str, reward: Floats) -> list[Floats]:
+            return [self._standardised(self.rewards.setdefault(name, {}), texts, reward, scores.valid)]
+
+        (advantage,) = merged(scores, group, self.settings, of)
         return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
+
+    def _standardised(
+        self, past: dict[str, list[float]], texts: list[str], reward: Floats, valid: NDArray[np.bool_]
+    ) -> Floats:
+        """Advantages of rewards (N,); they join what is `past`, by prompt."""
+        s = self.settings
+        for text, value, given in zip(texts, reward, valid, strict=True):
+            if given:
+                past[text] = [*past.get(text, []), float(value)][-s.history :]
+        advantage = np.zeros(len(reward))
+        for text in dict.fromkeys(texts):
+            rows = np.array([t == text for t in texts]) & valid
+            own = np.asarray(past.get(text, []))
+            compared = own if len(own) >= s.history_least else reward[valid]
+            advantage[rows] = ops.advantages.standardised(reward[rows], compared, limit=s.advantage_limit)
+        return advantage
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """At the term's step, -A log p (score) or max(-A r, -A clip(r)) (importance), averaged over the part."""
@@ -98,4 +113,6 @@ class DDPO:
         return {"rewards": self.rewards}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rewards = {text: list(values) for text, values in state["rewards"].items()}
+        self.rewards = {
+            name: {text: list(values) for text, values in past.items()} for name, past in state["rewards"].items()
+        }

@@ -13,14 +13,14 @@ import numpy as np
 from pydantic import Field
 
 from diffalign import ops
-from diffalign.rules.settings import Settings
-from diffalign.types import Credit, Plan, Policy, Prompts, Rollout, Schedule, Scores, Term, Tree, UserError
+from diffalign.rules.merging import MergeSettings, merged
+from diffalign.types import Credit, Floats, Plan, Policy, Prompts, Rollout, Schedule, Scores, Term, Tree, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class ForwardSettings(Settings):
+class ForwardSettings(MergeSettings):
     """Keys of rules that noise finished samples."""
 
     times: int = Field(3, ge=1, description="noise levels a sample is noised to, per optimiser step")
@@ -96,10 +96,12 @@ class ForwardRule:
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """A / limit in [-1, 1], A the group-relative advantage."""
-        s, group = self.settings, prompts.group[tree.leaf_root]
-        advantage = ops.advantages.group_relative(
-            scores.total, group, scores.valid, scale=s.scale, limit=s.advantage_limit
-        )
+        s, group, valid = self.settings, prompts.group[tree.leaf_root], scores.valid
+
+        def of(_: str, reward: Floats) -> list[Floats]:
+            return [ops.advantages.group_relative(reward, group, valid, scale=s.scale, limit=s.advantage_limit)]
+
+        (advantage,) = merged(scores, group, s, of)
         return ops.advantages.average_to_parents(advantage / s.advantage_limit, tree.parent)[1:]
 
     def held(self, value: Tensor, metrics: dict[str, Tensor], at: Noised, predicted: Tensor, policy: Policy) -> Tensor:

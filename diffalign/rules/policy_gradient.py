@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from diffalign import ops
+from diffalign.rules.merging import MergeSettings, merged
 from diffalign.rules.settings import Settings
 from diffalign.types import (
     Credit,
+    Floats,
+    Integers,
     Needs,
     Plan,
     Policy,
@@ -31,10 +35,9 @@ if TYPE_CHECKING:
 CLIP = "half-width of the ratio's range; ratios average over latent dims"
 
 
-class PolicyGradientSettings(Settings):
+class PolicyGradientSettings(MergeSettings):
     """Keys that every policy-gradient rule has."""
 
-    advantage_limit: float = Field(5.0, gt=0, description="advantages are clipped to +- this")
     window: tuple[int, int] | None = Field(None, description="first and one past the last noisy step; null: all")
     window_steps: int | None = Field(None, ge=1, description="so many steps of the window at a time; null: all of it")
     window_move: Literal["random", "sliding"] = Field(
@@ -111,10 +114,6 @@ class GroupSettings(SurrogateSettings):
     baseline: Literal["group", "leave_one_out"] = Field(
         "group", description="what rewards are compared with: the group's mean, or that of the others in it, undivided"
     )
-    combine: Literal["sum", "normalised"] = Field(
-        "sum", description="several rewards: sum: weighted, then normalised; normalised: each by itself, then weighted"
-    )
-    gate: dict[str, float] = Field({}, description="reward: least; samples below it count as the worst of their group")
     risk: Risk | None = Field(
         None, description="low, high, weight, bundle: maximise RiskPO's mixed value-at-risk; null: the mean"
     )
@@ -263,32 +262,19 @@ class GroupRule(SurrogateRule):
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """The leaf's group-relative advantage, the same on every edge that leads to it; 0 between best and worst with `keep`."""
         s, group = self.settings, prompts.group[tree.leaf_root]
-        if unknown := [name for name in s.gate if name not in scores.by_name]:
-            raise UserError(
-                f"rule.gate: got {unknown[0]!r}, allowed are this run's rewards: {', '.join(scores.by_name)}"
-            )
-        advantage = self._advantage(ops.advantages.gated(scores, group, s.gate), group)
+        (advantage,) = merged(scores, group, s, lambda _, reward: [self._advantage(reward, group, scores.valid)])
         if s.keep is not None:
             advantage = ops.advantages.extremes(advantage, group, scores.valid, s.keep // 2)
         return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
 
-    def _advantage(self, scores: Scores, group: np.ndarray) -> np.ndarray:
-        s = self.settings
-
-        def of(reward: np.ndarray) -> np.ndarray:
-            compared, valid = group, scores.valid
-            if s.risk is not None:
-                reward, compared, valid = ops.advantages.bundled(reward, group, valid, s.risk.bundle)
-                reward = ops.advantages.at_risk(reward, valid, s.risk.low, s.risk.high, s.risk.weight)
-            if s.baseline == "leave_one_out":
-                return ops.advantages.leave_one_out(reward, compared, valid)
-            return ops.advantages.group_relative(reward, compared, valid, scale=s.scale, limit=s.advantage_limit)
-
-        if s.combine == "sum":
-            return of(scores.total)
-        values = {name: np.where(scores.valid, scores.by_name[name], 0.0) for name in scores.weights}
-        parts = [weight * of(values[name]) for name, weight in scores.weights.items()]
-        return np.clip(np.sum(parts, 0), -s.advantage_limit, s.advantage_limit)
+    def _advantage(self, reward: Floats, group: Integers, valid: NDArray[np.bool_]) -> Floats:
+        s, compared = self.settings, group
+        if s.risk is not None:
+            reward, compared, valid = ops.advantages.bundled(reward, group, valid, s.risk.bundle)
+            reward = ops.advantages.at_risk(reward, valid, s.risk.low, s.risk.high, s.risk.weight)
+        if s.baseline == "leave_one_out":
+            return ops.advantages.leave_one_out(reward, compared, valid)
+        return ops.advantages.group_relative(reward, compared, valid, scale=s.scale, limit=s.advantage_limit)
 
 
 def divergence(term: Term, policy: Policy, part: Rollout, now: Transition, settings: SurrogateSettings) -> Tensor:

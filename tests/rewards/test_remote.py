@@ -332,7 +332,7 @@ def run(folder, url, *overrides):
 def scores_of(folder, url):
     rows = [row[f"reward/{url}"] for row in read_rows(folder) if f"reward/{url}" in row]
     ends = [json.loads(path.read_text())["scores"][url] for path in sorted((folder / "evaluation").glob("*.json"))]
-    return rows, ends
+    return rows, ends, [row["scores"][url] for row in read_rows(folder, "scores.jsonl")]
 
 
 def test_a_server_killed_and_restarted_changes_no_score(tmp_path):
@@ -360,6 +360,7 @@ def test_a_server_killed_and_restarted_changes_no_score(tmp_path):
     whole, cut = scores_of(tmp_path / "whole", url), scores_of(tmp_path / "cut", url)
     assert len(whole[0]) == 3
     assert len(whole[1]) == 2
+    assert [len(scores) for scores in whole[2]] == [4, 4, 4]
     assert len(set(whole[1][0])) > 1  # the scores say something
     assert whole == cut  # sample by sample
 

@@ -44,14 +44,14 @@ def test_the_history_forgets_the_oldest():
     found = credits(rule, ["a"], [6.0])
     past = np.array([1.0, 2.0, 6.0])
     np.testing.assert_allclose(found, [(6 - 3) / past.std()], rtol=1e-5)
-    assert rule.rewards == {"a": [1.0, 2.0, 6.0]}
+    assert rule.rewards == {"total": {"a": [1.0, 2.0, 6.0]}}
 
 
 def test_invalid_scores_get_no_credit_and_are_not_remembered():
     rule = DDPO(S(history=4, history_least=2))
     found = credits(rule, ["a", "a", "a"], [1.0, 3.0, 50.0], [True, True, False])
     assert found[2] == 0
-    assert rule.rewards == {"a": [1.0, 3.0]}
+    assert rule.rewards == {"total": {"a": [1.0, 3.0]}}
     np.testing.assert_allclose(found[:2], [-1, 1], rtol=1e-5)
 
 
