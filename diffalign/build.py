@@ -61,6 +61,10 @@ def build(config: Config) -> Parts:
     names = dict.fromkeys([*config.rewards, *config.eval_rewards])
     asked = config.scoring
     loaded = {name: load_reward(name, asked.deadline, asked.batch, asked.frames, asked.reduce) for name in names}
+    if config.optimizer.gradient_checkpointing:
+        for reward in loaded.values():
+            if hasattr(reward, "checkpoint"):
+                reward.checkpoint()
     return Parts(
         place=place,
         policy=policy(config, pipe, parameters),

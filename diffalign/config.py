@@ -95,7 +95,7 @@ class OptimizerConfig(_Section):
     micro_batch: int = Field(16, ge=1, description="samples per forward pass, in sampling and training alike")
     gradient_checkpointing: bool = Field(
         False,
-        description="keep only the inputs of each network call and of the decoder; they run again for the gradient",
+        description="keep only the inputs of each network call, of the decoder and of a reward's layers; they run again for the gradient",
     )
 
 

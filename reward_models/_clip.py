@@ -6,13 +6,14 @@ A tensor path all the way: bicubic with antialiasing is what PIL does to within 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from diffalign.files import HUB_ID
 
@@ -75,6 +76,18 @@ def once(texts: list[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
     """Embeddings (N, D) of length 1, each text encoded once."""
     place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
     return F.normalize(encode(list(place)), dim=-1)[[place[text] for text in texts]]
+
+
+def checkpointed(layers: Iterable[torch.nn.Module]) -> None:
+    """Let layers keep only their inputs for the gradient, and run again for it."""
+    for layer in layers:
+        layer.forward = functools.partial(_again, layer.forward)  # type: ignore[method-assign]
+
+
+def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def fetched(name: str, place: str | None, repo: str, file: str | None = None) -> str:
@@ -142,6 +155,10 @@ class Scorer:
         hidden = self.net.text_model(input_ids=ids).last_hidden_state
         # The end of a text has the highest id. transformers looks for config.eos_token_id, which old configs give wrongly.
         return self.net.text_projection(hidden[torch.arange(len(ids)), ids.argmax(-1)])
+
+    def checkpoint(self) -> None:
+        """Keep only the inputs of layers for the gradient."""
+        checkpointed(self.net.vision_model.encoder.layers)
 
     @property
     def scale(self) -> Tensor:

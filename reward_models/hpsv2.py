@@ -63,6 +63,10 @@ class HPSv2:
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{path} does not hold the weights of a {self.architecture}") from error
 
+    def checkpoint(self) -> None:
+        """Keep only the inputs of layers for the gradient."""
+        _clip.checkpointed(self.net.visual.transformer.resblocks)
+
     def __call__(self, media: Media, prompts: Prompts) -> Tensor:
         return self.score(media.pixels[:, 0].float(), prompts.text)
 

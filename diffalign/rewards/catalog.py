@@ -4,7 +4,8 @@
 
 with `range`, `needs` (keys of the prompts' metadata), `weights` (where its weights are, with a class that takes another place:
 `name@PLACE`), `licence`, `memory` (GiB of its weights), `extra` (a module of an optional extra) and `background` (it works on the CPU,
-while sampling goes on) and `shown` ("text": `rewards check` shows it writing) where they apply.
+while sampling goes on) and `shown` ("text": `rewards check` shows it writing) where they apply; and what `rewards check` expects of its
+three samples, one as asked, another one and noise: `known` scores within `tolerance`, or `ordered`: the first above the second.
 
 Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`; a module-level
 `DIFFERENTIABLE = ["function"]` says which of its functions have a gradient to the pixels. An installed package gives it a bare name by
@@ -32,7 +33,7 @@ EXTRAS = {"open_clip": "rewards", "rapidocr_onnxruntime": "ocr"}  # module -> th
 class Entry:
     """Where a reward is and what it promises. needs: keys its samples' metadata must have; weights: where its weights are unless
     `place` says otherwise; extra: the module it needs from an optional extra; range: of its scores; memory: GiB of its weights;
-    background: it may score in a thread of its own; urls: of its servers."""
+    background: it may score in a thread of its own; urls: of its servers; known, tolerance, ordered: what `rewards check` expects."""
 
     name: str
     source: str  # a module name or a file
@@ -48,6 +49,9 @@ class Entry:
     memory: float = 0.0
     background: bool = False
     shown: str = ""
+    known: tuple[float, ...] = ()
+    tolerance: float = 1e-6
+    ordered: bool = False
     place: str | None = None
     urls: tuple[str, ...] = ()
 
@@ -101,7 +105,7 @@ def builtin() -> dict[str, Entry]:
         for name, facts in facts_of.items():
             known = {field.name for field in fields(Entry)} & facts.keys()
             assert known | {"object"} == facts.keys(), f"{path.name}: {name} has unknown facts"
-            given = {key: facts[key] for key in known} | {"needs": tuple(facts.get("needs", ()))}
+            given = {key: facts[key] for key in known} | {k: tuple(facts.get(k, ())) for k in ("needs", "known")}
             found[name] = Entry(name, f"reward_models.{path.stem}", facts["object"], **given)
     return found
 

@@ -238,7 +238,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
 def test_a_place_is_for_rewards_with_weights():
     with pytest.raises(
         LookupError,
-        match="is for rewards with weights: aesthetic, clipscore, geneval_like, geneval_like_partial, hpsv2, hpsv2.1, pickscore, vlm_judge",
+        match="is for rewards with weights: aesthetic, clipscore, geneval_like, geneval_like_partial, hpsv2, hpsv2.1, imagereward, pickscore, vlm_judge",
     ):
         catalog.find("soft_colour@here")
 
