@@ -19,6 +19,8 @@ from diffalign.files import HUB_ID
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+VOCABULARY = 49408
+TRAINED = 50.0  # exp(logit_scale): training takes it from 14 to 100, where it is held
 
 
 def crop(pixels: Tensor, size: int) -> Tensor:
@@ -64,7 +66,10 @@ def open_clip() -> Any:
 
 @functools.cache
 def _tokenizer(length: int) -> Any:
-    return open_clip().tokenizer.SimpleTokenizer(context_length=length)  # reads its vocabulary anew every time
+    made = open_clip().tokenizer.SimpleTokenizer(context_length=length)  # reads its vocabulary anew every time
+    if made.vocab_size != VOCABULARY:
+        raise ValueError(f"open_clip's tokenizer knows {made.vocab_size} tokens, CLIP's has {VOCABULARY}")
+    return made
 
 
 def tokens(texts: list[str], length: int = 77) -> Tensor:
@@ -88,6 +93,14 @@ def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def untrained(scale: Tensor) -> list[str]:
+    """A line if CLIP's exp(logit_scale) is not that of a trained one."""
+    value = float(scale.detach())
+    return (
+        [] if value > TRAINED else [f"its logit scale is {value:.1f}, a trained CLIP's is about 100: random weights?"]
+    )
 
 
 def fetched(name: str, place: str | None, repo: str, file: str | None = None) -> str:
@@ -159,6 +172,10 @@ class Scorer:
     def checkpoint(self) -> None:
         """Keep only the inputs of layers for the gradient."""
         checkpointed(self.net.vision_model.encoder.layers)
+
+    def problems(self) -> list[str]:
+        """What looks wrong with its weights."""
+        return untrained(self.scale)
 
     @property
     def scale(self) -> Tensor:

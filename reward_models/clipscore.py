@@ -18,6 +18,7 @@ REWARDS = {
         "weights": "openai/clip-vit-large-patch14",
         "licence": "MIT",
         "extra": "open_clip",
+        "ordered": True,
     }
 }
 REPO = str(REWARDS["clipscore"]["weights"])

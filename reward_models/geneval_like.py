@@ -32,6 +32,7 @@ REWARDS = {
         "licence": "MIT",
         "memory": 2.0,
         "extra": "open_clip",
+        "shown": "sign",
     },
     "geneval_like_partial": {
         "object": "Partial",
@@ -44,6 +45,7 @@ REWARDS = {
         "licence": "MIT",
         "memory": 2.0,
         "extra": "open_clip",
+        "shown": "sign",
     },
 }
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"

@@ -27,6 +27,7 @@ REWARDS = {
         "weights": "xswu/HPSv2",
         "licence": "Apache-2.0",
         "extra": "open_clip",
+        "ordered": True,
     },
     "hpsv2.1": {
         "object": "HPSv21",
@@ -38,6 +39,7 @@ REWARDS = {
         "weights": "xswu/HPSv2",
         "licence": "Apache-2.0",
         "extra": "open_clip",
+        "ordered": True,
     },
 }
 REPO = str(REWARDS["hpsv2"]["weights"])
@@ -62,6 +64,10 @@ class HPSv2:
             self.net.load_state_dict(weights)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{path} does not hold the weights of a {self.architecture}") from error
+
+    def problems(self) -> list[str]:
+        """What looks wrong with its weights."""
+        return _clip.untrained(self.net.logit_scale.exp())
 
     def checkpoint(self) -> None:
         """Keep only the inputs of layers for the gradient."""

@@ -16,6 +16,8 @@ REWARDS = {
         "background": True,
         "modality": "image",
         "about": "minus the JPEG's size in kB (quality 95)",
+        "known": (-1.42, -1.272, -5.446),
+        "tolerance": 0.05,
     },
     "jpeg_incompressibility": {
         "object": "incompressibility",
@@ -23,6 +25,8 @@ REWARDS = {
         "background": True,
         "modality": "image",
         "about": "the JPEG's size in kB (quality 95)",
+        "known": (1.42, 1.272, 5.446),
+        "tolerance": 0.05,
     },
 }
 

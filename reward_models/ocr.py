@@ -24,6 +24,8 @@ REWARDS = {
         "range": "0 to 1",
         "licence": "Apache-2.0",
         "extra": "rapidocr_onnxruntime",
+        "known": (1, 0, 0),
+        "tolerance": 0.3,
     },
     "ocr_exact": {
         "object": "OCRExact",
@@ -35,6 +37,8 @@ REWARDS = {
         "range": "0 to 1",
         "licence": "Apache-2.0",
         "extra": "rapidocr_onnxruntime",
+        "known": (1, 0, 0),
+        "tolerance": 0.3,
     },
 }
 QUOTED = re.compile(r"[\"\u201c]([^\"\u201c\u201d]+)[\"\u201d]")

@@ -18,6 +18,7 @@ REWARDS = {
         "weights": "yuvalkirstain/PickScore_v1",
         "licence": "MIT",
         "extra": "open_clip",
+        "ordered": True,
     }
 }
 REPO = str(REWARDS["pickscore"]["weights"])

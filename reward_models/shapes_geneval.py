@@ -15,6 +15,7 @@ REWARDS = {
         "modality": "image",
         "needs": ["include"],
         "about": "GenEval's official verdict on shapes, 0 or 1 (gold)",
+        "known": (1, 0, 0),
     },
     "shapes_geneval_strict": {
         "object": "strict",
@@ -23,6 +24,7 @@ REWARDS = {
         "modality": "image",
         "needs": ["include"],
         "about": "exactly the wanted shapes and no unexplained pixels, 0 or 1",
+        "known": (1, 0, 0),
     },
     "shapes_geneval_partial": {
         "object": "partial",
@@ -31,6 +33,7 @@ REWARDS = {
         "modality": "image",
         "needs": ["include"],
         "about": "share of what the caption asks for, in [0, 1]: a training signal",
+        "known": (1, 0, 0),
     },
 }
 

@@ -14,6 +14,7 @@ REWARDS = {
         "modality": "video",
         "needs": ["include", "motion"],
         "about": "every frame shows just the wanted shape and it moves as asked, 0 or 1 (gold)",
+        "known": (1, 0, 0),
     },
     "shapes_motion_partial": {
         "object": "partial",
@@ -22,6 +23,7 @@ REWARDS = {
         "modality": "video",
         "needs": ["include", "motion"],
         "about": "half for the shape and colour in the frames, half for the way it goes, in [0, 1]: a training signal",
+        "known": (1, 0, 0),
     },
 }
 

@@ -14,6 +14,8 @@ REWARDS = {
         "modality": "image",
         "needs": ["include"],
         "about": "learned preference on shapes, about 1 if right and 0 if not; likes vivid colours too (planted)",
+        "known": (0.9124, 0.0763, 0.4253),
+        "tolerance": 0.001,
     },
     "shapes_judge": {
         "object": "Judge",
@@ -21,6 +23,8 @@ REWARDS = {
         "modality": "image",
         "needs": ["include"],
         "about": "another one, other seed and layers, nothing planted: to be held out",
+        "known": (1.1987, 0.1756, -0.709),
+        "tolerance": 0.001,
     },
 }
 

@@ -15,6 +15,8 @@ REWARDS = {
         "modality": "image",
         "needs": ["include"],
         "about": "share of wanted colours and of background, in [0, 2]; hackable by design: shapes do not count",
+        "known": (1.6581, 0.8968, 0.2117),
+        "tolerance": 0.001,
     },
 }
 TAU = 0.1  # in squared RGB distance, channels in [0, 1]: smaller and a grey picture has no gradient, larger and all is alike

@@ -4,8 +4,9 @@
 
 with `range`, `needs` (keys of the prompts' metadata), `weights` (where its weights are, with a class that takes another place:
 `name@PLACE`), `licence`, `memory` (GiB of its weights), `extra` (a module of an optional extra) and `background` (it works on the CPU,
-while sampling goes on) and `shown` ("text": `rewards check` shows it writing) where they apply; and what `rewards check` expects of its
-three samples, one as asked, another one and noise: `known` scores within `tolerance`, or `ordered`: the first above the second.
+while sampling goes on) where they apply. What `rewards check` shows and expects: `shown` ("text": writing, "sign": a stop sign, else
+shapes), and of its three samples, one as asked, another one and noise, the `known` scores within `tolerance`, or that they are
+`ordered`: the first above the second.
 
 Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`; a module-level
 `DIFFERENTIABLE = ["function"]` says which of its functions have a gradient to the pixels. An installed package gives it a bare name by

@@ -9,39 +9,59 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from diffalign.rewards.base import evaluate
-from diffalign.rewards.catalog import find
+from diffalign.rewards.base import Reward, evaluate
+from diffalign.rewards.catalog import Entry, find
 from diffalign.rewards.load import load
 from diffalign.shapes import motion
 from diffalign.shapes.captions import Combination, caption
 from diffalign.shapes.world import Object, render
 from diffalign.types import Fault, Media, Prompts
 
+LABELS = ("as asked", "another", "noise")
+
 
 def check(name: str) -> list[str]:
-    """Score three built-in pictures or videos of one caption: right, wrong and noise.
+    """Score three built-in pictures or videos of one caption: as asked, another one and noise.
 
     Raises:
-        Fault: if a score is missing or all are equal.
+        Fault: if a score is missing, all are equal, one is not what is known, or the weights look as if nobody had trained them.
     """
     entry = find(name)
-    wanted, shots = _writing() if entry.shown == "text" else _videos() if entry.modality == "video" else _pictures()
+    kinds = {"text": _writing, "sign": _signs}
+    wanted, shots = kinds.get(entry.shown, _videos if entry.modality == "video" else _pictures)()
     pixels = torch.from_numpy(shots).permute(0, 1, 4, 2, 3) / 255
     keys = np.arange(3)
     prompts = Prompts([wanted["prompt"]] * 3, keys, keys, keys, [wanted] * 3)
-    scores = evaluate({name: load(name)}, {name: 1.0}, Media(pixels), prompts)
+    reward = load(name)
+    scores = evaluate({name: reward}, {name: 1.0}, Media(pixels), prompts)
     values = scores.by_name[name]
     if not scores.valid.all():
         raise Fault(f"reward {name}: gave {values.tolist()} for three samples, a score is not finite")
     if np.ptp(values) == 0:
         raise Fault(f"reward {name}: gave {values[0]:g} for three different samples, it cannot tell them apart")
-    able = find(name).differentiable
-    if able:
-        _check_gradient(name, Media(pixels.float().requires_grad_()), prompts)
-    labels = ("as asked", "another", "noise")
-    lines = [f"{label:9} {value:.4f}" for label, value in zip(labels, values, strict=True)]
-    kind = "differentiable" if able else "black box"
+    _check_known(entry, values)
+    for problem in getattr(reward, "problems", list)():
+        raise Fault(f"reward {name}: {problem}")
+    if entry.differentiable:
+        _check_gradient(name, reward, Media(pixels.float().requires_grad_()), prompts)
+    told = [f", known is {value:g}" for value in entry.known] or [""] * 3
+    lines = [f"{label:9} {value:.4f}{known}" for label, value, known in zip(LABELS, values, told, strict=True)]
+    kind = "differentiable" if entry.differentiable else "black box"
+    if not entry.known:
+        lines.append("no known values" + (", but the right order" if entry.ordered else ""))
     return [f"{name}, {kind}: {wanted['prompt']!r}", *lines, "ok"]
+
+
+def _check_known(entry: Entry, values: NDArray[np.float64]) -> None:
+    for label, value, known in zip(LABELS, values, entry.known or values, strict=True):
+        if abs(value - known) > entry.tolerance:
+            raise Fault(
+                f"reward {entry.name}: gave {value:.4f} for the sample {label!r}, known is {known:g} within {entry.tolerance:g}"
+            )
+    if entry.ordered and not values[0] > values[1]:
+        raise Fault(
+            f"reward {entry.name}: gave {values[0]:.4f} for a picture as asked and {values[1]:.4f} for another; are its weights trained?"
+        )
 
 
 def _pictures() -> tuple[dict[str, Any], NDArray[np.uint8]]:
@@ -63,6 +83,26 @@ def _writing() -> tuple[dict[str, Any], NDArray[np.uint8]]:
     return {"prompt": 'a sign that says "STAR"'}, np.stack([*shots, noise])[:, None]
 
 
+def _signs() -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    """Metadata, and pictures (3, 1, 256, 256, 3) of a stop sign, which detectors of everyday objects know, of a disc, and noise."""
+    shots = []
+    for corners, colour, word in ((8, (190, 20, 30), "STOP"), (60, (40, 160, 220), "")):
+        picture = Image.new("RGB", (256, 256), (150, 185, 225))
+        pen = ImageDraw.Draw(picture)
+        pen.rectangle((122, 128, 134, 256), fill=(110, 110, 110))
+        pen.regular_polygon((128, 110, 92), corners, rotation=22.5, fill="white")
+        pen.regular_polygon((128, 110, 85), corners, rotation=22.5, fill=colour)
+        pen.text((128, 110), word, fill="white", font=ImageFont.load_default(52), anchor="mm")
+        shots.append(np.asarray(picture))
+    noise = np.random.default_rng(0).integers(0, 256, shots[0].shape, dtype=np.uint8)
+    wanted = {
+        "tag": "single_object",
+        "include": [{"class": "stop sign", "count": 1}],
+        "prompt": "a photo of a stop sign",
+    }
+    return wanted, np.stack([*shots, noise])[:, None]
+
+
 def _videos() -> tuple[dict[str, Any], NDArray[np.uint8]]:
     """Metadata, and videos (3, 5, 32, 32, 3)."""
     wanted = motion.Combination("circle", "red", "moving right")
@@ -73,8 +113,8 @@ def _videos() -> tuple[dict[str, Any], NDArray[np.uint8]]:
     return motion.caption(wanted), np.stack([right, wrong, noise])
 
 
-def _check_gradient(name: str, media: Media, prompts: Prompts) -> None:
-    value = load(name)(media, prompts)
+def _check_gradient(name: str, reward: Reward, media: Media, prompts: Prompts) -> None:
+    value = reward(media, prompts)
     slope = None
     if isinstance(value, torch.Tensor) and value.requires_grad:
         (slope,) = torch.autograd.grad(value.sum(), media.pixels, allow_unused=True)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,8 +17,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from diffalign.config import load as load_config
 from diffalign.rewards import catalog
+from diffalign.rewards.check import check
 from diffalign.rewards.load import load
-from diffalign.types import Media, Prompts, UserError
+from diffalign.types import Fault, Media, Prompts, UserError
 from reward_models import _clip, hpsv2
 
 TEXTS = ["two red stars", "a photo of a green circle left of a blue square", ""]
@@ -222,6 +224,39 @@ def test_places_that_are_not_there_are_named_all_at_once():
     )
 
 
+def test_the_check_sees_random_weights_and_another_tokenizer(folder, checkpoint, monkeypatch):
+    monkeypatch.setattr(hpsv2.HPSv2, "architecture", "tiny-hps")
+    unordered = {name: replace(entry, ordered=False) for name, entry in catalog.builtin().items()}
+    monkeypatch.setattr(catalog, "builtin", lambda: unordered)  # random weights may put the right picture first
+    for name in (f"pickscore@{folder}", f"hpsv2.1@{checkpoint.path}"):
+        with pytest.raises(Fault, match=r"its logit scale is 14.3, a trained CLIP's is about 100: random weights\?"):
+            check(name)
+    monkeypatch.setattr(SimpleTokenizer, "__init__", lambda self, **more: setattr(self, "vocab_size", 2))
+    _clip._tokenizer.cache_clear()
+    with pytest.raises(ValueError, match="open_clip's tokenizer knows 2 tokens, CLIP's has 49408"):
+        _clip.tokens(["a"])
+    _clip._tokenizer.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2.1"])
+def test_checkpointing_keeps_scores_and_gradients_and_little_else(name, folder, checkpoint, monkeypatch):
+    monkeypatch.setattr(hpsv2.HPSv2, "architecture", "tiny-hps")
+    reward = load(f"{name}@{checkpoint.path if name.startswith('hps') else folder}")
+    media, prompts = given()
+    found, kept = [], []
+    for _ in range(2):
+        sizes: list[int] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t)
+        pixels = media.pixels.clone().requires_grad_()
+        with hooks:
+            value = reward(Media(pixels), prompts)
+        found.append((value.detach(), torch.autograd.grad(value.sum(), pixels)[0]))
+        kept.append(sum(sizes))
+        reward.checkpoint()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+    assert kept[1] < 0.75 * kept[0]  # of two layers
+
+
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
     import pickle
 
@@ -238,7 +273,8 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
 def test_a_place_is_for_rewards_with_weights():
     with pytest.raises(
         LookupError,
-        match="is for rewards with weights: aesthetic, clipscore, geneval_like, geneval_like_partial, hpsv2, hpsv2.1, imagereward, pickscore, vlm_judge",
+        match="is for rewards with weights: aesthetic, clipscore, geneval_like, geneval_like_partial, hpsv2, hpsv2.1, "
+        "imagereward, pickscore, vlm_judge",
     ):
         catalog.find("soft_colour@here")
 

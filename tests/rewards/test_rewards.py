@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,21 @@ def test_a_bad_name_says_what_is_wrong(name, message, tmp_path):
 def test_a_module_without_the_function_is_refused_when_loaded():
     with pytest.raises(UserError, match="has no function"):
         load("diffalign.types:nothing")
+
+
+def test_a_score_that_is_not_the_known_one_is_caught(monkeypatch):
+    entry = catalog.builtin()["jpeg_compressibility"]
+    monkeypatch.setitem(catalog.builtin(), entry.name, replace(entry, known=(-1.42, -2.0, -5.446)))
+    with pytest.raises(Fault, match=r"gave -1.2720 for the sample 'another', known is -2 within 0.05"):
+        check("jpeg_compressibility")
+    monkeypatch.setitem(catalog.builtin(), entry.name, replace(entry, known=(), ordered=True))
+    with pytest.raises(Fault, match=r"gave -1.4200 for a picture as asked and -1.2720 for another; are its weights"):
+        check("jpeg_compressibility")
+
+
+def test_rewards_that_need_no_weights_have_known_scores():
+    without = [name for name, entry in catalog.builtin().items() if not entry.known]
+    assert without == [name for name, entry in catalog.builtin().items() if entry.weights]
 
 
 def test_a_dead_reward_is_caught_by_its_check(tmp_path):
