@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from diffalign import prompts as prompt_files
 from diffalign.files import HUB_ID, LORA, is_file, lora_folder, lora_notes
 from diffalign.processes import PROCESSES
+from diffalign.prompt_sets import has_splits
 from diffalign.rewards import catalog
 from diffalign.rules import RULES
 from diffalign.shapes import models
@@ -40,7 +41,7 @@ class PromptsConfig(_Section):
     """What is drawn in training."""
 
     source: str = Field(
-        "shapes", description="shapes, shapes-motion, geneval-like, animals, a .txt or .jsonl file, or NAME@FILE"
+        "shapes", description="shapes, shapes-motion, geneval-like, animals, a .txt or .jsonl file, or NAME@PLACE"
     )
     tasks: list[Task] = Field([], description="of the shapes world; empty: all six")
     split: Split = Field("train", description="of a named set; splits share no combination")
@@ -103,6 +104,13 @@ class EvaluationConfig(_Section):
     """The fixed set that is scored before and after, with the same noises."""
 
     source: str | None = Field(None, description="null: prompts.source")
+    holdout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of a file's prompts that is evaluated and not trained on, where source is null; 0, or fewer than 6 "
+        "prompts: trained on and evaluated alike",
+    )
     tasks: list[Task] | None = Field(None, description="null: prompts.tasks")
     split: Split = "test"
     stages: bool = Field(
@@ -176,7 +184,13 @@ class Config(_Section):
         return kind(kind.Settings(**{k: v for k, v in self.rule.items() if k != "name"}))
 
     def training_prompts(self) -> list[prompt_files.Entry]:
-        return prompt_files.read(self.prompts.source, self.prompts.tasks, self.prompts.split)
+        found = prompt_files.read(self.prompts.source, self.prompts.tasks, self.prompts.split)
+        return prompt_files.held_out(found, self.evaluation.holdout)[0] if self._one_file else found
+
+    @property
+    def _one_file(self) -> bool:
+        """Whether training and evaluation prompts are of one source that has no splits of its own."""
+        return self.evaluation.enabled and self.evaluation.source is None and not has_splits(self.prompts.source)
 
     def training_stages(self) -> prompt_files.Stages:
         """Stage prompts of the training prompts; empty without."""
@@ -199,6 +213,8 @@ class Config(_Section):
         source = self.evaluation.source or self.prompts.source
         tasks = self.prompts.tasks if self.evaluation.tasks is None else self.evaluation.tasks
         found = prompt_files.read(source, tasks, self.evaluation.split)
+        if self._one_file:
+            found = prompt_files.held_out(found, self.evaluation.holdout)[1]
         most = min(self.evaluation.prompts or len(found), len(found))
         return [found[k * len(found) // most] for k in range(most)]
 

@@ -5,6 +5,7 @@ A file is text, one prompt a line, or JSON lines of objects with a `prompt` and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.so
         what = "is a folder" if path.is_dir() else "is no file"
         raise UserError(
             f"{field}: {source!r} {what}; allowed are {', '.join(prompt_sets.SETS)}, "
-            f"a .txt or .jsonl file, NAME@FILE of {', '.join(prompt_sets.published.READERS)}"
+            f"a .txt or .jsonl file, NAME@PLACE of {', '.join(prompt_sets.published.NAMES)}"
         )
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -60,6 +61,21 @@ def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.so
     if problems:
         raise UserError(*problems)
     return entries
+
+
+def held_out(entries: list[Entry], share: float) -> tuple[list[Entry], list[Entry]]:
+    """Entries to train on and entries to evaluate on: that share of the texts, those whose hashes are lowest, so that a text stays on
+    its side whatever else is in the file. Of few texts none is held out, and both are all entries.
+    """
+    texts = {entry["prompt"] for entry in entries}
+    order = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    held = set(order[: round(share * len(order))])
+    if not held:
+        return entries, entries
+    parts: tuple[list[Entry], list[Entry]] = ([], [])
+    for entry in entries:
+        parts[entry["prompt"] in held].append(entry)
+    return parts
 
 
 def read_stages(source: str, entries: list[Entry], field: str = "prompts.stages") -> Stages:

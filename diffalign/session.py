@@ -103,6 +103,8 @@ class Session:
         self.fixed = prompts.fixed(
             config.evaluation_prompts(), settings.images_per_prompt, settings.seed, config.evaluation_stages()
         )
+        if {entry["prompt"] for entry in entries} & set(self.fixed.text) and settings.enabled:
+            reporter.say("evaluating on prompts that are trained on: scores do not say what is true of others")
         content = json.dumps([entries, stages, self.fixed.text, self.fixed.stages, self.fixed.metadata], sort_keys=True)
         self.prompts_digest = hashlib.sha256(content.encode()).hexdigest()
         self._store_prompts(entries, stages)

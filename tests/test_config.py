@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import time
 
 import pytest
@@ -209,9 +210,11 @@ def test_a_large_file_is_evaluated_on_as_many_prompts_as_asked_for(tmp_path):
     many = tmp_path / "many.txt"
     many.write_text("".join(f"prompt {k}\n" for k in range(100_000)))
     few = [f"prompts.source={many}", "rewards={jpeg_compressibility: 1}", "eval_rewards=[]"]
-    found = config.load("flow_grpo/shapes-sd3", [*few, "evaluation.prompts=4"]).evaluation_prompts()
+    found = config.load(
+        "flow_grpo/shapes-sd3", [*few, "evaluation.prompts=4", "evaluation.holdout=0"]
+    ).evaluation_prompts()
     assert [entry["prompt"] for entry in found] == ["prompt 0", "prompt 25000", "prompt 50000", "prompt 75000"]
-    assert len(config.load("flow_grpo/shapes-sd3", few).evaluation_prompts()) == 100_000
+    assert len(config.load("flow_grpo/shapes-sd3", few).evaluation_prompts()) == 10_000  # a tenth is held out
     assert len(config.load("flow_grpo/shapes-sd3", ["evaluation.prompts=99"]).evaluation_prompts()) == 24
 
 
@@ -221,3 +224,32 @@ def test_prompts_are_drawn_from_a_large_file_in_a_moment():
     drawn = prompts.draw(entries, 48, 4, seed=0, update=3)
     assert time.process_time() - started < 0.5  # one shuffle takes 0.05 s
     assert len(set(drawn.text)) == 48
+
+
+def test_a_files_prompts_are_trained_on_or_evaluated(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    lines = [{"prompt": f"thing {k}", "note": n} for k in range(40) for n in range(2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def parts(*more, source=path):
+        made = config.load(
+            "flow_grpo/shapes-sd3",
+            [f"prompts.source={source}", "rewards={jpeg_compressibility: 1}", "eval_rewards=[]", *more],
+        )
+        return made.training_prompts(), made.evaluation_prompts()
+
+    train, judged = parts()
+    assert (len(train), len(judged)) == (72, 8)  # both entries of a text lie on one side
+    assert not {e["prompt"] for e in train} & {e["prompt"] for e in judged}
+    assert sorted(map(json.dumps, [*train, *judged])) == sorted(map(json.dumps, lines))
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text("".join(json.dumps({"prompt": f"thing {k}"}) + "\n" for k in reversed(range(44))))
+    known = {e["prompt"] for e in lines} & {e["prompt"] for e in parts(source=longer)[1]}
+    assert known and known <= {e["prompt"] for e in judged}  # chosen by the text, not by the line
+    assert parts("evaluation.holdout=0") == (lines, lines)
+    assert parts("evaluation.enabled=false")[0] == lines
+    assert parts(f"evaluation.source={path}") == (lines, lines)
+    assert [len(part) for part in parts("evaluation.holdout=0.5")] == [40, 40]
+    few = tmp_path / "few.txt"
+    few.write_text("a\nb\nc\n")
+    assert [len(part) for part in parts(source=few)] == [3, 3]

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import sys
 
+import numpy as np
 import pytest
 
 from diffalign import config, prompts
@@ -108,14 +110,87 @@ def test_published_sets_are_read_as_they_are_laid_out(tmp_path):
     )
 
 
-def test_geneval_s_own_file_is_held_against_its_published_numbers(tmp_path):
-    whole = geneval_like.prompts((), "test")
+def published_geneval() -> str:
+    """GenEval's file as its generator writes it: n = 100 draws a task from one generator of seed 43, doubles left out."""
+    rng, names, colours = np.random.default_rng(43), geneval_like.OBJECTS, geneval_like.COLOURS
+    relations, numerals = ("left of", "right of", "above", "below"), {2: "two", 3: "three", 4: "four"}
+
+    def a(name):
+        return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+    def two(count=len(names)):
+        return (int(k) for k in rng.choice(count, size=2, replace=False))
+
+    def entry(tag, include, prompt, **more):
+        return {"tag": tag, "include": include, **more, "prompt": f"a photo of {prompt}"}
+
+    found = [
+        entry("single_object", [{"class": names[k], "count": 1}], a(names[k]))
+        for k in rng.choice(len(names), size=len(names), replace=False)
+    ]
+    for _ in range(100):
+        x, y = (names[k] for k in two())
+        found.append(entry("two_object", [{"class": n, "count": 1} for n in (x, y)], f"{a(x)} and {a(y)}"))
+    for _ in range(100):
+        name, count = names[rng.choice(len(names))], int(rng.integers(2, 4, endpoint=True))
+        plural = name + ("es" if name.endswith("s") else "s")
+        more = {"exclude": [{"class": name, "count": count + 1}]}
+        found.append(entry("counting", [{"class": name, "count": count}], f"{numerals[count]} {plural}", **more))
+    for _ in range(100):  # a person, the first name, has no colour
+        name, colour = names[1 + rng.choice(len(names) - 1)], colours[rng.choice(len(colours))]
+        found.append(entry("colors", [{"class": name, "count": 1, "color": colour}], f"{a(colour)} {name}"))
+    for _ in range(100):
+        x, y = (names[k] for k in two())
+        relation = relations[rng.choice(4)]
+        include = [{"class": y, "count": 1}, {"class": x, "count": 1, "position": (relation, 0)}]
+        found.append(entry("position", include, f"{a(x)} {relation} {a(y)}"))
+    for _ in range(100):
+        pair = [names[1 + k] for k in two(len(names) - 1)]
+        both = [colours[k] for k in two(len(colours))]
+        include = [{"class": n, "count": 1, "color": c} for n, c in zip(pair, both, strict=True)]
+        found.append(entry("color_attr", include, " and ".join(f"{a(c)} {n}" for n, c in zip(pair, both, strict=True))))
+    return "".join(dict.fromkeys(json.dumps(one) + "\n" for one in found))
+
+
+def test_geneval_s_own_file_and_no_other_is_taken_for_it(tmp_path):
+    """The hash is that of the file which the published rules give."""
     path = tmp_path / "evaluation_metadata.jsonl"
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in whole))
-    assert prompts.read(f"geneval@{path}", (), "test") == whole
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in whole[1:]))
-    with pytest.raises(UserError, match="'single_object': 79.* published are"):
+    path.write_text(published_geneval())
+    found = prompts.read(f"geneval@{path}", (), "test")
+    tags = [entry["tag"] for entry in found]
+    assert {tag: tags.count(tag) for tag in tags} == geneval_like.TEST
+    assert found[0] == {
+        "tag": "single_object",
+        "include": [{"class": "bench", "count": 1}],
+        "prompt": "a photo of a bench",
+    }
+    path.write_bytes(published_geneval().replace("\n", "\r\n").encode())
+    assert prompts.read(f"geneval@{path}", (), "test") == found
+    path.write_text(published_geneval().replace("pink car", "pink cat"))
+    with pytest.raises(UserError, match=r"its sha256 is \w{12}\.\.\., GenEval's is 5c48e0813e81"):
         prompts.read(f"geneval@{path}", (), "test")
+
+
+def test_pick_a_pic_has_splits_and_each_caption_once(tmp_path, monkeypatch):
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "data").mkdir()
+    rows = {"train-00000-of-00002": ["a cat", "a dog", "a cat"], "train-00001-of-00002": ["", None, "a dog ", "a bee"]}
+    for name, captions in {**rows, "test_unique-00000-of-00001": ["a fox"]}.items():
+        table = pyarrow.table({"caption": captions, "jpg_0": [b"x"] * len(captions)})
+        parquet.write_table(table, tmp_path / "data" / f"{name}.parquet")
+    source = f"pickapic@{tmp_path}"
+    assert [e["prompt"] for e in prompts.read(source, (), "train")] == ["a cat", "a dog", "a bee"]
+    settings = config.load(
+        "flow_grpo/shapes-sd3", [f"prompts.source={source}", "rewards={jpeg_compressibility: 1}", "eval_rewards=[]"]
+    )
+    assert [len(settings.training_prompts()), len(settings.evaluation_prompts())] == [3, 1]  # nothing more is held out
+    with pytest.raises(UserError, match=r"expected Pick-a-Pic's folder.*it has no validation_unique-\*.parquet"):
+        prompts.read(source, (), "validation")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"read with pyarrow; pip install 'diffalign\[prompts\]'"):
+        prompts.read(source, (), "train")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +201,7 @@ def test_geneval_s_own_file_is_held_against_its_published_numbers(tmp_path):
         ("geneval@{bad}", "expected GenEval's evaluation_metadata.jsonl"),
         ("hpdv2@{bad}", "expected a folder with anime.json"),
         ("drawbanch@{bad}", "allowed are shapes, shapes-motion, geneval-like, animals"),
-        ("drawbench", "NAME@FILE of drawbench, partiprompts, hpdv2, geneval"),
+        ("drawbench", "NAME@PLACE of drawbench, partiprompts, hpdv2, geneval, pickapic"),
     ],
 )
 def test_what_is_laid_out_otherwise_is_refused(source, problem, tmp_path):

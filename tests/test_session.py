@@ -292,7 +292,7 @@ def test_a_vanished_folder_is_a_fault(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(Trainer, "update", vanishing)
-    with pytest.raises(Fault, match=r"metrics\.jsonl: cannot write \(No such file or directory\)"):
+    with pytest.raises(Fault, match=r"scores\.jsonl: cannot write \(No such file or directory\)"):
         session.train(settings, quiet=True)
     assert not (tmp_path / "run").exists()  # nothing half made in its place
 

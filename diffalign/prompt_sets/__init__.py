@@ -33,6 +33,11 @@ SETS: dict[str, Callable[[Sequence[str], str], list[Entry]]] = {
 }
 
 
+def has_splits(source: str) -> bool:
+    """Whether training, validation and test prompts of a source are apart already."""
+    return source in SETS or source.partition("@")[0] in published.SPLIT_READERS
+
+
 def find(source: str, tasks: Sequence[str], split: str, field: str) -> list[Entry] | None:
     """The entries of a set by name, or of a published one by NAME@PLACE; None for what is neither.
 
@@ -42,10 +47,12 @@ def find(source: str, tasks: Sequence[str], split: str, field: str) -> list[Entr
     if source in SETS:
         return SETS[source](tasks, split)
     name, at, place = source.partition("@")
-    if not at or name not in published.READERS:
+    if not at or name not in published.NAMES:
         return None
     try:
+        if name in published.SPLIT_READERS:
+            return published.SPLIT_READERS[name](Path(place), split)
         return published.READERS[name](Path(place))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         wanted = published.LAYOUTS[name]
         raise UserError(f"{field}: got {source!r}, expected {wanted} ({' '.join(str(error).split())[:300]})") from error

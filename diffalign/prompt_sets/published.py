@@ -1,8 +1,9 @@
-"""Published prompt sets, from the user's copy laid out as published; they have no splits and are not to be trained on."""
+"""Published prompt sets, from the user's copy laid out as published. But for Pick-a-Pic they have no splits: not to be trained on."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +16,10 @@ LAYOUTS = {
     "partiprompts": "a TSV file with the columns Prompt and Category",
     "hpdv2": f"a folder with {', '.join(f'{style}.json' for style in STYLES)}, each a list of prompts",
     "geneval": "GenEval's evaluation_metadata.jsonl, 553 objects with prompt, tag and include",
+    "pickapic": "Pick-a-Pic's folder, data/train-*.parquet, validation_unique-*.parquet and test_unique-*.parquet with the column caption",
 }
-GENEVAL = {
-    "single_object": 80,
-    "two_object": 99,
-    "counting": 80,
-    "colors": 94,
-    "position": 100,
-    "color_attr": 100,
-}  # prompts of the published file by task
+# sha256 of prompts/evaluation_metadata.jsonl of GenEval's repository: what its generator writes with its seed 43, and what others report.
+GENEVAL = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
 
 
 def drawbench(place: Path) -> list[Entry]:
@@ -57,21 +53,40 @@ def hpdv2(place: Path) -> list[Entry]:
 
 
 def geneval(place: Path) -> list[Entry]:
-    """GenEval's 553 prompts, checked against its published numbers by task."""
-    entries = [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
-    counts = dict.fromkeys(GENEVAL, 0)
-    for entry in entries:
-        if not isinstance(entry["prompt"], str) or not isinstance(entry["include"], list):
-            raise ValueError("a line lacks prompt or include")
-        counts[entry["tag"]] += 1
-    if counts != GENEVAL:
-        raise ValueError(f"it has {counts}, published are {GENEVAL}")
-    return entries
+    """GenEval's 553 prompts, from its own file and no other."""
+    content = place.read_bytes().replace(b"\r\n", b"\n")
+    if (found := hashlib.sha256(content).hexdigest()) != GENEVAL:
+        raise ValueError(
+            f"its sha256 is {found[:12]}..., GenEval's is {GENEVAL[:12]}...; other prompts go by their .jsonl file"
+        )
+    return [json.loads(line) for line in content.decode().splitlines()]
 
 
+def pickapic(place: Path, split: str) -> list[Entry]:
+    """Pick-a-Pic's captions (arXiv 2305.01569), each once, in the order of the files; people wrote them, and some are not safe for work.
+
+    Raises:
+        ImportError: without pyarrow.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError("it is read with pyarrow; pip install 'diffalign[prompts]'") from error
+    name = {"train": "train"}.get(split, f"{split}_unique")
+    files = sorted(path for folder in (place, place / "data") for path in folder.glob(f"{name}-*.parquet"))
+    if not files:
+        raise ValueError(f"it has no {name}-*.parquet")
+    captions = [text for path in files for text in parquet.read_table(path, columns=["caption"])["caption"].to_pylist()]
+    return [{"prompt": text} for text in dict.fromkeys(str(text).strip() for text in captions if text) if text]
+
+
+# name -> place -> entries
 READERS: dict[str, Callable[[Path], list[Entry]]] = {
     "drawbench": drawbench,
     "partiprompts": partiprompts,
     "hpdv2": hpdv2,
     "geneval": geneval,
 }
+# name -> (place, split) -> entries
+SPLIT_READERS: dict[str, Callable[[Path, str], list[Entry]]] = {"pickapic": pickapic}
+NAMES = (*READERS, *SPLIT_READERS)
