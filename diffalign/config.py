@@ -156,7 +156,8 @@ class Config(_Section):
     model: str = Field(description="hub id, local folder, or an embedded pipeline")
     revision: str | None = Field(None, min_length=1, description="of a hub id: commit, tag or branch; null: the newest")
     weights: str | None = Field(
-        None, description="a single file whose denoiser takes the place of the model's; its other parts are not read"
+        None,
+        description="a single file, as other tools save models: its denoiser and what else it holds take the place of the model's",
     )
     rule: dict[str, Any] = Field(description="name and the rule's settings")
     rewards: dict[str, float] = Field(min_length=1, description="name: weight")
@@ -412,6 +413,10 @@ def _check_model(name: str) -> list[str]:
     """An embedded name, a folder that diffusers wrote, or something that can be a hub id."""
     if models.path(name) or is_file(Path(name) / "model_index.json") or HUB_ID.fullmatch(name):
         return []
+    if is_file(Path(name)):
+        return [
+            f"model: got {name!r}, a single file; allowed is the hub id or folder of the model it was made from, and weights: {name}"
+        ]
     known = ", ".join(models.names())
     allowed = f"allowed are embedded pipelines ({known}), folders with a model_index.json, hub ids (owner/name)"
     return [f"model: got {name!r}, {allowed}{_near(name, models.names())}"]

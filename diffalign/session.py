@@ -111,6 +111,8 @@ class Session:
         self._fit()
         if self.parts.place.commit is not None:
             reporter.say(f"{config.model} at commit {self.parts.place.commit}")
+        if self.parts.place.file:
+            reporter.say(f"from {config.weights}: {self.parts.place.file}")
         self.done = 0
         self.skipped = self.unscored = 0
         self.saved = -1

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffalign.backends import adapters
+from diffalign.backends import adapters, single_file
 from diffalign.types import UserError, one_line
 
 # What pipelines that start from a picture or a video are called.
@@ -18,10 +18,11 @@ OTHER_TASKS = re.compile("ImageToVideo|Image2Video|VideoToVideo|Img2Img|Inpaint|
 
 @dataclass(frozen=True)
 class Place:
-    """A diffusers folder, and the commit of the hub's repository that it is, None for others."""
+    """A diffusers folder, the commit of the hub's repository that it is, None for others, and what a single file put into it."""
 
     folder: str
     commit: str | None = None
+    file: str = ""
 
 
 def locate(model: str, revision: str | None = None) -> Place:
@@ -79,7 +80,7 @@ def load(
 ) -> tuple[Any, Place]:
     """A pipeline from a hub id, a local folder or the name of an embedded one, frozen and ready; and where it was.
 
-    weights: a single file, as other tools save models, whose denoiser takes the place of the model's.
+    weights: a single file, as other tools save models, whose parts take the place of the model's.
 
     Raises:
         UserError: if there is nothing to load under that name, or it starts from a picture.
@@ -87,10 +88,10 @@ def load(
     from diffusers import DiffusionPipeline
 
     place = locate(model, revision)
-    other = {} if weights is None else _denoiser(weights, place.folder, dtype)
+    other = single_file.Read({}) if weights is None else single_file.read(weights, place.folder, dtype)
     try:
         with adapters.quiet():
-            pipe = DiffusionPipeline.from_pretrained(place.folder, dtype=dtype, **other)
+            pipe = DiffusionPipeline.from_pretrained(place.folder, dtype=dtype, **other.components)
     except Exception as error:  # a damaged file, a class that diffusers does not have
         raise UserError(f"model: cannot load {model!r}: {one_line(error)}") from error
     if OTHER_TASKS.search(type(pipe).__name__):
@@ -104,21 +105,4 @@ def load(
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
-    return pipe.to(device), place
-
-
-def _denoiser(weights: str, folder: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The denoiser of a single file, by the name it has in a folder's pipeline."""
-    import diffusers
-
-    index = diffusers.DiffusionPipeline.load_config(folder)
-    names = [name for name in adapters.DENOISERS if isinstance(index.get(name), (list, tuple)) and index[name][0]]
-    if len(names) != 1:
-        raise UserError(f"weights: {folder} has {len(names)} denoisers ({', '.join(names)}), a single file fills one")
-    kind = getattr(diffusers, index[names[0]][1])
-    try:
-        with adapters.quiet():
-            module = kind.from_single_file(weights, config=folder, subfolder=names[0], torch_dtype=dtype)
-    except Exception as error:  # not a checkpoint, one of another model, a class without single files
-        raise UserError(f"weights: cannot read {weights!r} as a {kind.__name__}: {one_line(error)}") from error
-    return {names[0]: module}
+    return pipe.to(device), replace(place, file=str(other) if weights else "")

@@ -2,6 +2,7 @@
 
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers as d
 import pytest
@@ -15,7 +16,7 @@ from diffalign.files import lora_notes
 from diffalign.sampling import resolve
 from diffalign.types import UserError
 from tests.backends.test_hub_configs import tiny
-from tests.families import folder
+from tests.families import folder, single_file
 from tests.helpers import SMALL, THREE_STEPS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -141,6 +142,73 @@ def test_a_single_files_denoiser_takes_the_place_of_the_models(tmp_path):
     plain, _ = loading.load(str(folder("LTX-Video")))
     assert not torch.equal(plain.transformer.proj_in.weight, pipe.transformer.proj_in.weight)
     assert torch.equal(plain.vae.decoder.conv_in.conv.weight, pipe.vae.decoder.conv_in.conv.weight)
+
+
+def tuned() -> Any:
+    """A tiny Stable Diffusion with other weights than its folder's."""
+    pipe = d.StableDiffusionPipeline.from_pretrained(folder("SD 1.5"))
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+            for parameter in part.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return pipe
+
+
+def drawn(pipe) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe("two stars", num_inference_steps=2, generator=generator, output_type="pt").images
+
+
+def test_everything_an_all_in_one_file_holds_is_read(tmp_path):
+    """The picture is that of the pipeline whose weights were written under the authors' names."""
+    pipe = tuned()
+    path = tmp_path / "all.safetensors"
+    parts = single_file.unet(pipe.unet), single_file.vae(pipe.vae), single_file.clip(pipe.text_encoder)
+    save_file({name: value.contiguous() for part in parts for name, value in part.items()}, path)
+    found, place = loading.load(str(folder("SD 1.5")), weights=str(path))
+    assert place.file == "unet, vae, text_encoder"
+    torch.testing.assert_close(drawn(found), drawn(pipe), rtol=0, atol=0)
+    plain, place = loading.load(str(folder("SD 1.5")))
+    assert place.file == ""
+    assert (drawn(plain) - drawn(pipe)).abs().max() > 0.05
+
+
+def test_what_a_file_lacks_is_the_models_own_and_what_is_not_read_is_told(tmp_path):
+    pipe = tuned()
+    path = tmp_path / "some.safetensors"
+    odd = {"text_encoders.other.layer.weight": torch.zeros(2)}
+    save_file(
+        {k: v.contiguous() for k, v in (single_file.unet(pipe.unet) | single_file.vae(pipe.vae) | odd).items()}, path
+    )
+    found, place = loading.load(str(folder("SD 1.5")), weights=str(path))
+    assert place.file == "unet, vae; not read: text_encoders.other"
+    plain, _ = loading.load(str(folder("SD 1.5")))
+    pipe.text_encoder = plain.text_encoder
+    torch.testing.assert_close(drawn(found), drawn(pipe), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("missing", ["first_stage_model.decoder.conv_out.bias", "model.diffusion_model.out.2.weight"])
+def test_a_file_with_a_weight_too_few_is_refused(missing, tmp_path):
+    pipe = tuned()
+    path = tmp_path / "less.safetensors"
+    weights = single_file.unet(pipe.unet) | single_file.vae(pipe.vae)
+    del weights[missing]
+    save_file({name: value.contiguous() for name, value in weights.items()}, path)
+    with pytest.raises(
+        UserError, match=r"weights: (cannot read '.*less.safetensors' as a|'.*less.safetensors' lacks 1)"
+    ):
+        loading.load(str(folder("SD 1.5")), weights=str(path))
+
+
+def test_a_single_file_alone_is_told_how_to_be_used(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"x")
+    with pytest.raises(
+        UserError, match=r"a single file; allowed is the hub id or folder of the model .* and weights: "
+    ):
+        config.load("flow_grpo/shapes-sd3", [f"model={path}"])
 
 
 def test_a_run_on_a_single_file_is_sampled_with_it(tmp_path):
