@@ -118,6 +118,12 @@ def sample(
 @click.option("--guidance", type=Number(0, 1000), help="Guidance scale [default: as trained].")
 @click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="A further argument of the pipeline's call.")
 @click.option("--batch", type=click.IntRange(1, 1024), default=16, show_default=True, help="Samples at a time.")
+@click.option(
+    "--drift/--no-drift",
+    default=True,
+    show_default=True,
+    help="Also run adapters' calls without them, to measure how far predictions are from the base model's: twice the work.",
+)
 @click.option("--fresh", is_flag=True, help="Make again what is there.")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
 def evaluate(
@@ -132,13 +138,14 @@ def evaluate(
     guidance: float | None,
     options: tuple[str, ...],
     batch: int,
+    drift: bool,
     fresh: bool,
     out: Path,
 ) -> None:
     """Judge models and adapters on a suite of prompts, all from the same noises, with intervals, grids and a page."""
     from diffalign import benchmark
 
-    task = benchmark.task_of(suite, prompts, rewards, split, count, seed, batch)
+    task = benchmark.task_of(suite, prompts, rewards, split, count, seed, batch, drift)
     models = benchmark.sources(targets, options, steps, guidance)
     benchmark.run(task, models, out, fresh, click.echo)
 

@@ -1,7 +1,9 @@
-"""A vision-language model as judge, behind any OpenAI-compatible endpoint: `vlm_judge@http://127.0.0.1:8000/v1#MODEL`.
+"""Vision-language models as judges, behind any OpenAI-compatible endpoint: `vlm_judge@http://127.0.0.1:8000/v1#MODEL`.
 
-It is asked one yes-no question a sample; the score is P(yes) / (P(yes) + P(no)) from the probabilities of its first token. Endpoints that
-give none are read as yes (1) or no (0), which leaves a group without spread more often. What is neither has no score.
+`vlm_judge` asks one yes-no question a sample; the score is P(yes) / (P(yes) + P(no)) from the probabilities of its first token. Endpoints
+that give none are read as yes (1) or no (0), which leaves a group without spread more often. `vlm_points` asks for points from 1 to 5, as
+UnifiedReward and models like it give them; a whole number is replaced by its mean over the probabilities. What is neither has no score.
+A question of one's own, with {prompt} where the prompt goes, is a file: `#MODEL;FILE`.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -29,22 +33,46 @@ REWARDS = {
         "range": "0 to 1",
         "weights": "an OpenAI-compatible endpoint",
         "licence": "the model's",
-    }
+    },
+    "vlm_points": {
+        "object": "VLMPoints",
+        "differentiable": False,
+        "background": True,
+        "modality": "any",
+        "about": "points from 1 to 5 of a vision-language model, divided by 5",
+        "range": "0.2 to 1",
+        "weights": "an OpenAI-compatible endpoint",
+        "licence": "the model's",
+    },
 }
 QUESTION = 'Does this image show exactly what the prompt "{prompt}" asks for, with nothing wrong? Answer with one word, Yes or No.'
+POINTS = (
+    'How well does this image show what the prompt "{prompt}" asks for, and how good is it to look at? Give points from 1 (bad) to 5 '
+    '(excellent). End with a line "Final Score: " and the points.'
+)
+GIVEN = re.compile(r"score\W{0,6}(\d+(?:\.\d+)?)", re.IGNORECASE)
+LEAST, MOST = 1.0, 5.0
 FRAMES = 4  # of a video that are shown
 AT_ONCE = 8  # requests on their way
 
 
-class VLMJudge:
-    """Scores (N,), NaN where the judge gave no answer in time or none that is yes or no."""
+class _Judge:
+    """Asks about every sample; NaN where there was no answer in time or none that is a score."""
+
+    name: ClassVar[str]
+    question: ClassVar[str]
+    length: ClassVar[int]  # tokens of an answer
 
     def __init__(self, place: str | None = None, deadline: float = 120.0) -> None:
-        address, _, self.model = (place or "").partition("#")
+        address, _, rest = (place or "").partition("#")
+        self.model, _, file = rest.partition(";")
         if not address.startswith(("http://", "https://")) or not self.model:
-            raise ValueError(f"got {place!r}; allowed is vlm_judge@http://HOST:PORT/v1#MODEL")
+            raise ValueError(f"got {place!r}; allowed is {self.name}@http://HOST:PORT/v1#MODEL or #MODEL;FILE")
+        self.asked = Path(file).read_text(encoding="utf-8") if file else self.question
+        if "{prompt}" not in self.asked:
+            raise ValueError(f"{file} does not say where the prompt goes; allowed is a text with {{prompt}} in it")
         self.url = f"{address.rstrip('/')}/chat/completions"
-        self._client = Patient("vlm_judge", openai_key(), deadline)
+        self._client = Patient(self.name, openai_key(), deadline)
 
     @property
     def said(self) -> str:
@@ -58,20 +86,42 @@ class VLMJudge:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             answers = list(pool.map(self._ask, shown[:, chosen], prompts.text))
         self._client.end(any(answer is not None for answer in answers))
-        return [float("nan") if answer is None else probability(answer) for answer in answers]
+        return [float("nan") if answer is None else self.read(answer) for answer in answers]
 
     def _ask(self, frames: np.ndarray, prompt: str) -> Any:
         pictures = [{"type": "image_url", "image_url": {"url": _data(frame)}} for frame in frames]
-        content = [*pictures, {"type": "text", "text": QUESTION.format(prompt=prompt)}]
+        content = [*pictures, {"type": "text", "text": self.asked.replace("{prompt}", prompt)}]
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
-            "max_tokens": 1,
+            "max_tokens": self.length,
             "temperature": 0,
             "logprobs": True,
             "top_logprobs": 20,
         }
         return self._client.post(lambda: self.url, body)
+
+    def read(self, answer: Any) -> float:
+        """The score in an answer."""
+        raise NotImplementedError
+
+
+class VLMJudge(_Judge):
+    """Scores (N,) of yes-no questions."""
+
+    name, question, length = "vlm_judge", QUESTION, 1
+
+    def read(self, answer: Any) -> float:
+        return probability(answer)
+
+
+class VLMPoints(_Judge):
+    """Scores (N,) of questions for points."""
+
+    name, question, length = "vlm_points", POINTS, 512
+
+    def read(self, answer: Any) -> float:
+        return points(answer) / MOST
 
 
 def _data(frame: np.ndarray) -> str:
@@ -80,23 +130,68 @@ def _data(frame: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def probability(answer: Any) -> float:
-    """P(yes) / (P(yes) + P(no)) of an answer; NaN if it says neither.
+def _said(answer: Any, name: str) -> tuple[str, list[dict[str, Any]]]:
+    """An answer's text, and its tokens with their probabilities, none where the endpoint gives none.
 
     Raises:
         Fault: if it is no answer of such an endpoint.
     """
     try:
         choice = answer["choices"][0]
-        text = str(choice["message"]["content"] or "")
-        first = ((choice.get("logprobs") or {}).get("content") or [{}])[0]
-        likely = {token["token"]: float(token["logprob"]) for token in first.get("top_logprobs") or ()}
+        tokens = list((choice.get("logprobs") or {}).get("content") or [])
+        return str(choice["message"]["content"] or ""), tokens
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise Fault(f"reward vlm_judge: {str(answer)[:200]!r} is no chat completion") from error
-    yes, no = (sum(math.exp(v) for token, v in likely.items() if _word(token) == word) for word in ("yes", "no"))
+        raise Fault(f"reward {name}: {str(answer)[:200]!r} is no chat completion") from error
+
+
+def _likely(token: Any, name: str) -> dict[str, float]:
+    """Probabilities of what could have stood in a token's place."""
+    try:
+        return {other["token"]: math.exp(float(other["logprob"])) for other in token.get("top_logprobs") or ()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Fault(f"reward {name}: {str(token)[:200]!r} is no token of a chat completion") from error
+
+
+def probability(answer: Any) -> float:
+    """P(yes) / (P(yes) + P(no)) of an answer; NaN if it says neither.
+
+    Raises:
+        Fault: if it is no answer of such an endpoint.
+    """
+    text, tokens = _said(answer, "vlm_judge")
+    likely = _likely(tokens[0], "vlm_judge") if tokens else {}
+    yes, no = (sum(p for token, p in likely.items() if _word(token) == word) for word in ("yes", "no"))
     if yes + no > 0:
         return yes / (yes + no)
     return {"yes": 1.0, "no": 0.0}.get(_word(text), math.nan)
+
+
+def points(answer: Any) -> float:
+    """The last points that an answer gives, in [1, 5]; NaN if it gives none.
+
+    Raises:
+        Fault: if it is no answer of such an endpoint.
+    """
+    text, tokens = _said(answer, "vlm_points")
+    found = list(GIVEN.finditer(text))
+    if not found:
+        return math.nan
+    given = float(found[-1].group(1))
+    if "." not in found[-1].group(1):
+        end = 0
+        for token in tokens:
+            end += len(token.get("token", ""))
+            if end >= found[-1].end():  # the token that is the number
+                given = _mean_points(_likely(token, "vlm_points"), given)
+                break
+    return given if LEAST <= given <= MOST else math.nan
+
+
+def _mean_points(likely: dict[str, float], given: float) -> float:
+    """sum k P(k) / sum P(k) over the whole points that could have been given; what was given where there are none."""
+    numbers = [(float(word), p) for word, p in likely.items() if word.strip() in set("12345")]
+    total = sum(p for _, p in numbers)
+    return sum(k * p for k, p in numbers) / total if total > 0 else given
 
 
 def _word(token: str) -> str:

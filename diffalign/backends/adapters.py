@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,6 +77,45 @@ def attach(pipe: Any, rank: int, alpha: float, targets: Sequence[str] | None, se
                     parameter.data = parameter.data.float()
                     parameters[f"{component}.{name}"] = parameter
     return parameters
+
+
+@contextmanager
+def compared(pipe: Any, samples: int) -> Iterator[Callable[[], list[float]]]:
+    """Run every network call a second time without adapters; what is yielded gives how far the predictions of each of `samples` samples
+    were from the base model's on the same latents, sqrt(sum |v - v_base|^2 / sum |v_base|^2) over all calls since the beginning.
+
+    Rows are samples, or the samples once for each guided prediction.
+    """
+    apart, size = torch.zeros(samples, dtype=torch.float64), torch.zeros(samples, dtype=torch.float64)
+
+    def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)  # pipelines look at the signature
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            with disabled(pipe):
+                base = _squares(forward(*args, **kwargs))
+            for total, rows in ((apart, _squares(output, base[0])[1]), (size, base[1])):
+                total.add_(rows.double().cpu().reshape(-1, samples).sum(0))
+            return output
+
+        return run
+
+    modules = denoisers(pipe).values()
+    plain = [module.forward for module in modules]
+    for module, forward in zip(modules, plain, strict=True):
+        module.forward = watched(forward)
+    try:
+        yield lambda: (apart / size).sqrt().tolist()
+    finally:
+        for module, forward in zip(modules, plain, strict=True):
+            module.forward = forward
+
+
+def _squares(output: Any, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A network's prediction (rows, D...), and the sum of squares of each row (rows,), of its difference to a base's if there is one."""
+    first = output[0] if isinstance(output, (tuple, list)) else output if isinstance(output, Tensor) else output.sample
+    rows = (torch.stack(list(first)) if isinstance(first, (list, tuple)) else first).detach().float()
+    return rows, (rows if base is None else rows - base).square().flatten(1).sum(1)
 
 
 @contextmanager

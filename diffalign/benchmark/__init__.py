@@ -52,7 +52,8 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be evaluated: `samples` pictures or videos of every prompt with each model's own call."""
+    """What is to be evaluated: `samples` pictures or videos of every prompt with each model's own call; `drift`: whether the predictions
+    of adapters are compared with the base model's."""
 
     source: str
     split: str
@@ -61,6 +62,7 @@ class Task:
     samples: int
     seed: int
     batch: int
+    drift: bool = True
 
     @property
     def total(self) -> int:
@@ -76,7 +78,14 @@ class Task:
 
 
 def task_of(
-    suite: str, prompts: str | None, rewards: Sequence[str], split: str, count: int, seed: int, batch: int
+    suite: str,
+    prompts: str | None,
+    rewards: Sequence[str],
+    split: str,
+    count: int,
+    seed: int,
+    batch: int,
+    drift: bool = True,
 ) -> Task:
     """What a command line asks for.
 
@@ -107,7 +116,7 @@ def task_of(
             problems.append(f"--reward: {name} needs {entry.missing}")
     if problems:
         raise UserError(*problems)
-    return Task(source, split, entries, names, count, seed, batch)
+    return Task(source, split, entries, names, count, seed, batch, drift)
 
 
 def sources(

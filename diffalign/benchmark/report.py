@@ -102,6 +102,9 @@ def _row(task: Task, label: str, model: sampling.Source, own: Drawn, base: Drawn
         row["diversity"] = asdict(interval(statistics.diversity(pictures, prompt), prompt))
     if base is not None:
         row["drift"] = asdict(interval(statistics.drift(pictures, _thumbnails(task, base)), prompt))
+        apart = np.array([samples.drift(own.folder, k) for k in range(task.total)])
+        if np.isfinite(apart).any():
+            row["prediction_drift"] = asdict(interval(apart, prompt))
     return row
 
 

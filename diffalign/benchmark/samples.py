@@ -32,10 +32,12 @@ def path(folder: Path, row: int) -> Path:
     return folder / f"{row:06d}.png"
 
 
-def write(frames: NDArray[np.uint8], place: Path) -> None:
-    """Keep a sample (F, H, W, 3): the file appears whole."""
+def write(frames: NDArray[np.uint8], place: Path, drift: float | None = None) -> None:
+    """Keep a sample (F, H, W, 3), and how far its predictions were from the base model's: the file appears whole."""
     notes = PngImagePlugin.PngInfo()
     notes.add_text("frames", str(len(frames)))
+    if drift is not None:
+        notes.add_text("drift", repr(drift))
     part = place.with_suffix(f".{os.getpid()}")
     Image.fromarray(np.concatenate(frames, axis=1)).save(part, "PNG", pnginfo=notes)
     os.replace(part, place)
@@ -57,6 +59,17 @@ def read(folder: Path, row: int) -> NDArray[np.uint8]:
         raise Fault(f"{place}: damaged ({one_line(error)}); delete it, the same command makes it again") from error
 
 
+def drift(folder: Path, row: int) -> float:
+    """How far a sample's predictions were from the base model's, NaN where that was not measured."""
+    try:
+        with Image.open(path(folder, row)) as picture:
+            return float(picture.info.get("drift", "nan"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise Fault(
+            f"{path(folder, row)}: damaged ({one_line(error)}); delete it, the same command makes it again"
+        ) from error
+
+
 def draw(task: Task, model: sampling.Source, folder: Path, rows: Sequence[int], say: Callable[[str], None]) -> None:
     """Draw the samples of some rows by the plain pipeline.
 
@@ -65,17 +78,25 @@ def draw(task: Task, model: sampling.Source, folder: Path, rows: Sequence[int], 
         Fault: if memory does not suffice, or a sample is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    from diffalign.backends import adapters
+
     pipe = sampling.pipeline(model)
     for number, part in enumerate(chunks(len(rows), task.batch)):
         own = [rows[k] for k in part]
         texts = [task.entries[row // task.samples]["prompt"] for row in own]
-        for row, shot in zip(
-            own, sampling.shots(pipe, texts, [task.seed_of(row) for row in own], model.call), strict=True
-        ):
+        seeds = [task.seed_of(row) for row in own]
+        drifts: list[float | None] = [None] * len(own)
+        if model.adapters and task.drift:
+            with adapters.compared(pipe, len(own)) as apart:
+                shots = sampling.shots(pipe, texts, seeds, model.call)
+            drifts = list(apart())
+        else:
+            shots = sampling.shots(pipe, texts, seeds, model.call)
+        for row, shot, apart_by in zip(own, shots, drifts, strict=True):
             frames = np.asarray(shot)
             if not np.isfinite(frames).all():
                 raise Fault(f"{folder.name}: sample {row} has numbers that are not finite")
             frames = frames if frames.ndim == 4 else frames[None]
-            write(np.round(frames * 255).astype(np.uint8), path(folder, row))
+            write(np.round(frames * 255).astype(np.uint8), path(folder, row), apart_by)
         if number % 10 == 9:
             say(f"{folder.name}: {min((number + 1) * task.batch, len(rows))} of {len(rows)} drawn")

@@ -93,3 +93,44 @@ def test_only_the_adapter_is_trainable():
     assert names == found
     assert not any(p.requires_grad for p in (*pipe.vae.parameters(), *pipe.text_encoder.parameters()))
     assert np.prod([len(names)]) > 0
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_drift_is_the_distance_of_predictions_along_the_sampling(guidance):
+    """Against the same calls made by hand, one picture after another; without adapters it is 0."""
+    pipe = DiffusionPipeline.from_pretrained(models.path("shapes-sd3"))
+    pipe.set_progress_bar_config(disable=True)
+    parameters = adapters.attach(pipe, 2, 4.0, None, 0)
+    call = {"num_inference_steps": 2, "guidance_scale": guidance, "max_sequence_length": 1, "output_type": "latent"}
+    prompts = ["two stars", "a red circle"]
+
+    def seeds():
+        return [torch.Generator().manual_seed(k) for k in (5, 6)]
+
+    with adapters.compared(pipe, 2) as apart:
+        untouched = pipe(prompts, generator=seeds(), **call).images
+    assert apart() == [0.0, 0.0]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    expected = []
+    for prompt, generator in zip(prompts, seeds(), strict=True):
+        sums = np.zeros(2)
+
+        def note(module, args, kwargs, output, sums=sums):
+            with adapters.disabled(pipe):
+                base = module.forward(*args, **kwargs)[0]
+            sums += [float(((output[0] - base) ** 2).sum()), float((base**2).sum())]
+
+        hook = pipe.transformer.register_forward_hook(note, with_kwargs=True)
+        pipe(prompt, generator=generator, **call)
+        hook.remove()
+        expected.append(np.sqrt(sums[0] / sums[1]))
+    with adapters.compared(pipe, 2) as apart:
+        moved = pipe(prompts, generator=seeds(), **call).images
+    assert apart() == pytest.approx(expected, rel=1e-4)  # batches of two round otherwise
+    assert min(expected) > 0.01
+    plain = pipe(prompts, generator=seeds(), **call).images
+    assert torch.equal(moved, plain)  # looking changes nothing
+    assert not torch.equal(moved, untouched)

@@ -62,6 +62,8 @@ def test_base_and_aligned_are_judged_from_the_same_noises(out, prompts):
     assert "tuned" in tuned["adapters"][0]
     assert set(base["scores"]["shapes_geneval"]["tasks"]) == {"colors", "counting", "color_attr"}
     assert tuned["drift"]["mean"] > 0.01
+    assert tuned["prediction_drift"]["low"] > 0.01
+    assert "prediction_drift" not in base
     assert base["diversity"]["mean"] > 0.01
     lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 3 * 2

@@ -274,7 +274,7 @@ def test_a_place_is_for_rewards_with_weights():
     with pytest.raises(
         LookupError,
         match="is for rewards with weights: aesthetic, clipscore, geneval_like, geneval_like_partial, hpsv2, hpsv2.1, "
-        "imagereward, pickscore, vlm_judge",
+        "imagereward, pickscore, vlm_judge, vlm_points",
     ):
         catalog.find("soft_colour@here")
 

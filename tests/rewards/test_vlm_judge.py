@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from diffalign import config
 from diffalign.rewards import remote
 from diffalign.rewards.load import load
 from diffalign.types import Fault, Media, Prompts, UserError
-from reward_models.vlm_judge import probability
+from reward_models.vlm_judge import points, probability
 from tests.rewards.test_remote import Server
 
 
@@ -67,6 +68,47 @@ def test_every_sample_is_asked_about_with_its_own_prompt_and_picture(monkeypatch
     assert server.bodies[0][1] == "Bearer key"
     assert {body["model"] for body, _ in server.bodies} == {"tiny"}
     server.close()
+
+
+def scored(text, number=None, **likely):
+    """An answer whose tokens are words; the one that is `number` could have been others."""
+    found = answer(text)
+    others = [{"token": token, "logprob": math.log(p)} for token, p in likely.items()]
+    tokens = [
+        {"token": word, "top_logprobs": others if word.strip() == number else []}
+        for word in re.findall(r"\s*\S+", text)
+    ]
+    found["choices"][0]["logprobs"] = {"content": tokens}
+    return found
+
+
+def test_points_are_the_last_ones_given_or_their_mean_over_what_could_have_been():
+    assert points(answer("Good colours. Final Score: 4")) == 4
+    assert points(answer("Score: 2 for colour.\n**Final Score:** 3.7")) == 3.7
+    told = {"3": 0.2, "4": 0.6, " 4": 0.1, "7": 0.05, "x": 0.05}
+    assert points(scored("I think Final Score: 4", "4", **told)) == pytest.approx((3 * 0.2 + 4 * 0.7) / 0.9)
+    assert points(scored("Final Score: 3.7", "3.7", **told)) == 3.7
+    for nothing in ("no idea", "Final Score: 9", "Final Score: 0", "Final Score: none", ""):
+        assert math.isnan(points(answer(nothing))), nothing
+
+
+def test_points_are_asked_for_in_the_users_own_words(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("Rate {prompt}! {keep these}")
+    server = Server(lambda body: (200, answer("Final Score: 5" if "Rate bright!" in str(body) else "?")))
+    reward = load(f"vlm_points@{server.url.replace('/score', '/v1#tiny')};{words}")
+    keys = np.arange(2)
+    found = reward(Media(torch.rand(2, 1, 3, 8, 8)), Prompts(["bright", "dark"], keys, keys, keys, [{}] * 2))
+    assert found[0] == 1.0
+    assert math.isnan(found[1])
+    assert {body["model"] for body, _ in server.bodies} == {"tiny"}
+    assert all("{keep these}" in str(body) for body, _ in server.bodies)
+    server.close()
+    words.write_text("Rate it")
+    with pytest.raises(
+        UserError, match=r"words.txt does not say where the prompt goes; allowed is a text with \{prompt\}"
+    ):
+        load(f"vlm_points@http://127.0.0.1:1/v1#m;{words}")
 
 
 def test_a_dead_judge_gives_no_score():
