@@ -11,7 +11,7 @@ from diffalign.backends import adapters, diffusers, loading, lora_files
 from diffalign.config import Config
 from diffalign.files import lora_folder
 from diffalign.processes import PROCESSES
-from diffalign.rewards.base import Reward
+from diffalign.rewards.base import Reward, greet
 from diffalign.rewards.load import load as load_reward
 from diffalign.types import Fault, UserError, one_line
 
@@ -61,6 +61,7 @@ def build(config: Config) -> Parts:
     names = dict.fromkeys([*config.rewards, *config.eval_rewards])
     asked = config.scoring
     loaded = {name: load_reward(name, asked.deadline, asked.batch, asked.frames, asked.reduce) for name in names}
+    greet(loaded)
     if config.optimizer.gradient_checkpointing:
         for reward in loaded.values():
             if hasattr(reward, "checkpoint"):

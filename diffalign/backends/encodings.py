@@ -13,6 +13,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from diffalign.files import make_folder
 from diffalign.types import Fault, one_line
 
 MEMORY_BYTES = 2**30  # of encoded batches kept in memory: one prompt of a large T5 takes 4 MB
+OWN = re.compile(r"[0-9a-f]{64}")  # names of its files
 CLOSE = 2e-2  # largest difference between a batch's and single texts' encodings, as a share of the encoding's own size (bfloat16)
 
 
@@ -65,13 +67,18 @@ def digest(encoders: Iterable[torch.nn.Module], tokenizers: Iterable[Any], *more
 class Store:
     """Encodings on disk, one file each; the least recently used go when they take more than `budget` bytes.
 
-    Several processes may use one folder: files appear whole, and one that is gone or damaged counts as not there.
+    Several processes may use one folder: files appear whole, and one that is gone or damaged counts as not there. Other files in the
+    folder are neither counted nor touched.
     """
 
     def __init__(self, folder: Path, budget: float) -> None:
         self.folder, self.budget = folder, budget
         make_folder(folder, "prompts.cache")
-        self.used = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        self.used = sum(path.stat().st_size for path in self._own())
+
+    def _own(self) -> list[Path]:
+        """The store's files, which are named by a digest."""
+        return [path for path in self.folder.glob("*.safetensors") if OWN.fullmatch(path.stem)]
 
     def read(self, name: str) -> Any:
         """The encoding of a name, None if it is not there."""
@@ -104,7 +111,7 @@ class Store:
     def _shrink(self) -> None:
         """Remove what was used longest ago, down to nine tenths of the budget."""
         found = []
-        for path in self.folder.glob("*.safetensors"):
+        for path in self._own():
             try:
                 facts = path.stat()
             except FileNotFoundError:  # another process removed it

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ from diffalign.distributed import World
 from diffalign.files import LORA, make_folder, write_text
 from diffalign.randomness import key
 from diffalign.rewards import cache, catalog
-from diffalign.rewards.base import Reward
+from diffalign.rewards.base import Reward, greet, unscored
 from diffalign.rewards.base import evaluate as score
 from diffalign.rewards.load import load as load_reward
-from diffalign.types import Media, Prompts, UserError, chunks
+from diffalign.types import Fault, Media, Prompts, UserError, chunks, one_line
 
 MANIFEST = "manifest.json"
+MOST_UNSCORED = 0.05  # share of a model's samples
 
 
 @dataclass(frozen=True)
@@ -138,19 +139,37 @@ def run(task: Task, models: list[sampling.Source], out: Path, fresh: bool, say: 
 
     Raises:
         UserError: if `out` holds another evaluation or cannot be written, or a model or reward does not load.
-        Fault: if a reward fails, or memory does not suffice.
+        Fault: if a reward fails or leaves more than 5 % of a model's samples without a score (the report is there then), or memory
+            does not suffice.
     """
     world = World.join()
     tell = say if world.leads else lambda line: None
     try:
         world.lead(lambda: _open(task, models, out, fresh))
-        rewards = world.together(lambda: {name: load_reward(name) for name in task.rewards})
+        rewards = world.together(lambda: _rewards(task))
         drawn = [_one(task, model, out / label, rewards, world, tell) for label, model in labels(models).items()]
         page = world.lead(lambda: report.write(task, list(labels(models)), models, drawn, out))
         tell(str(page))
+        world.lead(lambda: _complete(drawn, rewards))
         return page
     finally:
         world.leave()
+
+
+def _rewards(task: Task) -> dict[str, Reward]:
+    found = {name: load_reward(name) for name in task.rewards}
+    greet(found)
+    return found
+
+
+def _complete(drawn: Sequence[Drawn | None], rewards: dict[str, Reward]) -> None:
+    """Refuse to call an evaluation done whose means are of too few samples."""
+    for one in filter(None, drawn):
+        if any((~np.isfinite(values)).mean() > MOST_UNSCORED for values in one.scores.values()):
+            raise Fault(
+                f"{one.folder.name}: samples without a score, {unscored(one.scores, rewards)}; allowed are {MOST_UNSCORED:.0%}. "
+                "The report is of the others, and the same command asks again for those"
+            )
 
 
 def labels(models: Sequence[sampling.Source]) -> dict[str, sampling.Source]:
@@ -187,21 +206,38 @@ def _open(task: Task, models: Sequence[sampling.Source], out: Path, fresh: bool)
     facts = json.loads(json.dumps(_facts(task, models)))
     path = out / MANIFEST
     if path.is_file() and not fresh:
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"--out: {path} is damaged ({error}); choose another folder, or --fresh") from error
-        if changed := [name for name in facts if before.get(name) != facts[name]]:
+        before = _manifest(path)
+        drawn = any(any((out / label).glob("*.png")) for label in before["models"])
+        if drawn and (changed := [name for name in facts if before.get(name) != facts[name]]):
             raise UserError(
                 f"--out: {out} holds an evaluation with other {', '.join(changed)}; choose another folder, or --fresh"
             )
     elif not path.is_file() and any(out.iterdir()):
         raise UserError(f"--out: {out} holds other files; choose another folder")
     if fresh:
-        for label in labels(models):
-            for file in (out / label).glob("*.png"):
-                file.unlink()
+        _clear(out, path, [*labels(models)])
     write_text(path, json.dumps(facts, indent=1) + "\n")
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("models"), dict):
+            raise ValueError("it lacks its models")
+    except ValueError as error:
+        raise UserError(f"--out: {path} is damaged ({one_line(error)}); choose another folder, or --fresh") from error
+    return found
+
+
+def _clear(out: Path, path: Path, own: list[str]) -> None:
+    """Delete an earlier evaluation: its samples, whatever its models were, and its scores."""
+    with suppress(UserError):  # damaged: it is written anew
+        own += _manifest(path)["models"] if path.is_file() else []
+    for label in dict.fromkeys(own):
+        for file in (out / Path(label).name).glob("*.png"):
+            file.unlink()
+    for file in out.glob("scores.sqlite*"):
+        file.unlink()
 
 
 def _one(
@@ -247,11 +283,23 @@ def _judged(task: Task, folder: Path, rows: Sequence[int], rewards: dict[str, Re
     versions = {name: cache.version(catalog.find(name)) for name in rewards}
     with _scores(folder.parent) as kept:
         for part in chunks(len(rows), task.batch):
-            frames = np.stack([samples.read(folder, rows[k]) for k in part])
+            frames = _stacked(folder, [rows[k] for k in part])
             entries = [task.entries[rows[k] // task.samples] for k in part]
             for name, reward in rewards.items():
                 found[name][list(part)] = _scored(name, reward, frames, entries, versions[name], kept)
     return found
+
+
+def _stacked(folder: Path, rows: Sequence[int]) -> np.ndarray:
+    """Samples (n, F, H, W, 3) of one model, which all have one size."""
+    found = [samples.read(folder, row) for row in rows]
+    for row, frames in zip(rows, found, strict=True):
+        if frames.shape != found[0].shape:
+            raise Fault(
+                f"{samples.path(folder, row)}: damaged (its size is {frames.shape}, others' is {found[0].shape}); delete it, the same "
+                "command makes it again"
+            )
+    return np.stack(found)
 
 
 def _scored(

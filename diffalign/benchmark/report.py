@@ -133,7 +133,8 @@ def _shown(task: Task) -> list[list[int]]:
 def _grid(task: Task, drawn: Sequence[Drawn]) -> Image.Image:
     """For every shown prompt a row of each model's samples, same noises below one another."""
     rows = [samples.read(one.folder, row) for part in _shown(task) for one in drawn for row in part]
-    return figures.grid(strips(np.stack(rows)), columns=min(SHOWN, task.samples))
+    shots = figures.framed([strips(frames[None])[0] for frames in rows])
+    return figures.grid(shots, columns=min(SHOWN, task.samples))
 
 
 def _page(task: Task, report: dict[str, Any], labels: Sequence[str], drawn: Sequence[Drawn], path: Path) -> None:

@@ -15,6 +15,7 @@ from diffalign.memory import out_of_memory
 from diffalign.types import Fault, Media, Prompts, Scores, one_line
 
 Scored = np.ndarray[Any, np.dtype[np.float64]]  # (N,), NaN where there is no score
+LARGEST = float(np.finfo(np.float32).max)
 Reward = Callable[[Media, Prompts], "Tensor | Sequence[float]"]
 
 
@@ -94,10 +95,22 @@ def _scored(name: str, reward: Reward, media: Media, prompts: Prompts) -> Scored
     except (Exception, SystemExit) as error:  # whatever a user's function does
         if out_of_memory(error):
             raise  # the trainer answers it
-        raise Fault(f"reward {name}: {one_line(error)}") from error
+        raise Fault(f"reward {name}: {error if isinstance(error, Fault) else one_line(error)}") from error
     if values.shape != (len(prompts),):
         raise Fault(f"reward {name}: returned shape {values.shape} for {len(prompts)} samples")
-    return values
+    return np.where(np.abs(values) <= LARGEST, values, np.nan)  # sums of larger ones would not be finite
+
+
+def greet(rewards: Mapping[str, Reward]) -> None:
+    """Let rewards behind servers find out whether they will answer, before anything is begun.
+
+    Raises:
+        UserError: if an address is wrong.
+        Fault: if nobody answers there.
+    """
+    for reward in rewards.values():
+        if hasattr(reward, "greet"):
+            reward.greet()
 
 
 def unscored(by_name: Mapping[str, Scored], rewards: Mapping[str, Reward]) -> str:

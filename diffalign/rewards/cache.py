@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffalign.rewards.catalog import Entry
+from diffalign.types import Fault, one_line
 
 OURS = ("reward_models", "diffalign.ops", "diffalign.rewards", "diffalign.shapes")  # what rewards that ship are made of
 
@@ -24,8 +25,8 @@ def version(entry: Entry) -> str | None:
     place = entry.place or entry.weights
     if entry.urls or place.startswith(("http://", "https://")):
         return None  # whatever runs behind an address may change
-    if entry.source.endswith(".py"):
-        code = _digest([Path(entry.source)])
+    if entry.source.endswith(".py"):  # with what stands beside it, which it may import
+        code = _digest(sorted(Path(entry.source).parent.glob("*.py")))
     elif entry.source.startswith("reward_models."):
         code = _shipped()
     else:
@@ -64,9 +65,17 @@ class ScoreCache:
     """A SQLite file of scores by key; several processes may use it at once."""
 
     def __init__(self, path: Path) -> None:
+        """Raises Fault if the file cannot be used."""
         self._file = sqlite3.connect(path, timeout=60, isolation_level=None)
-        self._file.execute("PRAGMA journal_mode=WAL")
-        self._file.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL NOT NULL)")
+        try:
+            # No write-ahead log: to switch to it does not wait for other processes.
+            self._file.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL NOT NULL)")
+        except sqlite3.OperationalError as error:
+            self._file.close()
+            raise Fault(f"{path}: cannot be used ({one_line(error)})") from error
+        except sqlite3.DatabaseError as error:
+            self._file.close()
+            raise Fault(f"{path}: damaged ({one_line(error)}); delete it, scores are then asked for again") from error
 
     def read(self, keys: list[str]) -> list[float | None]:
         """Scores by key, None where there is none."""

@@ -122,8 +122,12 @@ def plugged(name: str) -> str | None:
 def _served(name: str) -> Entry:
     urls = tuple(name.split("|"))
     for url in urls:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number, or too large
+            whole = False
+        if not whole:
             raise LookupError(f"{url!r} is no address; allowed is http://host:port/score, several with | between them")
         if parts.username or parts.password:
             raise LookupError("an address with a password would be written into the run; set DIFFALIGN_REWARD_TOKEN")
@@ -139,7 +143,7 @@ def find(name: str) -> Entry:
     known = builtin()
     if name in known:
         return known[name]
-    if name.startswith(("http://", "https://")):
+    if "://" in name.partition("@")[0]:
         return _served(name)
     bare, at, place = name.partition("@")
     if at and bare in known:
@@ -155,6 +159,8 @@ def _function(name: str, place: str) -> Entry:
     known = builtin()
     source, _, attribute = place.rpartition(":")
     if not source:
+        if name.endswith(".py"):
+            raise LookupError(f"got {name!r}; name the function in it: {name}:FUNCTION")
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]}" if near else ""
         raise LookupError(

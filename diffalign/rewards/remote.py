@@ -12,8 +12,10 @@ import io
 import math
 import os
 import random
+import re
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,11 +25,15 @@ import torch
 from numpy.typing import NDArray
 
 from diffalign.rewards.base import to_uint8
-from diffalign.types import Fault, Media, Prompts, chunks, one_line
+from diffalign.types import Fault, Media, Prompts, UserError, chunks, one_line
 
 TOKEN = "DIFFALIGN_REWARD_TOKEN"  # the variable whose value is sent as a bearer token, and asked for by `serve-reward`
 CONNECT, READ = 5.0, 120.0  # seconds
 PAUSE, LONGEST = 0.5, 30.0  # seconds before the second attempt, doubled each time up to the longest
+FAILURES = (
+    4  # answers "500" to one request after which it is not tried again: the server is there, and its reward fails
+)
+PIXELS = 2**28  # of a request, decoded: a small PNG file can be a huge picture
 IN_FLIGHT = 2  # requests a server works on at once: one scores while the next one travels
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
@@ -56,7 +62,7 @@ def unpacked(given: Any) -> torch.Tensor:
     """
     if not isinstance(given, dict) or given.get("format") not in ("png", "raw"):
         raise ValueError("media: expected an object with format png or raw")
-    frames = _raw(given) if given["format"] == "raw" else _pngs(given.get("data"))
+    frames = _raw(given) if given["format"] == "raw" else _pngs(given.get("data"))  # each within PIXELS
     return torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255
 
 
@@ -74,12 +80,15 @@ def _pngs(samples: Any) -> NDArray[np.uint8]:
 
     if not isinstance(samples, list) or not samples or not all(isinstance(s, list) and s for s in samples):
         raise ValueError("media.data: expected a list of lists of PNG files, one a frame")
-    found = []
+    found, pixels = [], 0
     for sample in samples:
         frames = []
         for text in sample:
             try:
                 with Image.open(io.BytesIO(_bytes(text, "media.data")), formats=("PNG",)) as picture:
+                    pixels += picture.width * picture.height
+                    if pixels > PIXELS:
+                        raise ValueError(f"media.data: more than {PIXELS} pixels; send fewer samples")
                     frames.append(np.asarray(picture.convert("RGB")))
             except (OSError, SyntaxError, Image.DecompressionBombError) as error:
                 raise ValueError(f"media.data: not a PNG file ({one_line(error)})") from error
@@ -97,7 +106,22 @@ def _bytes(text: Any, where: str) -> bytes:
 
 
 class _Down(Exception):
-    """A request did not come through; it may at the next attempt."""
+    """A request did not come through; it may at the next attempt. failed: the server is there and its reward failed."""
+
+    def __init__(self, why: str, failed: bool = False) -> None:
+        super().__init__(why)
+        self.failed = failed
+
+
+def checked_token(token: str | None, field: str) -> str | None:
+    """A bearer token as headers can carry it.
+
+    Raises:
+        UserError: for one that they cannot.
+    """
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise UserError(f"{field}: allowed are printable ASCII characters without spaces, one at least")
+    return token
 
 
 def openai_key() -> str | None:
@@ -135,14 +159,15 @@ class Patient:
         Raises:
             Fault: if a server refuses the request, or answers no JSON.
         """
-        pause = PAUSE
+        pause, failures = PAUSE, 0
         while True:
             try:
                 return self._once(url(), body)
             except _Down as error:
                 self.said = str(error)
+                failures += error.failed
             left = self._until - time.monotonic()
-            if left <= 0:
+            if left <= 0 or failures == FAILURES:
                 return None
             time.sleep(min(left, pause * random.uniform(0.5, 1.0)))  # apart, or all come back at once
             pause = min(2 * pause, LONGEST)
@@ -153,17 +178,46 @@ class Patient:
         try:
             response = self._client.post(url, json=body)
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise Fault(f"reward {self.name}: {url}: {one_line(error)}") from error
+            raise Fault(f"{url}: {one_line(error)}") from error
         except httpx.HTTPError as error:
             raise _Down(f"{url}: {one_line(error)}") from error
         if response.status_code in RETRIED:
-            raise _Down(f"{url}: status {response.status_code} {response.text[:200]}".rstrip())
+            told = f"{url}: status {response.status_code} {response.text[:200]}".rstrip()
+            raise _Down(told, failed=response.status_code == 500)
         if response.status_code != 200:
-            raise Fault(f"reward {self.name}: {url} refused ({response.status_code}): {response.text[:300]!r}")
+            raise Fault(f"{url} refused ({response.status_code}): {response.text[:300]!r}")
         try:
             return response.json()
         except ValueError as error:
-            raise Fault(f"reward {self.name}: {url} answered {response.text[:200]!r}, expected JSON") from error
+            raise Fault(f"{url} answered {response.text[:200]!r}, expected JSON") from error
+
+    def status(self, url: str) -> int:
+        """What a server says to a request with nothing in it, within the deadline; 0 if there is no answer."""
+        import httpx
+
+        pause, until = PAUSE, time.monotonic() + self.deadline
+        while True:
+            try:
+                return self._client.post(url, json={}).status_code
+            except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.LocalProtocolError) as error:
+                raise UserError(f"rewards: {url}: {one_line(error)}") from error
+            except httpx.HTTPError as error:
+                self.said = f"{url}: {one_line(error)}"
+            if (left := until - time.monotonic()) <= 0:
+                return 0
+            time.sleep(min(left, pause))
+            pause = min(2 * pause, LONGEST)
+
+    def facts(self, url: str) -> dict[str, Any]:
+        """What a server says of itself at /health; nothing where it has none."""
+        import httpx
+
+        try:
+            response = self._client.get(urllib.parse.urljoin(url, "health"))
+            found = response.json() if response.status_code == 200 else {}
+        except (httpx.HTTPError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 class Remote:
@@ -176,13 +230,39 @@ class Remote:
 
     def __init__(self, name: str, urls: Sequence[str], deadline: float = 300.0, batch: int = 16) -> None:
         self.name, self.urls, self.batch = name, list(urls), batch
-        self._client = Patient(name, os.environ.get(TOKEN), deadline)
+        self._client = Patient(name, checked_token(os.environ.get(TOKEN), TOKEN), deadline)
         self._turn, self._lock = 0, threading.Lock()
 
     @property
     def said(self) -> str:
         """Why the last request failed."""
         return self._client.said
+
+    def greet(self) -> None:
+        """Wait until a server answers, and find out whether all that do are the same reward.
+
+        Raises:
+            UserError: for a wrong path or token, or servers of different rewards.
+            Fault: if none answers within the deadline.
+        """
+        first, others = self.urls[0], self.urls[1:]
+        answered = {first: self._client.status(first)}
+        self._client.deadline, whole = 0.0, self._client.deadline  # the others may come later
+        answered |= {url: self._client.status(url) for url in others}
+        self._client.deadline = whole
+        if not any(answered.values()):
+            raise Fault(f"reward {self.name}: no server answers ({self.said})")
+        for url, status in answered.items():
+            if status in (401, 403):
+                raise UserError(f"rewards: {url} wants another token ({status}); set {TOKEN} as at the server")
+            if status in (404, 405):
+                raise UserError(f"rewards: {url} is not where scores are ({status}); allowed is http://host:port/score")
+        told = {url: (f.get("name"), f.get("version")) for url in self.urls if (f := self._client.facts(url))}
+        if len(set(told.values())) > 1:
+            raise UserError(
+                "rewards: addresses with | between them must serve one reward, they serve "
+                + ", ".join(f"{name} {version} at {url}" for url, (name, version) in told.items())
+            )
 
     def __call__(self, media: Media, prompts: Prompts) -> list[float]:
         """Scores (n,) in the order of the samples, NaN where no server gave one.
@@ -219,7 +299,7 @@ class Remote:
         try:
             found = [float("nan") if score is None else float(score) for score in answer["scores"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise Fault(f"reward {self.name}: {str(answer)[:200]!r} was answered, expected scores") from error
+            raise Fault(f"{str(answer)[:200]!r} was answered, expected scores") from error
         if len(found) != count:
-            raise Fault(f"reward {self.name}: gave {len(found)} scores for {count} samples")
+            raise Fault(f"gave {len(found)} scores for {count} samples")
         return found

@@ -15,7 +15,7 @@ from diffalign import __version__
 from diffalign.rewards.base import check_media
 from diffalign.rewards.catalog import Entry, find
 from diffalign.rewards.load import load
-from diffalign.rewards.remote import unpacked
+from diffalign.rewards.remote import checked_token, unpacked
 from diffalign.types import Fault, Media, Prompts, UserError, one_line
 
 Answer = tuple[int, dict[str, Any]]  # status, content
@@ -81,7 +81,10 @@ class Judge:
             raise ValueError(f"media: {len(pixels)} samples for {len(texts)} prompts")
         keys = np.arange(len(texts))
         told = [{"prompt": text, **m} for text, m in zip(texts, metadata, strict=True)]
-        media = check_media(Media(pixels.to(self._device), float(body.get("fps", 8.0))))
+        fps = body.get("fps", 8.0)
+        if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < 1000:
+            raise ValueError(f"fps: got {fps!r}, allowed are numbers above 0")
+        media = check_media(Media(pixels.to(self._device), float(fps)))
         return media, Prompts(texts, keys, keys, keys, told)
 
 
@@ -124,6 +127,9 @@ def serve(name: str, host: str, port: int, token: str | None, most_bytes: int) -
 
     if missing := [module for module in ("fastapi", "uvicorn") if importlib.util.find_spec(module) is None]:
         raise UserError(f"serve-reward: {missing[0]} is not installed; pip install 'diffalign[server]'")
+    token = checked_token(token, "--token")
+    if find(name).urls:
+        raise UserError(f"serve-reward: {name} is behind a server already; name that address in the config")
     if host not in ("127.0.0.1", "localhost", "::1") and token is None:
         raise UserError(
             f"--host: got {host}, which others can reach; set a token (--token or DIFFALIGN_REWARD_TOKEN), or allowed is 127.0.0.1"
@@ -135,7 +141,8 @@ def serve(name: str, host: str, port: int, token: str | None, most_bytes: int) -
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"--port: {host}:{port}: {error.strerror or error}; name another") from error
+            field = "--host" if isinstance(error, socket.gaierror) else "--port"
+            raise UserError(f"{field}: {host}:{port}: {error.strerror or error}; name another") from error
         import uvicorn
 
         address = f"http://{f'[{host}]' if ':' in host else host}:{probe.getsockname()[1]}/score"

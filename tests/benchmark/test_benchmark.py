@@ -143,12 +143,74 @@ def test_a_failure_is_not_kept(prompts, tmp_path):
         tmp_path / "out",
     ]
     done = invoke(*command)
-    assert done.exit_code == 0, done.output
+    assert isinstance(done.exception, Fault)
+    assert str(done.exception).startswith("0-shapes-sd3: samples without a score, ")
+    assert "half.py:some: 6 of 6; allowed are 5%" in str(done.exception)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     (scores,) = report["models"][0]["scores"].values()
     assert scores["unscored"] == 6
     assert sqlite3.connect(tmp_path / "out" / "scores.sqlite").execute("SELECT COUNT(*) FROM scores").fetchone() == (0,)
     assert "NaN" not in (tmp_path / "out" / "scores.jsonl").read_text()
+
+
+def test_models_of_several_sizes_share_a_page(tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a red circle moving left"}\n')
+    (tmp_path / "mine.py").write_text("def mean(media, prompts):\n    return media.pixels.flatten(1).mean(1)\n")
+    command = [
+        "shapes-wan",
+        "shapes-sd3",
+        "--suite",
+        prompts,
+        "--reward",
+        f"{tmp_path}/mine.py:mean",
+        "--steps",
+        "2",
+        "-n",
+        "2",
+    ]
+    done = invoke(*command, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.size[0] >= 2 * 160
+    place = samples.path(tmp_path / "out" / "1-shapes-sd3", 1)
+    Image.new("RGB", (16, 16)).save(place)
+    again = invoke(*command, "--out", tmp_path / "out")
+    assert isinstance(again.exception, Fault)
+    assert "000001.png: damaged (its size is" in str(again.exception)
+
+
+def test_a_damaged_evaluation_is_named_and_fresh_mends_it(prompts, tmp_path):
+    command = ["shapes-sd3", "--suite", prompts, "--reward", "jpeg_compressibility", *FEW, "--out", tmp_path / "out"]
+    assert invoke(*command).exit_code == 0
+    (tmp_path / "out" / "scores.sqlite").write_text("garbage " * 1000)
+    done = invoke(*command)
+    assert isinstance(done.exception, Fault)
+    assert "scores.sqlite: damaged (DatabaseError: file is not a database); delete it" in str(done.exception)
+    (tmp_path / "out" / "manifest.json").write_text("[]")
+    done = invoke(*command)
+    assert isinstance(done.exception, UserError)
+    assert "manifest.json is damaged (ValueError: it lacks its models); choose another folder, or --fresh" in str(
+        done.exception
+    )
+    assert invoke(*command, "--fresh").exit_code == 0
+
+
+def test_fresh_leaves_nothing_of_other_models(prompts, run, out, tmp_path):
+    import shutil
+
+    place = tmp_path / "copy"
+    shutil.copytree(out, place)
+    done = invoke("shapes-sd3", "--suite", prompts, "--reward", "jpeg_compressibility", *FEW, "--out", place, "--fresh")
+    assert done.exit_code == 0, done.output
+    assert sorted(path.parent.name for path in place.glob("*/*.png")) == ["0-shapes-sd3"] * 6
+
+
+def test_a_mistake_that_a_model_finds_does_not_claim_the_folder(prompts, tmp_path):
+    command = ["shapes-sd3", "--suite", prompts, "--reward", "jpeg_compressibility", *FEW, "--out", tmp_path / "out"]
+    done = invoke(*command, "--set", "foo=1")
+    assert isinstance(done.exception, UserError)
+    assert invoke(*command).exit_code == 0
 
 
 def test_several_processes_give_the_same_report(prompts, out, run, tmp_path):

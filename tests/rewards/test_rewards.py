@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.rewards import catalog
+from diffalign.rewards import cache, catalog
 from diffalign.rewards.base import check_media, evaluate, to_uint8
 from diffalign.rewards.check import check
 from diffalign.rewards.load import load
@@ -101,6 +101,24 @@ def test_a_file_that_cannot_be_imported_is_the_users_mistake(tmp_path, body):
     assert "\n" not in caught.value.problems[0]
 
 
+def test_a_score_too_large_to_add_up_is_none():
+    media, prompts = scenes(count=3)
+    scores = evaluate({"a": lambda m, p: [1.0, 1e308, -1e39]}, {"a": 1.0}, media, prompts)
+    assert scores.valid.tolist() == [True, False, False]
+
+
+def test_a_file_may_import_what_stands_beside_it(tmp_path):
+    (tmp_path / "beside_me.py").write_text("V = 0.25\n")
+    (tmp_path / "mine.py").write_text(
+        "import beside_me\n\ndef f(media, prompts):\n    return [beside_me.V] * len(prompts)\n"
+    )
+    media, prompts = scenes(count=2)
+    assert load(f"{tmp_path}/mine.py:f")(media, prompts) == [0.25, 0.25]
+    before = cache.version(catalog.find(f"{tmp_path}/mine.py:f"))
+    (tmp_path / "beside_me.py").write_text("V = 0.5\n")
+    assert cache.version(catalog.find(f"{tmp_path}/mine.py:f")) != before
+
+
 def test_any_python_function_by_path(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def brightness(media, prompts):\n    return media.pixels.flatten(1).mean(1)\n")
@@ -116,6 +134,7 @@ def test_any_python_function_by_path(tmp_path):
     [
         ("shapes_genevil", "did you mean shapes_geneval"),
         ("./nowhere.py:f", "no file"),
+        ("./nowhere.py", "name the function in it: ./nowhere.py:FUNCTION"),
         ("no.such.module:f", "no module"),
         ("{here}:missing", "defines no function 'missing', it defines present"),
         ("{broken}:f", "line 1"),
