@@ -49,6 +49,8 @@ def build(config: Config) -> Parts:
     """Load the pipeline, attach the LoRA, load the rewards."""
     dtype = DTYPES[config.precision]
     pipe, place = loading.load(config.model, dtype, device(config), config.revision, config.weights)
+    if config.attention == "xformers":
+        loading.use_xformers(pipe)
     lora = config.lora
     parameters = adapters.attach(pipe, lora.rank, lora.alpha, lora.targets, config.seed)
     if lora.start is not None:

@@ -26,7 +26,7 @@ class Number(click.FloatRange):
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(diffalign.__version__, prog_name="diffalign")
 def app() -> None:
-    """Align image diffusion models with a reward. The update rule is one word in the config."""
+    """Align image and video diffusion models with a reward. The update rule is one word in the config."""
 
 
 @app.command()
@@ -101,7 +101,8 @@ def sample(
     source = sampling.resolve(target, strength, more)
     source = sampling.with_options(source, options)
     for path in sampling.sample(source, texts, count, seed, out, steps, guidance, negative, base, fps):
-        click.echo(str(path))
+        video = path.with_suffix(".mp4")
+        click.echo(f"{video}, {path.name} is its middle frame" if video.is_file() else str(path))
 
 
 @app.command()

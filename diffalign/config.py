@@ -77,7 +77,7 @@ class SamplerConfig(_Section):
 class LoraSection(_Section):
     """What is trained."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=4096)
     alpha: float = Field(32.0, gt=0)
     targets: list[str] | None = Field(None, min_length=1, description="layer names; null: attention and feed-forward")
     start: str | None = Field(
@@ -174,6 +174,9 @@ class Config(_Section):
     run_dir: str = Field(min_length=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen base model")
+    attention: Literal["native", "xformers"] = Field(
+        "native", description="native: torch's own; xformers: its memory-efficient one, on CUDA"
+    )
 
     @property
     def samples_per_update(self) -> int:
@@ -440,6 +443,8 @@ def _check_names(config: Config) -> list[str]:
     problems += _check_rewards(config, entries)
     if not problems:
         problems += _check_stages(config)
+    if config.attention == "xformers" and importlib.util.find_spec("xformers") is None:
+        problems.append("attention: xformers is not installed; pip install 'diffalign[xformers]', or allowed is native")
     for name in config.output.trackers:
         if importlib.util.find_spec(name) is None:
             problems.append(f"output.trackers: {name} is not installed; pip install 'diffalign[trackers]'")
@@ -481,12 +486,9 @@ def _check_rewards(config: Config, entries: list[list[prompt_files.Entry]]) -> l
                 problems.append(f"{section}: {name}: {place} is not there; allowed is a file, a folder or a hub id")
             if entry.missing:
                 problems.append(f"{section}: {name} needs {entry.missing}")
-            for key in entry.needs:
-                if any(key not in prompt for part in entries for prompt in part):
-                    problems.append(
-                        f"{section}: {name} needs {key!r} in every prompt's metadata; use prompts.source: "
-                        + ("shapes-motion" if key == "motion" else "shapes")
-                    )
+            if problem := entry.unfit(prompt for part in entries for prompt in part):
+                suits = "shapes-motion" if "motion" in entry.needs else "shapes"
+                problems.append(f"{section}: {name} {problem}; prompts.source: {suits} suits it")
     return problems
 
 

@@ -113,10 +113,12 @@ def fetched(name: str, place: str | None, repo: str, file: str | None = None) ->
     if place is not None:
         path = Path(place)
         if file is None and not path.exists() and HUB_ID.fullmatch(place):
+            _reachable(name, place, "config.json", what)
             return place  # another repository of the hub
         if not (path.is_dir() if file is None else path.is_file()):
             raise FileNotFoundError(f"{place} is no {'folder' if file is None else 'file'}; allowed is {what}")
         return place
+    _reachable(name, repo, file or "config.json", what)
     if file is None:
         return repo
     from huggingface_hub import hf_hub_download
@@ -124,6 +126,25 @@ def fetched(name: str, place: str | None, repo: str, file: str | None = None) ->
     try:
         return hf_hub_download(repo, file)
     except Exception as error:  # no network, no such file, no permission: each has its own class
+        raise FileNotFoundError(missing(name, repo, what)) from error
+
+
+def _reachable(name: str, repo: str, file: str, what: str) -> None:
+    """Ask the hub once where the cache has nothing: its own downloads try for half a minute before they say that there is no network.
+
+    Raises:
+        FileNotFoundError: if there is nothing to be had.
+    """
+    import httpx
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repo, file), str):
+        return
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        httpx.head(constants.ENDPOINT, timeout=10)
+    except (httpx.HTTPError, OSError) as error:
         raise FileNotFoundError(missing(name, repo, what)) from error
 
 

@@ -71,6 +71,28 @@ def _refusal(model: str, revision: str | None, error: Exception) -> str:
     )
 
 
+def use_xformers(pipe: Any) -> None:
+    """Let the denoisers attend by xformers.
+
+    Raises:
+        UserError: if it does not run here: it has kernels for CUDA alone.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("attention: got 'xformers', which needs a CUDA device; allowed here is native")
+    for name, module in adapters.denoisers(pipe).items():
+        processors = [getattr(part, "processor", None) for part in module.modules()]
+        try:
+            # Newer models choose at each call; older ones have other processors for it.
+            if any(hasattr(processor, "_attention_backend") for processor in processors):
+                module.set_attention_backend("xformers")
+            else:
+                module.enable_xformers_memory_efficient_attention()
+        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"attention: the {name} cannot attend by xformers ({one_line(error)}); allowed is native"
+            ) from error
+
+
 def load(
     model: str,
     dtype: torch.dtype = torch.float32,

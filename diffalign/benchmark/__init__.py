@@ -23,7 +23,8 @@ from diffalign import sampling
 from diffalign.benchmark import report, samples
 from diffalign.benchmark.samples import Drawn
 from diffalign.distributed import World
-from diffalign.files import LORA, make_folder, write_text
+from diffalign.files import LORA, is_file, make_folder, write_text
+from diffalign.prompt_sets import has_splits
 from diffalign.randomness import key
 from diffalign.rewards import cache, catalog
 from diffalign.rewards.base import Reward, greet, unscored
@@ -94,6 +95,13 @@ def task_of(
         UserError: for an unknown suite, unreadable prompts, an unknown reward, or one that these prompts have nothing for.
     """
     known = SUITES.get(suite)
+    if not suite or prompts == "":
+        raise UserError(f"{'--prompts' if suite else '--suite'}: got '', allowed are {', '.join(SUITES)}, or a file")
+    if not known and not has_splits(suite) and "@" not in suite and not is_file(Path(suite)):
+        raise UserError(
+            f"--suite: got {suite!r}, which is no file; allowed are {', '.join(SUITES)}, a file of prompts, or a set of them by name "
+            "with --reward NAME"
+        )
     source = prompts or (known.source if known else suite)
     if not source:
         raise UserError(f"--prompts: the suite {suite} needs some, such as partiprompts@FILE, drawbench@FILE or a file")
@@ -111,8 +119,8 @@ def task_of(
         except LookupError as error:
             problems.append(f"--reward: {name}: {error}")
             continue
-        missing = [need for need in entry.needs if any(need not in given for given in entries)]
-        problems += [f"--reward: {name} needs {need!r} in every prompt's metadata" for need in missing]
+        if problem := entry.unfit(entries):
+            problems.append(f"--reward: {name} {problem}")
         if entry.missing:
             problems.append(f"--reward: {name} needs {entry.missing}")
     if problems:
@@ -157,8 +165,11 @@ def run(task: Task, models: list[sampling.Source], out: Path, fresh: bool, say: 
 
 
 def _rewards(task: Task) -> dict[str, Reward]:
-    found = {name: load_reward(name) for name in task.rewards}
-    greet(found)
+    try:
+        found = {name: load_reward(name) for name in task.rewards}
+        greet(found)
+    except UserError as error:
+        raise UserError(*(line.replace("rewards: ", "--reward: ", 1) for line in error.problems)) from error
     return found
 
 

@@ -33,6 +33,11 @@ SETS: dict[str, Callable[[Sequence[str], str], list[Entry]]] = {
 }
 
 
+def _reason(error: Exception) -> str:
+    told = " ".join(str(error).split())[:300]
+    return f"it has no {told}" if isinstance(error, KeyError) else told
+
+
 def has_splits(source: str) -> bool:
     """Whether training, validation and test prompts of a source are apart already."""
     return source in SETS or source.partition("@")[0] in published.SPLIT_READERS
@@ -49,10 +54,12 @@ def find(source: str, tasks: Sequence[str], split: str, field: str) -> list[Entr
     name, at, place = source.partition("@")
     if not at or name not in published.NAMES:
         return None
+    if not place:
+        raise UserError(f"{field}: got {source!r}, expected {published.LAYOUTS[name]} after the @")
     try:
         if name in published.SPLIT_READERS:
             return published.SPLIT_READERS[name](Path(place), split)
         return published.READERS[name](Path(place))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         wanted = published.LAYOUTS[name]
-        raise UserError(f"{field}: got {source!r}, expected {wanted} ({' '.join(str(error).split())[:300]})") from error
+        raise UserError(f"{field}: got {source!r}, expected {wanted} ({_reason(error)})") from error

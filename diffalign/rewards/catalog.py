@@ -20,6 +20,7 @@ import ast
 import difflib
 import importlib.util
 import urllib.parse
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -62,6 +63,40 @@ class Entry:
         if not self.extra or importlib.util.find_spec(self.extra) is not None:
             return ""
         return f"{self.extra}; pip install 'diffalign[{EXTRAS[self.extra]}]'"
+
+    def unfit(self, prompts: Iterable[dict[str, Any]]) -> str:
+        """What prompts' metadata lack that this reward needs, or have in another form; empty if they fit."""
+        for prompt in prompts:
+            for key in self.needs:
+                if key not in prompt:
+                    return f"needs {key!r} in every prompt's metadata"
+                if not _FORMS.get(key, _is_text)(prompt[key]):
+                    return f"got {key!r} {prompt[key]!r} of {prompt.get('prompt')!r}, allowed is {_ALLOWED.get(key, 'a text')}"
+        return ""
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_include(value: Any) -> bool:
+    """GenEval's clauses: objects with a class and a count, perhaps a color, perhaps a position relative to an earlier one."""
+
+    def clause(number: int, given: Any) -> bool:
+        if not isinstance(given, dict) or not isinstance(given.get("class"), str):
+            return False
+        count, position = given.get("count"), given.get("position", ("", 0))
+        return (
+            (type(count) is int and count > 0 and isinstance(given.get("color", ""), str))
+            and (isinstance(position, (list, tuple)) and len(position) == 2 and isinstance(position[0], str))
+            and (type(position[1]) is int and (0 <= position[1] < number or "position" not in given))
+        )
+
+    return isinstance(value, list) and bool(value) and all(clause(k, given) for k, given in enumerate(value))
+
+
+_FORMS = {"include": _is_include}
+_ALLOWED = {"include": 'a list of objects such as {"class": "star", "count": 2, "color": "red"}'}
 
 
 def _literal(body: list[ast.stmt], name: str) -> Any:

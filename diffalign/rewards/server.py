@@ -74,8 +74,8 @@ class Judge:
         objects = isinstance(metadata, list) and all(isinstance(m, dict) for m in metadata)
         if not objects or len(metadata) != len(texts):
             raise ValueError(f"metadata: expected {len(texts)} objects")
-        if missing := [key for key in self.entry.needs if any(key not in m for m in metadata)]:
-            raise ValueError(f"metadata: {self.entry.name} needs {', '.join(missing)} in every object")
+        if problem := self.entry.unfit(metadata):
+            raise ValueError(f"metadata: {self.entry.name} {problem}")
         pixels = unpacked(body.get("media"))
         if len(pixels) != len(texts):
             raise ValueError(f"media: {len(pixels)} samples for {len(texts)} prompts")

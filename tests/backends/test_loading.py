@@ -1,5 +1,6 @@
 """Where models come from: folders, and the hub's cache laid out as the hub does."""
 
+import importlib.util
 import shutil
 from types import SimpleNamespace
 from typing import Any
@@ -233,3 +234,50 @@ def test_a_file_that_is_no_checkpoint_of_this_model_is_refused(tmp_path):
         loading.load(str(folder("Wan 2.2")), weights=str(path))
     with pytest.raises(UserError, match=r"weights: got 'nowhere', no file there"):
         config.load("flow_grpo/shapes-sd3", ["weights=nowhere"])
+
+
+without_xformers = pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")
+
+
+@without_xformers
+def test_xformers_is_refused_where_it_does_not_run(monkeypatch):
+    pipe, _ = loading.load("shapes-sd3")
+    with pytest.raises(UserError, match="attention: got 'xformers', which needs a CUDA device; allowed here is native"):
+        loading.use_xformers(pipe)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("shapes-sd3", "shapes-sd", "shapes-flux"):
+        pipe, _ = loading.load(name)
+        with pytest.raises(
+            UserError, match=r"attention: the \w+ cannot attend by xformers \(.*xformers.*allowed is native"
+        ):
+            loading.use_xformers(pipe)  # it is not installed
+
+
+def test_xformers_is_asked_for_as_each_denoiser_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+    for name in ("shapes-sd3", "shapes-sd", "shapes-flux", "shapes-wan"):
+        pipe, _ = loading.load(name)
+        (denoiser,) = loading.adapters.denoisers(pipe).values()
+        kind = type(denoiser)
+        monkeypatch.setattr(
+            kind, "set_attention_backend", lambda self, backend: asked.append((type(self).__name__, backend))
+        )
+        monkeypatch.setattr(
+            kind,
+            "enable_xformers_memory_efficient_attention",
+            lambda self: asked.append((type(self).__name__, "processors")),
+        )
+        loading.use_xformers(pipe)
+    assert asked == [
+        ("SD3Transformer2DModel", "processors"),
+        ("UNet2DConditionModel", "processors"),
+        ("FluxTransformer2DModel", "xformers"),
+        ("WanTransformer3DModel", "xformers"),
+    ]
+
+
+@without_xformers
+def test_a_missing_xformers_is_told_with_its_command():
+    with pytest.raises(UserError, match=r"attention: xformers is not installed; pip install 'diffalign\[xformers\]'"):
+        config.load("flow_grpo/shapes-sd3", ["attention=xformers"])

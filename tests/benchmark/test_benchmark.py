@@ -225,7 +225,10 @@ def test_several_processes_give_the_same_report(prompts, out, run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["shapes-sd3", "--suite", "shaps"], "--suite: 'shaps' is no file; allowed are shapes, shapes-motion"),
+        (
+            ["shapes-sd3", "--suite", "shaps"],
+            "--suite: got 'shaps', which is no file; allowed are shapes, shapes-motion",
+        ),
         (["shapes-sd3", "--suite", "{prompts}"], "--reward: none given; a file of prompts needs one at least"),
         (["shapes-sd3", "--suite", "shapes", "--reward", "pickscor"], "did you mean pickscore"),
         (["shapes-sd3", "--suite", "shapes", "--reward", "shapes_motion"], "needs 'motion' in every prompt's metadata"),

@@ -336,3 +336,46 @@ def test_aesthetic_without_its_head_says_what_is_missing(folder, tmp_path):
     torch.save({"a": torch.zeros(1)}, place / "aesthetic-model.pth")
     with pytest.raises(UserError, match="it lacks its five layers"):
         load(f"aesthetic@{place}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hpsv2.1", "pickscore"])
+def test_full_size_weights_load_as_published_and_score(name, tmp_path):
+    """ViT-H-14, 986 M random parameters: HPSv2's file, and PickScore's folder, in half precision as on the hub; scores and gradient."""
+    torch.manual_seed(0)
+    if name == "hpsv2.1":
+        place = tmp_path / "HPS_v2.1_compressed.pt"
+        net = open_clip.create_model("ViT-H-14", pretrained=None)
+        torch.save(
+            {"state_dict": {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}}, place
+        )
+    else:
+        place = tmp_path
+        large = {"hidden_act": "gelu", "projection_dim": 1024}
+        net = CLIPModel(
+            CLIPConfig(
+                text_config={
+                    **large, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+                    "vocab_size": 49408, "eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1,
+                },
+                vision_config={
+                    **large, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+                    "patch_size": 14, "image_size": 224,
+                },
+                projection_dim=1024,
+            )
+        )  # fmt: skip
+        net.half().save_pretrained(place)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(986.1e6, rel=1e-3)
+    del net
+    reward = load(f"{name}@{place}")
+    media, prompts = given(side=(256, 256))
+    pixels = media.pixels[:2].clone().requires_grad_()
+    reward.checkpoint()
+    scores = reward(Media(pixels), prompts.select([0, 1]))
+    (slope,) = torch.autograd.grad(scores.sum(), pixels)
+    assert scores.isfinite().all()
+    assert slope.isfinite().all()
+    assert slope.abs().max() > 0
+    again = reward(Media(pixels.detach()[:1]), prompts.select([0]))
+    torch.testing.assert_close(again, scores.detach()[:1], rtol=1e-3, atol=1e-4)
