@@ -46,7 +46,6 @@ class World:
     def leave(self) -> None:
         """Part from the others."""
         if self.size > 1 and dist.is_initialized():
-            dist.barrier()
             dist.destroy_process_group()
 
     def rows(self, count: int, micro_batch: int) -> list[int]:

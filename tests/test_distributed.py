@@ -20,7 +20,7 @@ from tests.helpers import TINY
 
 ROOT = Path(__file__).parent.parent
 WORKER = """
-import json, sys
+import json, os, sys
 import numpy as np, torch
 torch.set_num_threads(1)
 from diffalign.distributed import World
@@ -28,6 +28,8 @@ from tests import test_distributed
 world = World.join()
 getattr(test_distributed, sys.argv[1])(world, sys.argv[2])
 world.leave()
+sys.stdout.flush()
+os._exit(0)  # as the command line does: see `cli._leave`
 """
 
 
