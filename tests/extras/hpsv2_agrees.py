@@ -69,7 +69,7 @@ def main(folder: Path) -> None:
         found = reward(Media(smooth[:, None] / 255), Prompts(TEXTS, keys, keys, keys, [{}] * 3)).tolist()
         apart, spread = float(np.abs(np.subtract(found, expected)).max()), float(np.std(expected))
         print(f"{side}: differ by {apart:.1e}, spread {spread:.1e}")
-        # Only the order of float32 sums differs: these smooth pictures do not overshoot [0, 1] when they are resized, where ours is clamped.
+        # Only the order of float32 sums differs: smooth pictures do not overshoot [0, 1] when they are resized, where ours is clamped.
         assert apart < 1e-5 * spread, (side, found, expected)
     print("agrees")
 

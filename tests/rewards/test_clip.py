@@ -15,12 +15,14 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from diffalign.build import build
 from diffalign.config import load as load_config
 from diffalign.rewards import catalog
 from diffalign.rewards.check import check
 from diffalign.rewards.load import load
 from diffalign.types import Fault, Media, Prompts, UserError
 from reward_models import _clip, hpsv2
+from tests.helpers import tiny_config
 
 TEXTS = ["two red stars", "a photo of a green circle left of a blue square", ""]
 TINY = {
@@ -255,6 +257,20 @@ def test_checkpointing_keeps_scores_and_gradients_and_little_else(name, folder, 
         reward.checkpoint()
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
     assert kept[1] < 0.75 * kept[0]  # of two layers
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_run_asks_its_rewards_for_checkpointing(wanted, folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(_clip.Scorer, "checkpoint", lambda self: asked.append(self))
+    settings = tiny_config(
+        tmp_path / "run",
+        f"rewards={{clipscore@{folder}: 1.0}}",
+        "eval_rewards=[]",
+        f"optimizer.gradient_checkpointing={wanted}",
+    )
+    build(settings)
+    assert len(asked) == wanted
 
 
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
