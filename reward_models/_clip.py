@@ -161,7 +161,8 @@ class Scorer:
 
         source = fetched(name, place, repo)
         try:
-            self.net = CLIPModel.from_pretrained(source).requires_grad_(False).eval()
+            # In float32 whatever the file has: half precision would round scores by some thousandths.
+            self.net = CLIPModel.from_pretrained(source, dtype=torch.float32).requires_grad_(False).eval()
         except OSError as error:
             if Path(source).is_dir():
                 raise FileNotFoundError(f"{source} holds no CLIP model as the hub lays it out") from error

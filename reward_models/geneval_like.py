@@ -65,7 +65,8 @@ class Official:
         own = {part: None if place is None else str(Path(place) / part) for part in ("mask2former", "clip")}
         source = _clip.fetched("geneval_like", own["mask2former"], DETECTOR)
         try:
-            self.detector = Mask2FormerForUniversalSegmentation.from_pretrained(source).requires_grad_(False).eval()
+            net = Mask2FormerForUniversalSegmentation.from_pretrained(source, dtype=torch.float32)
+            self.detector = net.requires_grad_(False).eval()
             self.processor = AutoImageProcessor.from_pretrained(source)
         except OSError as error:
             raise FileNotFoundError(_clip.missing("geneval_like", source)) from error

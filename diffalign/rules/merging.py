@@ -28,7 +28,7 @@ def merged(
 ) -> list[Floats]:
     """Advantages of scores whose samples' prompts are `group` (N,): of the weighted sum, or the weighted sum of those of every reward.
 
-    of: a reward's name ("total" for the sum) and values (N,), 0 where invalid, to advantages, any number of arrays.
+    of: a reward's name ("total" for the sum) and values (N,), anything where invalid, to advantages, any number of arrays.
 
     Raises:
         UserError: if `gate` names a reward that the run does not have.
@@ -39,9 +39,6 @@ def merged(
     if settings.combine == "sum":
         return of("total", scores.total)
     # sum_k w_k A(r_k), clipped as A is
-    parts = [
-        [weight * part for part in of(name, np.where(scores.valid, scores.by_name[name], 0.0))]
-        for name, weight in scores.weights.items()
-    ]
+    parts = [[weight * part for part in of(name, scores.by_name[name])] for name, weight in scores.weights.items()]
     limit = settings.advantage_limit
     return [np.clip(np.sum(level, 0), -limit, limit) for level in zip(*parts, strict=True)]

@@ -1,5 +1,6 @@
 """Prompts are encoded once, kept on disk under a budget, and the encoders are not needed any more."""
 
+import hashlib
 import os
 
 import pytest
@@ -101,14 +102,15 @@ def test_what_does_not_fit_the_budget_keeps_its_encoders_and_the_folder_small(tm
 
 def test_the_least_recently_used_goes_first(tmp_path):
     store = Store(tmp_path, 5_000)
+    names = [hashlib.sha256(bytes([k])).hexdigest() for k in range(5)]
     for k in range(4):
-        store.write(str(k), (torch.full((250,), float(k)), None))
-        os.utime(tmp_path / f"{k}.safetensors", ns=(k, k))
-    assert torch.equal(store.read("0")[0], torch.zeros(250))  # used now, so 1 is the oldest
-    store.write("4", (torch.ones(250), None))
-    assert store.read("1") is None
-    assert store.read("0") is not None
-    assert store.read("4") is not None
+        store.write(names[k], (torch.full((250,), float(k)), None))
+        os.utime(tmp_path / f"{names[k]}.safetensors", ns=(k, k))
+    assert torch.equal(store.read(names[0])[0], torch.zeros(250))  # used now, so 1 is the oldest
+    store.write(names[4], (torch.ones(250), None))
+    assert store.read(names[1]) is None
+    assert store.read(names[0]) is not None
+    assert store.read(names[4]) is not None
     assert store.used == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 

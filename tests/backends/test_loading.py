@@ -190,11 +190,18 @@ def test_what_a_file_lacks_is_the_models_own_and_what_is_not_read_is_told(tmp_pa
     torch.testing.assert_close(drawn(found), drawn(pipe), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("missing", ["first_stage_model.decoder.conv_out.bias", "model.diffusion_model.out.2.weight"])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "first_stage_model.decoder.conv_out.bias",
+        "model.diffusion_model.out.2.weight",
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+    ],
+)
 def test_a_file_with_a_weight_too_few_is_refused(missing, tmp_path):
     pipe = tuned()
     path = tmp_path / "less.safetensors"
-    weights = single_file.unet(pipe.unet) | single_file.vae(pipe.vae)
+    weights = single_file.unet(pipe.unet) | single_file.vae(pipe.vae) | single_file.clip(pipe.text_encoder)
     del weights[missing]
     save_file({name: value.contiguous() for name, value in weights.items()}, path)
     with pytest.raises(

@@ -175,6 +175,18 @@ def test_a_video_scores_the_mean_of_its_frames(folder):
     torch.testing.assert_close(reward(media, prompts), torch.stack(alone).mean(0), rtol=1e-5, atol=1e-6)
 
 
+def test_weights_in_half_precision_score_in_float32(folder, tmp_path):
+    CLIPModel.from_pretrained(folder).half().save_pretrained(tmp_path)
+    media, prompts = given()
+    rounded = CLIPModel.from_pretrained(folder)
+    rounded.load_state_dict(
+        {k: v.half().float() if v.is_floating_point() else v for k, v in rounded.state_dict().items()}
+    )
+    rounded.save_pretrained(tmp_path / "whole")
+    found, expected = (load(f"clipscore@{place}")(media, prompts) for place in (tmp_path, tmp_path / "whole"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_every_picture_is_scored_against_its_own_prompt(folder):
     """Two public implementations score all against the first."""
     reward = load(f"clipscore@{folder}")

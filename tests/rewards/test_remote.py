@@ -153,13 +153,15 @@ def test_addresses_of_different_rewards_are_not_mixed():
     (first, one), (second, two), (third, three) = (
         served(0, name) for name in ("shapes_geneval", "shapes_geneval", "jpeg_compressibility")
     )
-    Remote("r", [one, two], deadline=10).greet()
-    with pytest.raises(
-        UserError, match=r"must serve one reward, they serve shapes_geneval .* at .*, jpeg_compressibility"
-    ):
-        Remote("r", [one, three], deadline=10).greet()
-    for process in (first, second, third):
-        process.kill()
+    try:
+        Remote("r", [one, two], deadline=10).greet()
+        with pytest.raises(
+            UserError, match=r"must serve one reward, they serve shapes_geneval .*, jpeg_compressibility"
+        ):
+            Remote("r", [one, three], deadline=10).greet()
+    finally:
+        for process in (first, second, third):
+            process.kill()
 
 
 @pytest.mark.parametrize("token", ["s\u00e9cret", "a\nb", " ", ""])

@@ -61,7 +61,7 @@ def test_a_gate_puts_what_falls_short_last(name):
 @pytest.mark.parametrize("name", LEARN)
 def test_a_sample_without_a_score_gets_nothing_and_changes_nothing(name):
     valid, weights = [True] * 7 + [False], {"a": 1.0, "b": 1.0}
-    values = [{"a": [*BIG[:7], end], "b": [*SMALL[:7], end]} for end in (0.0, 1e6)]
+    values = [{"a": [*BIG[:7], end], "b": [*SMALL[:7], end]} for end in (0.0, np.nan)]
     found = [credit(name, judged(weights, valid, **v), combine="normalised")[-1] for v in values]
     np.testing.assert_array_equal(*found)
     assert found[0][7] == 0
