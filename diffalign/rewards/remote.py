@@ -192,21 +192,16 @@ class Patient:
             raise Fault(f"{url} answered {response.text[:200]!r}, expected JSON") from error
 
     def status(self, url: str) -> int:
-        """What a server says to a request with nothing in it, within the deadline; 0 if there is no answer."""
+        """What a server says to a request with nothing in it; 0 if there is no answer."""
         import httpx
 
-        pause, until = PAUSE, time.monotonic() + self.deadline
-        while True:
-            try:
-                return self._client.post(url, json={}).status_code
-            except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.LocalProtocolError) as error:
-                raise UserError(f"rewards: {url}: {one_line(error)}") from error
-            except httpx.HTTPError as error:
-                self.said = f"{url}: {one_line(error)}"
-            if (left := until - time.monotonic()) <= 0:
-                return 0
-            time.sleep(min(left, pause))
-            pause = min(2 * pause, LONGEST)
+        try:
+            return self._client.post(url, json={}).status_code
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.LocalProtocolError) as error:
+            raise UserError(f"rewards: {url}: {one_line(error)}") from error
+        except httpx.HTTPError as error:
+            self.said = f"{url}: {one_line(error)}"
+            return 0
 
     def facts(self, url: str) -> dict[str, Any]:
         """What a server says of itself at /health; nothing where it has none."""
@@ -245,13 +240,12 @@ class Remote:
             UserError: for a wrong path or token, or servers of different rewards.
             Fault: if none answers within the deadline.
         """
-        first, others = self.urls[0], self.urls[1:]
-        answered = {first: self._client.status(first)}
-        self._client.deadline, whole = 0.0, self._client.deadline  # the others may come later
-        answered |= {url: self._client.status(url) for url in others}
-        self._client.deadline = whole
-        if not any(answered.values()):
-            raise Fault(f"reward {self.name}: no server answers ({self.said})")
+        pause, until = PAUSE, time.monotonic() + self._client.deadline
+        while not any((answered := {url: self._client.status(url) for url in self.urls}).values()):
+            if (left := until - time.monotonic()) <= 0:
+                raise Fault(f"reward {self.name}: no server answers ({self.said})")
+            time.sleep(min(left, pause))
+            pause = min(2 * pause, LONGEST)
         for url, status in answered.items():
             if status in (401, 403):
                 raise UserError(f"rewards: {url} wants another token ({status}); set {TOKEN} as at the server")
