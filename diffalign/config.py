@@ -43,7 +43,7 @@ class PromptsConfig(_Section):
     source: str = Field(
         "shapes", description="shapes, shapes-motion, geneval-like, animals, a .txt or .jsonl file, or NAME@PLACE"
     )
-    tasks: list[Task] = Field([], description="of the shapes world; empty: all six")
+    tasks: list[Task] = Field([], description="of shapes and geneval-like; empty: all six")
     split: Split = Field("train", description="of a named set; splits share no combination")
     stages: str | None = Field(
         None,

@@ -72,7 +72,7 @@ class _Judge:
         if "{prompt}" not in self.asked:
             raise ValueError(f"{file} does not say where the prompt goes; allowed is a text with {{prompt}} in it")
         self.url = f"{address.rstrip('/')}/chat/completions"
-        self._client = Patient(self.name, openai_key(), deadline)
+        self._client = Patient(openai_key(), deadline)
 
     @property
     def said(self) -> str:

@@ -135,10 +135,10 @@ class Patient:
     After a call without any answer the next one tries each request once.
     """
 
-    def __init__(self, name: str, token: str | None, deadline: float) -> None:
+    def __init__(self, token: str | None, deadline: float) -> None:
         import httpx
 
-        self.name, self.deadline = name, deadline
+        self.deadline = deadline
         self.said = ""  # why the last request failed
         self._client = httpx.Client(
             timeout=httpx.Timeout(READ, connect=CONNECT), headers={"Authorization": f"Bearer {token}"} if token else {}
@@ -225,7 +225,7 @@ class Remote:
 
     def __init__(self, name: str, urls: Sequence[str], deadline: float = 300.0, batch: int = 16) -> None:
         self.name, self.urls, self.batch = name, list(urls), batch
-        self._client = Patient(name, checked_token(os.environ.get(TOKEN), TOKEN), deadline)
+        self._client = Patient(checked_token(os.environ.get(TOKEN), TOKEN), deadline)
         self._turn, self._lock = 0, threading.Lock()
 
     @property
