@@ -11,7 +11,7 @@ from diffalign.backends import adapters, lora_files
 from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.config import Config
 from diffalign.evaluate import judged
-from diffalign.files import DDIM
+from diffalign.files import DDIM, fingerprint
 from diffalign.processes import PROCESSES, linear_sigmas
 from diffalign.runfolder import RunFolder
 
@@ -82,6 +82,7 @@ def write_adapter(
         base_model=config.model,
         base_revision=commit or "",
         base_weights=config.weights or "",
+        base_weights_digest=fingerprint(Path(config.weights)) if config.weights else "",
         denoisers=[type(module).__name__ for module in adapters.denoisers(policy.pipe).values()],
         rule=config.rule,
         rewards=config.rewards,

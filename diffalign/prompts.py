@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffalign import prompt_sets
 from diffalign.files import is_file
@@ -37,7 +38,7 @@ def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.so
             f"a .txt or .jsonl file, NAME@PLACE of {', '.join(prompt_sets.published.NAMES)}"
         )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise UserError(f"{field}: {source} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     entries, problems = [], []
@@ -69,7 +70,7 @@ def held_out(entries: list[Entry], share: float) -> tuple[list[Entry], list[Entr
     """
     texts = {entry["prompt"] for entry in entries}
     order = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-    held = set(order[: round(share * len(order))])
+    held = set(order[: min(round(share * len(order)), len(order) - 1)])
     if not held:
         return entries, entries
     parts: tuple[list[Entry], list[Entry]] = ([], [])
@@ -129,12 +130,19 @@ def _told(chosen: list[Entry], stages: Stages | None) -> list[tuple[str, ...]]:
     return [stages[entry["prompt"]] for entry in chosen] if stages else []
 
 
+def same_text(entries: Sequence[Entry]) -> NDArray[np.int64]:
+    """Ids (n,) of prompts: entries with one text, whatever their metadata, are one prompt when samples are compared."""
+    names: dict[str, int] = {}
+    return np.array([names.setdefault(entry["prompt"], len(names)) for entry in entries], dtype=np.int64)
+
+
 def fixed(entries: list[Entry], images_per_prompt: int, seed: int, stages: Stages | None = None) -> Prompts:
     """Every entry `images_per_prompt` times with fixed seeds, whatever the update: for evaluation."""
     from diffalign.randomness import key
 
-    group = np.repeat(np.arange(len(entries)), images_per_prompt)
-    seeds = np.array([key(seed, 14, k) for k in range(len(group))])
-    chosen = [entries[g] for g in group]
+    places = np.repeat(np.arange(len(entries)), images_per_prompt)
+    seeds = np.array([key(seed, 14, k) for k in range(len(places))])
+    chosen = [entries[k] for k in places]
+    group = same_text(entries)[places]
     texts = [entry["prompt"] for entry in chosen]
     return Prompts(texts, group, seeds, seeds, chosen, _told(chosen, stages))

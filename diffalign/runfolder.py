@@ -90,7 +90,8 @@ class RunFolder:
         """Drop rows, evaluations and samples of more than `update` updates: they will be made again."""
         for name in (METRICS, SCORES):
             kept = [row for row in read_rows(self.path, name) if row["update"] <= update]
-            write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+            if name == METRICS or (self.path / name).is_file():
+                write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
         for path in (p for name in ("evaluation", "samples") for p in (self.path / name).glob("update_*")):
             if int(path.stem.removeprefix("update_")) > update:
                 path.unlink()

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from diffalign.files import DDIM, LORA, lora_folder, lora_notes, make_folder
+from diffalign.files import DDIM, LORA, fingerprint, is_file, lora_folder, lora_notes, make_folder
 from diffalign.processes import linear_sigmas
 from diffalign.types import Fault, UserError, one_line
 
@@ -100,6 +100,7 @@ def _target(target: str, strength: float) -> Source:
                 f"sample: {folder} does not say its base model; give the model, and this folder with --adapter"
             )
         adapter = Adapter(folder, strength)
+        _check_weights(folder, notes)
         return Source(
             notes["base_model"],
             (adapter,),
@@ -116,12 +117,23 @@ def _target(target: str, strength: float) -> Source:
         )
     if models.path(target) or (path / "model_index.json").is_file():
         return Source(target, (), models.call(target))
-    if path.exists() or target.count("/") != 1:
+    if path.exists() or target.count("/") != 1 or path.parent.is_dir():  # a mistyped folder beside others is no hub id
         known = ", ".join(models.names())
         raise UserError(
             f"sample: got {target!r}, which is no run, adapter, model folder or hub id; embedded are {known}"
         )
     return Source(target, (), {})
+
+
+def _check_weights(folder: Path, notes: dict[str, str]) -> None:
+    """The single file an adapter was trained on, still there and the same."""
+    place = notes.get("base_weights")
+    if not place:
+        return
+    if not is_file(Path(place)):
+        raise UserError(f"sample: {folder} was trained on {place}, which is not there; restore the file")
+    if notes.get("base_weights_digest", "") not in ("", fingerprint(Path(place))):
+        raise UserError(f"sample: {folder} was trained on {place}, which is another file now; restore it")
 
 
 def _adapter(text: str) -> Adapter:

@@ -22,6 +22,7 @@ from diffalign.build import build
 from diffalign.card import write_adapter
 from diffalign.config import Config
 from diffalign.distributed import ALONE, World
+from diffalign.files import fingerprint
 from diffalign.progress import Reporter
 from diffalign.randomness import numpy_generator
 from diffalign.runfolder import RunFolder, open_run
@@ -107,6 +108,7 @@ class Session:
             reporter.say("evaluating on prompts that are trained on: scores do not say what is true of others")
         content = json.dumps([entries, stages, self.fixed.text, self.fixed.stages, self.fixed.metadata], sort_keys=True)
         self.prompts_digest = hashlib.sha256(content.encode()).hexdigest()
+        self.weights = None if config.weights is None else fingerprint(Path(config.weights))
         self._store_prompts(entries, stages)
         self._fit()
         if self.parts.place.commit is not None:
@@ -158,6 +160,7 @@ class Session:
                 "rule": rule_state,
                 "skipped": self.skipped,
                 "prompts": self.prompts_digest,
+                "weights": self.weights,
                 "micro_batch": self.trainer.micro_batch,
             },
         )
@@ -193,6 +196,10 @@ class Session:
         state = checkpoint.load(newest)
         if state.notes["prompts"] != self.prompts_digest:
             raise UserError("prompts.source: the prompts are not those the run began with; restore them, or --fresh")
+        if state.notes["weights"] != self.weights:
+            raise UserError(
+                f"weights: {self.config.weights} is not the file the run began with; restore it, or --fresh"
+            )
         with torch.no_grad():
             for name, parameter in self.policy.parameters.items():
                 parameter.copy_(state.parameters[name])

@@ -51,6 +51,7 @@ POINTS = (
     '(excellent). End with a line "Final Score: " and the points.'
 )
 GIVEN = re.compile(r"score\W{0,6}(\d+(?:\.\d+)?)", re.IGNORECASE)
+ALONE = re.compile(r"\s*(\d+(?:\.\d+)?)\W*")
 LEAST, MOST = 1.0, 5.0
 FRAMES = 4  # of a video that are shown
 AT_ONCE = 8  # requests on their way
@@ -72,12 +73,13 @@ class _Judge:
         if "{prompt}" not in self.asked:
             raise ValueError(f"{file} does not say where the prompt goes; allowed is a text with {{prompt}} in it")
         self.url = f"{address.rstrip('/')}/chat/completions"
+        self.unread = ""
         self._client = Patient(openai_key(), deadline)
 
     @property
     def said(self) -> str:
-        """Why the last request failed."""
-        return self._client.said
+        """Why the last request failed, or what was answered that is no score."""
+        return self._client.said or self.unread
 
     def __call__(self, media: Media, prompts: Prompts) -> list[float]:
         shown = to_uint8(media)
@@ -86,7 +88,13 @@ class _Judge:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             answers = list(pool.map(self._ask, shown[:, chosen], prompts.text))
         self._client.end(any(answer is not None for answer in answers))
-        return [float("nan") if answer is None else self.read(answer) for answer in answers]
+        found = [float("nan") if answer is None else self.read(answer) for answer in answers]
+        strange = [
+            answer for answer, score in zip(answers, found, strict=True) if answer is not None and math.isnan(score)
+        ]
+        if strange:
+            self.unread = f"answered {_said(strange[0], self.name)[0][:80]!r}, which is no score"
+        return found
 
     def _ask(self, frames: np.ndarray, prompt: str) -> Any:
         pictures = [{"type": "image_url", "image_url": {"url": _data(frame)}} for frame in frames]
@@ -173,7 +181,7 @@ def points(answer: Any) -> float:
         Fault: if it is no answer of such an endpoint.
     """
     text, tokens = _said(answer, "vlm_points")
-    found = list(GIVEN.finditer(text))
+    found = list(GIVEN.finditer(text)) or [*filter(None, [ALONE.fullmatch(text)])]
     if not found:
         return math.nan
     given = float(found[-1].group(1))

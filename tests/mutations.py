@@ -23,6 +23,7 @@ SHARED, GRPO, DDPO, TBP = (
 )
 RLR, CHAIN = "diffalign/rules/rlr.py", "diffalign/backends/chain.py"
 GUARD, BRANCH, AWM, NFT = (f"diffalign/rules/{name}.py" for name in ("grpo_guard", "branch_grpo", "awm", "nft"))
+MERGING = "diffalign/rules/merging.py"
 CPS = "diffalign/processes/cps.py"
 SOLVER = "diffalign/processes/dpm_solver.py"
 GENEVAL, TRAINER = "diffalign/ops/geneval.py", "diffalign/trainer.py"
@@ -49,8 +50,8 @@ MUTATIONS = [
     Mutation("eta squared", DDIM, "std = noise_level * (sigma_s", "std = noise_level**2 * (sigma_s"),
     Mutation("direction keeps the variance", DDIM, "np.sqrt(sigma_s**2 - std**2)", "sigma_s"),
     Mutation("v prediction sign", TABLE, "return a, -s, s, a", "return a, s, s, a"),
-    Mutation("history never used", DDPO, "past if len(past) >= s.history_least else batch", "batch"),
-    Mutation("history never forgets", DDPO, "float(reward)][-s.history :]", "float(reward)]"),
+    Mutation("history never used", DDPO, "own if len(own) >= s.history_least else reward[valid]", "reward[valid]"),
+    Mutation("history never forgets", DDPO, "float(value)][-s.history :]", "float(value)]"),
     Mutation("score sign", DDPO, "Loss(-(step.advantage", "Loss((step.advantage"),
     Mutation("reward sign", TBP, "Loss(-value.mean())", "Loss(value.mean())"),
     Mutation("hinge turned over", TBP, "(s.target - value)", "(value - s.target)"),
@@ -110,6 +111,8 @@ MUTATIONS = [
         "(1 + s.beta) * old - s.beta * predicted",
         "(1 - s.beta) * old + s.beta * predicted",
     ),
+    Mutation("rewards' weights forgotten", MERGING, "[weight * part for part", "[part for part"),
+    Mutation("gates left out", MERGING, "scores = ops.advantages.gated(scores, group, settings.gate)", "pass"),
     Mutation("solver's memory added", SOLVER, "past=-gain * r", "past=gain * r"),
     Mutation("worst bundles weigh as the others", ADVANTAGES, "(lower - reward, 0) / low", "(lower - reward, 0)"),
     Mutation("CPS without its noise", CPS, "np.sqrt(after**2 - std**2)", "after"),

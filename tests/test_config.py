@@ -251,6 +251,15 @@ def test_a_files_prompts_are_trained_on_or_evaluated(tmp_path):
     assert parts("evaluation.enabled=false")[0] == lines
     assert parts(f"evaluation.source={path}") == (lines, lines)
     assert [len(part) for part in parts("evaluation.holdout=0.5")] == [40, 40]
+    assert [len(part) for part in parts("evaluation.holdout=0.999")] == [2, 78]  # one text at least is trained on
     few = tmp_path / "few.txt"
-    few.write_text("a\nb\nc\n")
+    few.write_text("\ufeffa\nb\nc\n", encoding="utf-8")
     assert [len(part) for part in parts(source=few)] == [3, 3]
+    assert parts(source=few)[0][0]["prompt"] == "a"  # without the mark that some editors put before it
+
+
+def test_copies_of_a_prompt_are_one_prompt_when_samples_are_compared():
+    entries = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a", "note": 1}]
+    drawn = prompts.fixed(entries, 2, 0)
+    assert drawn.group.tolist() == [0, 0, 1, 1, 0, 0]
+    assert len(set(drawn.seed.tolist())) == 6

@@ -69,7 +69,7 @@ def test_recomputed_log_probs_hold_the_first_ratio_at_one_when_pieces_round_diff
 def test_rule_state_is_counted_once():
     rule = DDPO()
     trained(Cramped(9, only_with_gradient=True), rule, updates=1)
-    assert len(rule.rewards["a"]) == 32
+    assert len(rule.rewards["total"]["a"]) == 32
 
 
 def test_one_sample_too_many_is_a_fault_with_the_way_out():

@@ -6,11 +6,13 @@ The model names the pipeline, its settings and tokenizers; what the file lacks i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffalign.backends import adapters
+from diffalign.files import is_file
 from diffalign.types import UserError, one_line
 
 # What such files put before the names of an autoencoder's weights, and of text encoders'.
@@ -39,6 +41,8 @@ def read(path: str, folder: str, dtype: torch.dtype) -> Read:
     import diffusers
     from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 
+    if not is_file(Path(path)):
+        raise UserError(f"weights: got {path!r}, no file there; allowed is a .safetensors or .ckpt file")
     index = {
         name: spec
         for name, spec in diffusers.DiffusionPipeline.load_config(folder).items()
@@ -75,7 +79,9 @@ def _component(path: str, content: dict[str, Any], folder: str, name: str, kind:
             dict(content), config=folder, subfolder=name, torch_dtype=dtype
         )
     except Exception as error:  # not a checkpoint, one of another model, a class without single files
-        raise UserError(f"weights: cannot read {path!r} as a {kind}: {one_line(error)}") from error
+        raise UserError(
+            f"weights: cannot read {path!r} as a {kind} of {folder}; is it of another model? ({one_line(error)})"
+        ) from error
     return _whole(path, made, kind)
 
 

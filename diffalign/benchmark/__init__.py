@@ -261,7 +261,12 @@ def _one(
 ) -> Drawn | None:
     """Draw and judge one model's samples; what the first process gets, the others get nothing."""
     rows = world.rows(task.total, task.batch)
-    missing = [row for row in rows if not samples.path(folder, row).is_file()]
+    measured = task.drift and model.adapters
+    missing = [
+        row
+        for row in rows
+        if not samples.path(folder, row).is_file() or (measured and np.isnan(samples.drift(folder, row)))
+    ]
     say(f"{folder.name}: {task.total} samples, {sum(world.gather(len(missing)))} of them to draw")
     if missing:
         world.together(lambda: samples.draw(task, model, folder, missing, say))

@@ -16,6 +16,7 @@ from diffalign.benchmark import samples, statistics
 from diffalign.benchmark.samples import Drawn
 from diffalign.evaluate import Interval, interval, strips
 from diffalign.files import write_text
+from diffalign.prompts import same_text
 
 if TYPE_CHECKING:
     from diffalign.benchmark import Task
@@ -68,8 +69,8 @@ def groups(task: Task) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Prompt and task of every sample (total,), and the names of the tasks, in the order of the prompts."""
     names = list(dict.fromkeys(str(entry.get("tag", "")) for entry in task.entries))
     tags = np.array([names.index(str(entry.get("tag", ""))) for entry in task.entries])
-    prompt = np.repeat(np.arange(len(task.entries)), task.samples)
-    return prompt, tags[prompt], names
+    places = np.repeat(np.arange(len(task.entries)), task.samples)
+    return same_text(task.entries)[places], tags[places], names
 
 
 def _row(task: Task, label: str, model: sampling.Source, own: Drawn, base: Drawn | None) -> dict[str, Any]:

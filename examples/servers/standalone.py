@@ -152,7 +152,7 @@ def handler(score, facts, needs, token, most_bytes):
             if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
                 return self.reply(401, {"error": "a bearer token is wanted, and this is not it"})
             length = self.headers.get("Content-Length", "")
-            if not length.isdigit():
+            if not (length.isascii() and length.isdigit()):
                 return self.reply(411, {"error": "Content-Length is wanted"})
             if int(length) > most_bytes:
                 return self.reply(413, {"error": f"more than {most_bytes} bytes; send fewer samples"})
@@ -190,9 +190,12 @@ def serve(score, name, version, needs=(), about=""):
     if options.host not in ("127.0.0.1", "localhost", "::1") and not token:
         parser.error(f"--host: got {options.host}, which others can reach; set a token in {TOKEN}")
     facts = {"name": name, "version": version, "about": about}
-    server = ThreadingHTTPServer(
-        (options.host, options.port), handler(score, facts, needs, token, options.max_mib * 2**20)
-    )
+    try:
+        server = ThreadingHTTPServer(
+            (options.host, options.port), handler(score, facts, needs, token, options.max_mib * 2**20)
+        )
+    except (OSError, OverflowError) as error:
+        parser.error(f"--port: {options.host}:{options.port}: {error}; name another")
     print(f"{name} at http://{options.host}:{server.server_address[1]}/score", flush=True)
     try:
         server.serve_forever()

@@ -227,6 +227,16 @@ def test_a_run_on_a_single_file_is_sampled_with_it(tmp_path):
     session.train(settings, quiet=True)
     source = resolve(str(tmp_path / "run"))
     assert source.weights == str(tmp_path / "tuned.safetensors")
+    longer = settings.model_copy(update={"updates": 3})
+    whole = (tmp_path / "tuned.safetensors").read_bytes()
+    (tmp_path / "tuned.safetensors").write_bytes(whole[:-4] + b"abcd")  # other weights under its name
+    with pytest.raises(UserError, match="weights: .*tuned.safetensors is not the file the run began with; restore it"):
+        session.train(longer, quiet=True)
+    with pytest.raises(UserError, match="was trained on .*tuned.safetensors, which is another file now"):
+        resolve(str(tmp_path / "run"))
+    (tmp_path / "tuned.safetensors").unlink()
+    with pytest.raises(UserError, match="was trained on .*tuned.safetensors, which is not there; restore the file"):
+        resolve(str(tmp_path / "run"))
 
 
 def test_a_file_that_is_no_checkpoint_of_this_model_is_refused(tmp_path):

@@ -153,6 +153,16 @@ def test_a_failure_is_not_kept(prompts, tmp_path):
     assert "NaN" not in (tmp_path / "out" / "scores.jsonl").read_text()
 
 
+def test_drift_that_was_left_out_is_measured_when_asked_for(prompts, run, tmp_path):
+    command = [run, "--suite", prompts, "--reward", "jpeg_compressibility", *FEW, "--out", tmp_path / "out"]
+    assert invoke(*command, "--no-drift").exit_code == 0
+    assert "prediction_drift" not in (tmp_path / "out" / "report.json").read_text()
+    done = invoke(*command)
+    assert "0-shapes-sd3: 6 samples, 0 of them to draw" in done.output
+    assert "1-tuned: 6 samples, 6 of them to draw" in done.output
+    assert "prediction_drift" in (tmp_path / "out" / "report.json").read_text()
+
+
 def test_models_of_several_sizes_share_a_page(tmp_path):
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "a red circle moving left"}\n')
@@ -234,6 +244,7 @@ def test_several_processes_give_the_same_report(prompts, out, run, tmp_path):
         (["shapes-sd3", "--suite", "shapes", "--reward", "shapes_motion"], "needs 'motion' in every prompt's metadata"),
         (["shapes-sd3", "--suite", "pickscore"], "--prompts: the suite pickscore needs some"),
         (["nowhere", "--suite", "shapes"], "which is no run, adapter, model folder or hub id"),
+        (["tests/nowhere", "--suite", "shapes"], "which is no run, adapter, model folder or hub id"),
         (["shapes-sd3", "--suite", "shapes", "--set", "height"], "allowed is KEY=VALUE"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,23 @@ def test_bad_requests_are_told_what_is_wrong(mine, change, status, problem):
     assert (answer.status_code, problem in answer.json()["error"]) == (status, True), answer.text
     assert httpx.post(mine, json=body).status_code == 401
     assert httpx.get(mine).status_code == 404
+
+
+def test_strange_lengths_and_ports_in_use_are_told(mine, tmp_path):
+    host, port = mine.split("/")[2].split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as line:
+        line.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: \xb2\r\n\r\n")
+        assert b"411" in line.recv(1000)
+    (tmp_path / "mine.py").write_text(MINE)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "mine.py"), "--port", port],
+        env={**os.environ, "PYTHONPATH": str(SERVERS)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert f"--port: 127.0.0.1:{port}: [Errno 98] Address already in use; name another" in done.stderr
 
 
 def test_a_huge_picture_in_a_small_file_is_refused(mine):

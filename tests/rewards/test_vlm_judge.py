@@ -84,6 +84,8 @@ def scored(text, number=None, **likely):
 
 def test_points_are_the_last_ones_given_or_their_mean_over_what_could_have_been():
     assert points(answer("Good colours. Final Score: 4")) == 4
+    assert points(answer(" 4.5.")) == 4.5
+    assert points(scored("4", "4", **{"3": 0.5, "4": 0.5})) == 3.5
     assert points(answer("Score: 2 for colour.\n**Final Score:** 3.7")) == 3.7
     told = {"3": 0.2, "4": 0.6, " 4": 0.1, "7": 0.05, "x": 0.05}
     assert points(scored("I think Final Score: 4", "4", **told)) == pytest.approx((3 * 0.2 + 4 * 0.7) / 0.9)
@@ -101,6 +103,7 @@ def test_points_are_asked_for_in_the_users_own_words(tmp_path):
     found = reward(Media(torch.rand(2, 1, 3, 8, 8)), Prompts(["bright", "dark"], keys, keys, keys, [{}] * 2))
     assert found[0] == 1.0
     assert math.isnan(found[1])
+    assert reward.said == "answered '?', which is no score"
     assert {body["model"] for body, _ in server.bodies} == {"tiny"}
     assert all("{keep these}" in str(body) for body, _ in server.bodies)
     server.close()
