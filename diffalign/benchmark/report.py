@@ -89,7 +89,10 @@ def _row(task: Task, label: str, model: sampling.Source, own: Drawn, base: Drawn
             parts = {n: asdict(statistics.mean(values[tag == k], prompt[tag == k])) for k, n in enumerate(names)}
             found |= {"tasks": parts, "mean_of_tasks": asdict(statistics.mean_of_means(values, prompt, tag))}
         if base is not None:
-            found["gain"] = asdict(interval(values - base.scores[name], prompt))
+            gains = values - base.scores[name]
+            found["gain"] = asdict(interval(gains, prompt))
+            if len(names) > 1 and np.isfinite(gains).any():
+                found["gain_of_tasks"] = asdict(statistics.mean_of_means(gains, prompt, tag))
         scores[name] = found
     pictures = _thumbnails(task, own)
     row = {

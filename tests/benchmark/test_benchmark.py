@@ -75,6 +75,10 @@ def test_base_and_aligned_are_judged_from_the_same_noises(out, prompts):
     means = [row["scores"]["jpeg_compressibility"]["mean"]["mean"] for row in (base, tuned)]
     assert gain == pytest.approx(means[1] - means[0])
     assert "gain" not in base["scores"]["shapes_geneval"]
+    both = [row["scores"]["jpeg_compressibility"] for row in (base, tuned)]
+    of_tasks = [np.mean([part["mean"] for part in found["tasks"].values()]) for found in both]
+    assert both[1]["gain_of_tasks"]["mean"] == pytest.approx(of_tasks[1] - of_tasks[0])
+    assert both[1]["gain_of_tasks"]["low"] <= both[1]["gain_of_tasks"]["mean"]  # equal: one prompt a task
     assert [line["seed"] for line in lines[:6]] == [line["seed"] for line in lines[6:]]
     assert len({line["seed"] for line in lines}) == 6
     page = (out / "index.html").read_text()
