@@ -9,9 +9,10 @@ from pathlib import Path
 import diffalign
 from diffalign.backends import adapters, lora_files
 from diffalign.backends.diffusers import DiffusersPolicy
+from diffalign.backends.loading import Place
 from diffalign.config import Config
 from diffalign.evaluate import judged
-from diffalign.files import DDIM, fingerprint
+from diffalign.files import DDIM
 from diffalign.processes import PROCESSES, linear_sigmas
 from diffalign.runfolder import RunFolder
 
@@ -68,11 +69,11 @@ def write_adapter(
     summary: dict[str, float],
     name: str,
     update: int,
-    commit: str | None = None,
+    place: Place,
 ) -> Path:
     """Write the adapter as a folder of a run and check that it loads back as it was trained.
 
-    commit: of the base model on the hub.
+    place: where the base model was.
 
     Raises:
         Fault: if the saved file differs from the trained weights.
@@ -80,9 +81,9 @@ def write_adapter(
     folder = run / name
     notes = lora_files.notes(
         base_model=config.model,
-        base_revision=commit or "",
+        base_revision=place.commit or "",
         base_weights=config.weights or "",
-        base_weights_digest=fingerprint(Path(config.weights)) if config.weights else "",
+        base_weights_digest=place.digest,
         denoisers=[type(module).__name__ for module in adapters.denoisers(policy.pipe).values()],
         rule=config.rule,
         rewards=config.rewards,

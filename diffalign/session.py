@@ -22,7 +22,6 @@ from diffalign.build import build
 from diffalign.card import write_adapter
 from diffalign.config import Config
 from diffalign.distributed import ALONE, World
-from diffalign.files import fingerprint
 from diffalign.progress import Reporter
 from diffalign.randomness import numpy_generator
 from diffalign.runfolder import RunFolder, open_run
@@ -108,7 +107,6 @@ class Session:
             reporter.say("evaluating on prompts that are trained on: scores do not say what is true of others")
         content = json.dumps([entries, stages, self.fixed.text, self.fixed.stages, self.fixed.metadata], sort_keys=True)
         self.prompts_digest = hashlib.sha256(content.encode()).hexdigest()
-        self.weights = None if config.weights is None else fingerprint(Path(config.weights))
         self._store_prompts(entries, stages)
         self._fit()
         if self.parts.place.commit is not None:
@@ -121,7 +119,7 @@ class Session:
         self.stop_code: int | None = None
 
     def _write_adapter(self, summary: dict[str, float], name: str) -> None:
-        write_adapter(self.config, self.policy, self.folder, summary, name, self.done, self.parts.place.commit)
+        write_adapter(self.config, self.policy, self.folder, summary, name, self.done, self.parts.place)
 
     def _store_prompts(self, entries: list[prompts.Entry], stages: prompts.Stages) -> None:
         """Encode all prompts of the run beforehand and let the text encoders go, if the config has a cache for it."""
@@ -160,7 +158,7 @@ class Session:
                 "rule": rule_state,
                 "skipped": self.skipped,
                 "prompts": self.prompts_digest,
-                "weights": self.weights,
+                "weights": self.parts.place.digest,
                 "micro_batch": self.trainer.micro_batch,
             },
         )
@@ -196,7 +194,7 @@ class Session:
         state = checkpoint.load(newest)
         if state.notes["prompts"] != self.prompts_digest:
             raise UserError("prompts.source: the prompts are not those the run began with; restore them, or --fresh")
-        if state.notes["weights"] != self.weights:
+        if state.notes["weights"] != self.parts.place.digest:
             raise UserError(
                 f"weights: {self.config.weights} is not the file the run began with; restore it, or --fresh"
             )

@@ -95,6 +95,32 @@ def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
+Head = list[tuple[Tensor, Tensor]]  # weight and bias of linear layers
+LAYERS = (
+    0,
+    2,
+    4,
+    6,
+    7,
+)  # of the aesthetic predictor's Sequential, which ImageReward has too; between them is dropout, and no activation
+
+
+def head(weights: dict[str, Tensor], prefix: str = "") -> Head:
+    """The five linear layers of a head on an embedding.
+
+    Raises:
+        KeyError: if one is not among the weights.
+    """
+    return [(weights[f"{prefix}layers.{k}.weight"], weights[f"{prefix}layers.{k}.bias"]) for k in LAYERS]
+
+
+def through(layers: Head, x: Tensor) -> Tensor:
+    """A head's score (N,) of embeddings (N, D)."""
+    for weight, bias in layers:
+        x = F.linear(x, weight.to(x), bias.to(x))
+    return x[:, 0]
+
+
 def untrained(scale: Tensor) -> list[str]:
     """A line if CLIP's exp(logit_scale) is not that of a trained one."""
     value = float(scale.detach())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffalign.types import Media, Prompts
@@ -26,7 +25,6 @@ REWARDS = {
 }
 CLIP, HEAD = "openai/clip-vit-large-patch14", ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
 FILES = ("sac+logos+ava1-l14-linearMSE.pth", HEAD[1])  # as its authors and as the hub name the same weights
-LAYERS = (0, 2, 4, 6, 7)  # of its Sequential; those between are dropout, and there is no activation
 
 
 class Aesthetic(_clip.Scorer):
@@ -37,7 +35,7 @@ class Aesthetic(_clip.Scorer):
         path = self._head(place)
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-            self.head = [(weights[f"layers.{k}.weight"], weights[f"layers.{k}.bias"]) for k in LAYERS]
+            self.head = _clip.head(weights)
         except Exception as error:  # torch's own message advises to run whatever the file holds
             raise ValueError(f"{path} is not {FILES[0]}: it lacks its five layers") from error
 
@@ -50,7 +48,4 @@ class Aesthetic(_clip.Scorer):
         return str(found[0])
 
     def __call__(self, media: Media, prompts: Prompts) -> Tensor:
-        x = self.image(media.pixels[:, 0].float())
-        for weight, bias in self.head:
-            x = F.linear(x, weight.to(x), bias.to(x))
-        return x[:, 0]
+        return _clip.through(self.head, self.image(media.pixels[:, 0].float()))

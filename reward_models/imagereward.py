@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffalign.types import Media, Prompts
@@ -36,7 +35,6 @@ LENGTH = 35  # tokens of a prompt
 MEAN, STD = 0.16717, 1.03334  # of the authors' data: score = (r - mean) / std
 HEAD = 64  # numbers of an attention head, in BERT and in the ViT alike
 ADDED = 2  # tokens that BLIP adds to BERT's vocabulary
-LAYERS = (0, 2, 4, 6, 7)  # linear ones of its head; those between are dropout, and there is no activation
 # BLIP's own names of the picture's side -> those of transformers
 NAMES = (
     ("cls_token", "embeddings.class_embedding"),
@@ -61,7 +59,7 @@ class ImageReward:
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             self.picture, self.text = _vision(_part(weights, "blip.visual_encoder.")), _text(weights)
-            self.head = [(weights[f"mlp.layers.{k}.weight"], weights[f"mlp.layers.{k}.bias"]) for k in LAYERS]
+            self.head = _clip.head(weights, "mlp.")
         except Exception as error:  # torch's own message advises to run whatever the file holds
             raise ValueError(f"{path} is not {FILE}: it lacks BLIP's weights or its head's") from error
         self.tokens = _tokenizer(words, self.text.config.vocab_size - ADDED)
@@ -78,9 +76,7 @@ class ImageReward:
         x = self.text.to(device)(
             told["input_ids"].to(device), told["attention_mask"].to(device), encoder_hidden_states=seen
         ).last_hidden_state[:, 0]
-        for weight, bias in self.head:
-            x = F.linear(x, weight.to(x), bias.to(x))
-        return (x[:, 0] - MEAN) / STD
+        return (_clip.through(self.head, x) - MEAN) / STD
 
     def checkpoint(self) -> None:
         """Keep only the inputs of layers for the gradient."""

@@ -12,6 +12,7 @@ import base64
 import io
 import math
 import re
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,7 +58,7 @@ FRAMES = 4  # of a video that are shown
 AT_ONCE = 8  # requests on their way
 
 
-class _Judge:
+class _Judge(ABC):
     """Asks about every sample; NaN where there was no answer in time or none that is a score."""
 
     name: ClassVar[str]
@@ -93,7 +94,7 @@ class _Judge:
             answer for answer, score in zip(answers, found, strict=True) if answer is not None and math.isnan(score)
         ]
         if strange:
-            self.unread = f"answered {_said(strange[0], self.name)[0][:80]!r}, which is no score"
+            self.unread = f"answered {_said(strange[0])[0][:80]!r}, which is no score"
         return found
 
     def _ask(self, frames: np.ndarray, prompt: str) -> Any:
@@ -109,9 +110,9 @@ class _Judge:
         }
         return self._client.post(lambda: self.url, body)
 
+    @abstractmethod
     def read(self, answer: Any) -> float:
         """The score in an answer."""
-        raise NotImplementedError
 
 
 class VLMJudge(_Judge):
@@ -138,7 +139,7 @@ def _data(frame: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _said(answer: Any, name: str) -> tuple[str, list[dict[str, Any]]]:
+def _said(answer: Any) -> tuple[str, list[dict[str, Any]]]:
     """An answer's text, and its tokens with their probabilities, none where the endpoint gives none.
 
     Raises:
@@ -149,15 +150,15 @@ def _said(answer: Any, name: str) -> tuple[str, list[dict[str, Any]]]:
         tokens = list((choice.get("logprobs") or {}).get("content") or [])
         return str(choice["message"]["content"] or ""), tokens
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise Fault(f"reward {name}: {str(answer)[:200]!r} is no chat completion") from error
+        raise Fault(f"{str(answer)[:200]!r} is no chat completion") from error
 
 
-def _likely(token: Any, name: str) -> dict[str, float]:
+def _likely(token: Any) -> dict[str, float]:
     """Probabilities of what could have stood in a token's place."""
     try:
         return {other["token"]: math.exp(float(other["logprob"])) for other in token.get("top_logprobs") or ()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Fault(f"reward {name}: {str(token)[:200]!r} is no token of a chat completion") from error
+        raise Fault(f"{str(token)[:200]!r} is no token of a chat completion") from error
 
 
 def probability(answer: Any) -> float:
@@ -166,8 +167,8 @@ def probability(answer: Any) -> float:
     Raises:
         Fault: if it is no answer of such an endpoint.
     """
-    text, tokens = _said(answer, "vlm_judge")
-    likely = _likely(tokens[0], "vlm_judge") if tokens else {}
+    text, tokens = _said(answer)
+    likely = _likely(tokens[0]) if tokens else {}
     yes, no = (sum(p for token, p in likely.items() if _word(token) == word) for word in ("yes", "no"))
     if yes + no > 0:
         return yes / (yes + no)
@@ -180,7 +181,7 @@ def points(answer: Any) -> float:
     Raises:
         Fault: if it is no answer of such an endpoint.
     """
-    text, tokens = _said(answer, "vlm_points")
+    text, tokens = _said(answer)
     found = list(GIVEN.finditer(text)) or [*filter(None, [ALONE.fullmatch(text)])]
     if not found:
         return math.nan
@@ -190,7 +191,7 @@ def points(answer: Any) -> float:
         for token in tokens:
             end += len(token.get("token", ""))
             if end >= found[-1].end():  # the token that is the number
-                given = _mean_points(_likely(token, "vlm_points"), given)
+                given = _mean_points(_likely(token), given)
                 break
     return given if LEAST <= given <= MOST else math.nan
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffalign.backends import adapters, single_file
+from diffalign.files import fingerprint
 from diffalign.types import UserError, one_line
 
 # What pipelines that start from a picture or a video are called.
@@ -18,11 +19,13 @@ OTHER_TASKS = re.compile("ImageToVideo|Image2Video|VideoToVideo|Img2Img|Inpaint|
 
 @dataclass(frozen=True)
 class Place:
-    """A diffusers folder, the commit of the hub's repository that it is, None for others, and what a single file put into it."""
+    """A diffusers folder, the commit of the hub's repository that it is, None for others, what a single file put into it, and a name
+    for that file's content."""
 
     folder: str
     commit: str | None = None
     file: str = ""
+    digest: str = ""
 
 
 def locate(model: str, revision: str | None = None) -> Place:
@@ -127,4 +130,6 @@ def load(
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
-    return pipe.to(device), replace(place, file=str(other) if weights else "")
+    if weights is not None:
+        place = replace(place, file=str(other), digest=fingerprint(Path(weights)))
+    return pipe.to(device), place

@@ -311,10 +311,8 @@ def _stacked(folder: Path, rows: Sequence[int]) -> np.ndarray:
     found = [samples.read(folder, row) for row in rows]
     for row, frames in zip(rows, found, strict=True):
         if frames.shape != found[0].shape:
-            raise Fault(
-                f"{samples.path(folder, row)}: damaged (its size is {frames.shape}, others' is {found[0].shape}); delete it, the same "
-                "command makes it again"
-            )
+            why = f"its size is {frames.shape}, others' is {found[0].shape}"
+            raise samples.damaged(samples.path(folder, row), why)
     return np.stack(found)
 
 

@@ -56,11 +56,12 @@ def read(folder: Path, row: int) -> NDArray[np.uint8]:
             strip = np.asarray(picture.convert("RGB"))
         return np.stack(np.split(strip, count, axis=1))
     except (OSError, SyntaxError, ValueError) as error:
-        raise _damaged(place, error) from error
+        raise damaged(place, one_line(error)) from error
 
 
-def _damaged(place: Path, error: Exception) -> Fault:
-    return Fault(f"{place}: damaged ({one_line(error)}); delete it, the same command makes it again")
+def damaged(place: Path, why: str) -> Fault:
+    """What to say of a file that cannot be used."""
+    return Fault(f"{place}: damaged ({why}); delete it, the same command makes it again")
 
 
 def drift(folder: Path, row: int) -> float:
@@ -69,7 +70,7 @@ def drift(folder: Path, row: int) -> float:
         with Image.open(path(folder, row)) as picture:
             return float(picture.info.get("drift", "nan"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise _damaged(path(folder, row), error) from error
+        raise damaged(path(folder, row), one_line(error)) from error
 
 
 def draw(task: Task, model: sampling.Source, folder: Path, rows: Sequence[int], say: Callable[[str], None]) -> None:

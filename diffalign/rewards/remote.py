@@ -30,9 +30,7 @@ from diffalign.types import Fault, Media, Prompts, UserError, chunks, one_line
 TOKEN = "DIFFALIGN_REWARD_TOKEN"  # the variable whose value is sent as a bearer token, and asked for by `serve-reward`
 CONNECT, READ = 5.0, 120.0  # seconds
 PAUSE, LONGEST = 0.5, 30.0  # seconds before the second attempt, doubled each time up to the longest
-FAILURES = (
-    4  # answers "500" to one request after which it is not tried again: the server is there, and its reward fails
-)
+FAILURES = 4  # answers of 500 to one request after which it is not tried again: the reward itself fails
 PIXELS = 2**28  # of a request, decoded: a small PNG file can be a huge picture
 IN_FLIGHT = 2  # requests a server works on at once: one scores while the next one travels
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
@@ -62,7 +60,7 @@ def unpacked(given: Any) -> torch.Tensor:
     """
     if not isinstance(given, dict) or given.get("format") not in ("png", "raw"):
         raise ValueError("media: expected an object with format png or raw")
-    frames = _raw(given) if given["format"] == "raw" else _pngs(given.get("data"))  # each within PIXELS
+    frames = _raw(given) if given["format"] == "raw" else _pngs(given.get("data"))
     return torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255
 
 
