@@ -262,14 +262,14 @@ def _one(
     """Draw and judge one model's samples; what the first process gets, the others get nothing."""
     rows = world.rows(task.total, task.batch)
     measured = task.drift and model.adapters
-    missing = [
+    missing = {
         row
         for row in rows
         if not samples.path(folder, row).is_file() or (measured and np.isnan(samples.drift(folder, row)))
-    ]
+    }
     say(f"{folder.name}: {task.total} samples, {sum(world.gather(len(missing)))} of them to draw")
     if missing:
-        world.together(lambda: samples.draw(task, model, folder, missing, say))
+        world.together(lambda: samples.draw(task, model, folder, rows, missing, say))
     else:
         world.together(lambda: None)
     scores = world.gather((rows, world.together(lambda: _judged(task, folder, rows, rewards))))

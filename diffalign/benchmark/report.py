@@ -38,6 +38,7 @@ def write(
         "prompts": {"source": task.source, "split": task.split, "count": len(task.entries), "digest": task.digest()},
         "samples_per_prompt": task.samples,
         "seed": task.seed,
+        "drawn_at_once": _batches(task, whole),
         "rewards": list(task.rewards),
         "diffalign": __version__,
         "models": rows,
@@ -47,6 +48,12 @@ def write(
     _grid(task, whole).save(out / "grid.png")
     _page(task, report, labels, whole, out / "index.html")
     return out / "index.html"
+
+
+def _batches(task: Task, drawn: Sequence[Drawn]) -> list[int]:
+    """How many samples were drawn at a time; of samples of older versions that is not known."""
+    found = np.array([samples.batch(one.folder, row) for one in drawn for row in range(task.total)])
+    return sorted({int(size) for size in found[np.isfinite(found)]})
 
 
 def _base(models: Sequence[sampling.Source], drawn: Sequence[Drawn], number: int) -> Drawn | None:

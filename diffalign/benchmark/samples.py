@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,10 +32,12 @@ def path(folder: Path, row: int) -> Path:
     return folder / f"{row:06d}.png"
 
 
-def write(frames: NDArray[np.uint8], place: Path, drift: float | None = None) -> None:
-    """Keep a sample (F, H, W, 3), and how far its predictions were from the base model's: the file appears whole."""
+def write(frames: NDArray[np.uint8], place: Path, drift: float | None = None, batch: int = 1) -> None:
+    """Keep a sample (F, H, W, 3), how far its predictions were from the base model's, and how many were drawn at once: the file
+    appears whole."""
     notes = PngImagePlugin.PngInfo()
     notes.add_text("frames", str(len(frames)))
+    notes.add_text("batch", str(batch))
     if drift is not None:
         notes.add_text("drift", repr(drift))
     part = place.with_suffix(f".{os.getpid()}")
@@ -66,15 +68,27 @@ def damaged(place: Path, why: str) -> Fault:
 
 def drift(folder: Path, row: int) -> float:
     """How far a sample's predictions were from the base model's, NaN where that was not measured."""
+    return _note(folder, row, "drift")
+
+
+def batch(folder: Path, row: int) -> float:
+    """How many samples were drawn at once, NaN where that is not known."""
+    return _note(folder, row, "batch")
+
+
+def _note(folder: Path, row: int, name: str) -> float:
     try:
         with Image.open(path(folder, row)) as picture:
-            return float(picture.info.get("drift", "nan"))
+            return float(picture.info.get(name, "nan"))
     except (OSError, SyntaxError, ValueError) as error:
         raise damaged(path(folder, row), one_line(error)) from error
 
 
-def draw(task: Task, model: sampling.Source, folder: Path, rows: Sequence[int], say: Callable[[str], None]) -> None:
-    """Draw the samples of some rows by the plain pipeline.
+def draw(
+    task: Task, model: sampling.Source, folder: Path, rows: Sequence[int], missing: Set[int], say: Callable[[str], None]
+) -> None:
+    """Draw the missing ones of some rows by the plain pipeline, each among the rows that it was first drawn with: on some processors the
+    last bits of a picture depend on how many are drawn at once.
 
     Raises:
         UserError: if the model does not load, or refuses its call.
@@ -84,8 +98,10 @@ def draw(task: Task, model: sampling.Source, folder: Path, rows: Sequence[int], 
     from diffalign.backends import adapters
 
     pipe = sampling.pipeline(model)
-    for number, part in enumerate(chunks(len(rows), task.batch)):
-        own = [rows[k] for k in part]
+    batches = [[rows[k] for k in part] for part in chunks(len(rows), task.batch)]
+    wanted = [own for own in batches if not missing.isdisjoint(own)]
+    done = 0
+    for number, own in enumerate(wanted):
         texts = [task.entries[row // task.samples]["prompt"] for row in own]
         seeds = [task.seed_of(row) for row in own]
         drifts: list[float | None] = [None] * len(own)
@@ -100,6 +116,8 @@ def draw(task: Task, model: sampling.Source, folder: Path, rows: Sequence[int], 
             if not np.isfinite(frames).all():
                 raise Fault(f"{folder.name}: sample {row} has numbers that are not finite")
             frames = frames if frames.ndim == 4 else frames[None]
-            write(np.round(frames * 255).astype(np.uint8), path(folder, row), apart_by)
+            if row in missing:
+                write(np.round(frames * 255).astype(np.uint8), path(folder, row), apart_by, task.batch)
+                done += 1
         if number % 10 == 9:
-            say(f"{folder.name}: {min((number + 1) * task.batch, len(rows))} of {len(rows)} drawn")
+            say(f"{folder.name}: {done} of {len(missing)} drawn")

@@ -59,7 +59,7 @@ def mean_of_means(values: Floats, prompt: Integers, task: Integers, resamples: i
     rng = np.random.default_rng(seed)
     finite = np.isfinite(values)
     values, prompt, task = values[finite], prompt[finite], task[finite]
-    drawn, exact = np.zeros(resamples), []
+    drawn, exact = np.zeros(resamples), 0.0
     names = np.unique(task)
     for name in names:
         own = task == name
@@ -67,9 +67,10 @@ def mean_of_means(values: Floats, prompt: Integers, task: Integers, resamples: i
         sums, counts = np.bincount(index, values[own]), np.bincount(index).astype(float)
         picks = rng.integers(len(sums), size=(resamples, len(sums)))
         drawn += sums[picks].sum(1) / counts[picks].sum(1) / len(names)
-        exact.append(float(values[own].mean()))
+        # Added up as the resamples are: where a task has one prompt, and all of them are equal, so is this, to the last bit.
+        exact += float(sums.sum() / counts.sum() / len(names))
     low, high = np.percentile(drawn, (2.5, 97.5))
-    return Interval(float(np.mean(exact)), float(low), float(high))
+    return Interval(exact, float(low), float(high))
 
 
 def thumbnails(frames: NDArray[np.uint8]) -> Floats:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffalign import benchmark, session
+from diffalign import benchmark, sampling, session
 from diffalign.benchmark import samples
 from diffalign.cli import app
 from diffalign.shapes import captions, models
@@ -120,7 +120,7 @@ def test_what_is_there_is_neither_drawn_nor_judged_again(prompts, tmp_path):
     (folder / "000004.png").unlink()
     again = invoke(*command)
     assert "6 samples, 1 of them to draw" in again.output
-    assert len(asked.read_text()) == 6  # the same pixels have the same score
+    assert len(asked.read_text()) == 6  # drawn among the same, it has the same pixels and the same score
     after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.png")}
     assert {name for name in before if before[name][1] != after[name][1]} == {"000004.png"}
     assert all(before[name][0] == after[name][0] for name in before)
@@ -130,6 +130,32 @@ def test_what_is_there_is_neither_drawn_nor_judged_again(prompts, tmp_path):
     assert len(asked.read_text()) == 12  # another version
     assert invoke(*command, "--fresh").exit_code == 0
     assert {path.stat().st_mtime_ns for path in folder.glob("*.png")}.isdisjoint(v[1] for v in after.values())
+
+
+def drawn_together(monkeypatch):
+    """Pictures that depend on how many are drawn at once, as they do in their last bits on processors without AVX-512."""
+    plain = sampling.shots
+
+    def shots(pipe, prompts, seeds, call):
+        return np.clip(plain(pipe, prompts, seeds, call) * (1 - 0.1 * len(prompts)), 0, 1)
+
+    monkeypatch.setattr(sampling, "shots", shots)
+
+
+def test_a_lost_picture_is_drawn_again_among_those_it_came_from(prompts, tmp_path, monkeypatch):
+    drawn_together(monkeypatch)
+    command = ["shapes-sd3", "--suite", prompts, "--reward", "jpeg_compressibility", *FEW, "--out", tmp_path]
+    assert invoke(*command).exit_code == 0
+    lost = tmp_path / "0-shapes-sd3" / "000004.png"
+    before = lost.read_bytes()
+    lost.unlink()
+    assert "6 samples, 1 of them to draw" in invoke(*command).output
+    assert lost.read_bytes() == before
+    assert json.loads((tmp_path / "report.json").read_text())["drawn_at_once"] == [3]
+    assert "at a time" not in (tmp_path / "index.html").read_text()
+    lost.unlink()
+    assert invoke(*command[:-3], "2", *command[-2:]).exit_code == 0  # --batch 2
+    assert "drawn 2 and 3 at a time" in (tmp_path / "index.html").read_text()
 
 
 def test_a_failure_is_not_kept(prompts, tmp_path):
