@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffalign import build, config, prompts
-from diffalign.trainer import Trainer
+from diffalign.config import schema as config
+from diffalign.prompts import files as prompts
+from diffalign.runs import parts as build
+from diffalign.training.trainer import Trainer
 
 REPEATS = 5
 RULES = {

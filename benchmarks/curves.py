@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from diffalign.runfolder import read_rows
+from diffalign.runs.folder import read_rows
 
 WINDOW = 15
 

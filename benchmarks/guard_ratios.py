@@ -17,11 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffalign import build, config, prompts
-from diffalign.randomness import numpy_generator
-from diffalign.rules import GRPOGuard, policy_gradient
+from diffalign.config import schema as config
+from diffalign.prompts import files as prompts
+from diffalign.rules import GRPOGuard
+from diffalign.rules import _policy_gradient as policy_gradient
 from diffalign.rules.grpo_guard import normalised
-from diffalign.trainer import Clock, Trainer
+from diffalign.runs import parts as build
+from diffalign.runtime.randomness import numpy_generator
+from diffalign.training.trainer import Clock, Trainer
 
 UPDATES, SAMPLES = 4, 64
 

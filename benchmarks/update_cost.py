@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffalign import config as configs
-from diffalign.backends import adapters
-from diffalign.progress import Reporter
-from diffalign.runfolder import open_run
-from diffalign.session import Session
+from diffalign.config import schema as configs
+from diffalign.models import lora as adapters
+from diffalign.runs.folder import open_run
+from diffalign.runs.progress import Reporter
+from diffalign.runs.session import Session
 
 ROUNDS = 12
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 
 import diffalign
-from diffalign.files import LORA
+from diffalign.runtime.files import LORA
 from diffalign.types import Fault, UserError
 
 
@@ -36,13 +36,13 @@ def app() -> None:
 @click.option("--quiet", is_flag=True, help="Print nothing but the result.")
 def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> None:
     """Train CONFIG, a path or a name such as flow_grpo/shapes-sd3. The same command again resumes."""
-    from diffalign import config as configs
-    from diffalign.runfolder import open_run
+    from diffalign.config import schema as configs
+    from diffalign.runs.folder import open_run
 
     settings = configs.load(config, overrides)
     if os.environ.get("RANK", "0") == "0":
         open_run(settings, fresh).close()  # refused before torch is imported
-    from diffalign import session
+    from diffalign.runs import session
 
     try:
         summary = session.train(settings, fresh=fresh, quiet=quiet)
@@ -90,8 +90,8 @@ def sample(
     out: str,
 ) -> None:
     """Write pictures or videos, a grid and an index page from a run, an adapter or a model."""
-    from diffalign import prompts as prompt_files
-    from diffalign import sampling
+    from diffalign.prompts import files as prompt_files
+    from diffalign.sampling import pictures as sampling
 
     texts = list(prompts)
     if file is not None:
@@ -144,7 +144,7 @@ def evaluate(
     out: Path,
 ) -> None:
     """Judge models and adapters on a suite of prompts, all from the same noises, with intervals, grids and a page."""
-    from diffalign import benchmark
+    from diffalign.evaluation import suite as benchmark
 
     task = benchmark.task_of(suite, prompts, rewards, split, count, seed, batch, drift)
     models = benchmark.sources(targets, options, steps, guidance)
@@ -156,7 +156,7 @@ def evaluate(
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A .safetensors file.")
 def export(folder: Path, out: Path) -> None:
     """Write an adapter under the names ComfyUI reads."""
-    from diffalign.export import comfyui
+    from diffalign.models.comfyui import comfyui
 
     for path, count in comfyui(folder, out).items():
         click.echo(f"{path}: {count} layers")
@@ -171,16 +171,16 @@ def export(folder: Path, out: Path) -> None:
 @click.option("--card", help="Bound on a card's peak: a100, h200, ...")
 def plan(config: str, overrides: tuple[str, ...], preview: str | None, card: str | None) -> None:
     """Say what one update of CONFIG does and costs; loads no weights."""
-    from diffalign import config as configs
+    from diffalign.config import schema as configs
 
     settings = configs.load(config, overrides)
     if preview is not None:
-        from diffalign import preview as previews
+        from diffalign.planning import preview as previews
 
         for line in previews.write(settings, Path(preview)):
             click.echo(line)
         return
-    from diffalign import cost
+    from diffalign.planning import cost
 
     rate, source = cost.bound(card)
     for line in cost.count(settings).lines(rate, source):
@@ -198,7 +198,7 @@ def gradients(configs: tuple[str, ...], out: str, batches: int, chain: bool) -> 
     Model, sampler, rewards and prompts are the first CONFIG's, changed by KEY=VALUE; of the others only the rule counts.
     CONFIG@KEY=VALUE changes a setting of a rule: rlr/shapes-sd3@depth=1@span=2.
     """
-    from diffalign import gradients as instrument
+    from diffalign.gradients import instrument
 
     overrides = tuple(word for word in configs if "=" in word.split("@")[0])
     names = tuple(word for word in configs if word not in overrides)
@@ -225,8 +225,8 @@ def stages(
     config: str, overrides: tuple[str, ...], endpoint: str, model: str, out: str, count: int, key: str | None
 ) -> None:
     """Ask a language model for stage prompts of CONFIG's training and evaluation prompts."""
-    from diffalign import config as configs
-    from diffalign import stages as stage_prompts
+    from diffalign.config import schema as configs
+    from diffalign.prompts import stage_writer as stage_prompts
 
     settings = configs.load(config, overrides)
     entries = [*settings.training_prompts(), *settings.evaluation_prompts()]
@@ -239,7 +239,7 @@ def stages(
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def show_config(config: str, overrides: tuple[str, ...]) -> None:
     """Print every key of CONFIG with its value and meaning."""
-    from diffalign import config as configs
+    from diffalign.config import schema as configs
 
     for line in configs.explained(configs.load(config, overrides)):
         click.echo(line)

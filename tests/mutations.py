@@ -19,14 +19,14 @@ GAUSSIAN, SURROGATE = "diffalign/ops/gaussian.py", "diffalign/ops/surrogate.py"
 ADVANTAGES, MATCHING = "diffalign/ops/advantages.py", "diffalign/ops/matching.py"
 FLOW, DDIM, TABLE = (f"diffalign/processes/{name}.py" for name in ("flow_sde", "ddim", "table"))
 SHARED, GRPO, DDPO, TBP = (
-    f"diffalign/rules/{name}.py" for name in ("policy_gradient", "flow_grpo", "ddpo", "truncated_bp")
+    f"diffalign/rules/{name}.py" for name in ("_policy_gradient", "flow_grpo", "ddpo", "truncated_bp")
 )
 RLR, CHAIN = "diffalign/rules/rlr.py", "diffalign/backends/chain.py"
 GUARD, BRANCH, AWM, NFT = (f"diffalign/rules/{name}.py" for name in ("grpo_guard", "branch_grpo", "awm", "nft"))
-MERGING = "diffalign/rules/merging.py"
+MERGING = "diffalign/rules/_merging.py"
 CPS = "diffalign/processes/cps.py"
 SOLVER = "diffalign/processes/dpm_solver.py"
-GENEVAL, TRAINER = "diffalign/ops/geneval.py", "diffalign/trainer.py"
+GENEVAL, TRAINER = "diffalign/ops/geneval.py", "diffalign/training/trainer.py"
 
 MUTATIONS = [
     Mutation("log-prob sign", GAUSSIAN, "per_dim = -((x - mean) ** 2)", "per_dim = ((x - mean) ** 2)"),

@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import TINY
-
-ROOT = Path(__file__).parent.parent
+from tests.kit import ROOT
+from tests.kit.helpers import TINY
 
 # A reward that tells any two pictures apart, so that two updates really train; alpha differs from rank.
 TRAINED = ["rewards={jpeg_compressibility: 1}", "lora.rank=4", "lora.alpha=20", "optimizer.lr=0.02"]
@@ -46,9 +45,11 @@ def test_sample_writes_pictures_and_a_grid(trained, tmp_path):
 
 def test_five_lines_of_diffusers_draw_the_training_pipelines_picture(trained, tmp_path):
     """alpha differs from rank; the five lines import diffusers, torch and numpy only."""
-    from diffalign import build, config, prompts
-    from diffalign.backends import loading
-    from diffalign.evaluate import quiet_plan
+    from diffalign.config import schema as config
+    from diffalign.evaluation.fixed import quiet_plan
+    from diffalign.models import loading
+    from diffalign.prompts import files as prompts
+    from diffalign.runs import parts as build
     from diffalign.shapes import models
 
     folder, out = models.path("shapes-sd3"), tmp_path / "image.npy"
@@ -63,7 +64,7 @@ numpy.save({str(out)!r}, pipe("a photo of two stars", generator=torch.Generator(
     assert done.returncode == 0, done.stderr
     settings = config.load("flow_grpo/shapes-sd3", [*TINY, *TRAINED, f"run_dir={trained}"])
     parts = build.build(settings)
-    from diffalign import checkpoint
+    from diffalign.runs import checkpoint
 
     state = checkpoint.load(checkpoint.complete(trained / "checkpoints")[-1])
     with torch.no_grad():
@@ -113,7 +114,7 @@ def test_plan_says_what_an_update_does_without_loading_weights(tmp_path):
 
 
 def test_plan_counts_the_rows_that_training_uses(trained):
-    from diffalign.runfolder import read_rows
+    from diffalign.runs.folder import read_rows
 
     row = next(row for row in read_rows(trained) if "nfe" in row and not row.get("skipped_flat"))
     done = run("plan", "flow_grpo/shapes-sd3", *TINY, *TRAINED)
@@ -334,7 +335,7 @@ def test_a_preview_shows_samples_with_and_without_noise(tmp_path):
 
 
 def test_stage_prompts_are_asked_for_and_trained_with(tmp_path):
-    from tests.test_stages import GOOD, Endpoint
+    from tests.prompts.test_stage_writer import GOOD, Endpoint
 
     endpoint, out = Endpoint((200, GOOD)), tmp_path / "stages.jsonl"
     source = tmp_path / "prompts.txt"

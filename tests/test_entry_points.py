@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import TINY, tiny
+from tests.kit import ROOT
+from tests.kit.helpers import TINY, tiny
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -100,7 +100,7 @@ def test_a_built_wheel_installed_elsewhere_trains(tmp_path):
         "diffalign/shapes/weights/shapes-sd3/transformer/diffusion_pytorch_model.safetensors",
         "diffalign/shapes/weights/shapes-sd/unet/diffusion_pytorch_model.safetensors",
         "diffalign/shapes/weights/preference/shapes_judge.safetensors",
-        "diffalign/sample_page.html",
+        "diffalign/sampling/page.html",
     ):
         assert part in names
     assert not [name for name in names if name.startswith("tests/")]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.kit import ROOT
+
 # Lowest first; a file may import from its own line and those above it.
 LAYERS = [
     {"types", "files", "_version"},

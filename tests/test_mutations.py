@@ -4,13 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.kit import ROOT
 from tests.mutations import MUTATIONS
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_there_are_twenty_and_each_names_one_place():

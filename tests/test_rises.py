@@ -2,7 +2,8 @@
 
 import pytest
 
-from diffalign import config, session
+from diffalign.config import schema as config
+from diffalign.runs import session
 
 # config -> the reward it is trained on
 RUNS = {

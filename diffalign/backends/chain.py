@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffalign.ops import gaussian
 from diffalign.processes import Levels, Process, Table, dpm_solver
-from diffalign.randomness import key, normal
+from diffalign.runtime.randomness import key, normal
 from diffalign.types import Media, Plan, Prompts, Replay, Rollout, Schedule, Transition, Tree, chunks
 
 OnStep = Callable[[int, Tensor, Tensor], Tensor]  # (step, prediction, latent as the network saw it) -> next latent

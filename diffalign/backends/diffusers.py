@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from diffalign.backends import adapters, recorder
+from diffalign.backends import recorder
 from diffalign.backends.chain import ChainPolicy, OnStep
-from diffalign.backends.encodings import Encodings, Store, digest, versions
+from diffalign.models import lora as adapters
+from diffalign.models.encodings import Encodings, Store, digest, versions
 from diffalign.processes import Process
 from diffalign.types import Media, Prompts, Rollout, UserError
 

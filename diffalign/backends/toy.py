@@ -17,7 +17,7 @@ from torch import Tensor
 from diffalign.backends.chain import ChainPolicy, OnStep
 from diffalign.processes import PROCESSES, Levels
 from diffalign.processes.table import Kind
-from diffalign.randomness import normal
+from diffalign.runtime.randomness import normal
 from diffalign.types import Media, Prompts, Rollout
 
 WEIGHT = (1.0, -0.5, 0.25)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from diffalign.files import write_text
-from diffalign.gradients.measurement import Found
+from diffalign.gradients.laboratory import Found
+from diffalign.runtime.files import write_text
 
 HEADS = (
     "rule",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.memory import out_of_memory
+from diffalign.runtime.memory import out_of_memory
 from diffalign.types import Fault, Media, Prompts, Scores, one_line
 
 Scored = np.ndarray[Any, np.dtype[np.float64]]  # (N,), NaN where there is no score

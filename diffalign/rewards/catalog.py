@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffalign.files import is_file
+from diffalign.runtime.files import is_file
 
 EXTRAS = {"open_clip": "rewards", "rapidocr_onnxruntime": "ocr"}  # module -> the extra that brings it
 

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from diffalign import ops
-from diffalign.rules import forward
+from diffalign.rules import _forward as forward
 from diffalign.types import (
     Credit,
     Loss,

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from diffalign import ops
-from diffalign.rules import policy_gradient
-from diffalign.rules.merging import merged
+from diffalign.rules import _policy_gradient as policy_gradient
+from diffalign.rules._merging import merged
 from diffalign.types import (
     Credit,
     Floats,

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from diffalign.rules import policy_gradient
+from diffalign.rules import _policy_gradient as policy_gradient
 from diffalign.types import (
     Credit,
     Loss,

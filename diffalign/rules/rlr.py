@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from diffalign import ops
-from diffalign.rules.settings import Settings
+from diffalign.rules._rule import Settings
 from diffalign.types import (
     Credit,
     GraphBytes,

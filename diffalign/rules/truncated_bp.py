@@ -18,8 +18,8 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field
 
-from diffalign.rules import forward
-from diffalign.rules.settings import Settings
+from diffalign.rules import _forward as forward
+from diffalign.rules._rule import Settings
 from diffalign.types import (
     Credit,
     Loss,

@@ -8,13 +8,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
-from diffalign import measure, prompts
-from diffalign.backends import adapters, diffusers, loading
-from diffalign.evaluate import quiet_plan
+from diffalign.backends import diffusers
+from diffalign.evaluation.fixed import quiet_plan
+from diffalign.models import loading
+from diffalign.models import lora as adapters
 from diffalign.ops import gaussian
 from diffalign.processes import PROCESSES
+from diffalign.prompts import files as prompts
 from diffalign.rules import RLR, TruncatedBP
-from diffalign.trainer import Trainer
+from diffalign.training import fitting as measure
+from diffalign.training.trainer import Trainer
 from diffalign.types import Plan, Prompts, UserError
 
 PROCESS = {"shapes-sd3": "flow_sde", "shapes-sd": "ddim"}

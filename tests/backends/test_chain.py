@@ -6,7 +6,7 @@ import torch
 
 from diffalign.backends.toy import ToyPolicy
 from diffalign.types import Plan, Tree
-from tests.helpers import toy_prompts
+from tests.kit.helpers import toy_prompts
 
 
 def noisy(steps: int, stop: int | None = None, **kwargs) -> Plan:

@@ -5,10 +5,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffalign import prompts
-from diffalign.backends import adapters, diffusers, encodings, loading, recorder
-from diffalign.evaluate import quiet_plan
+from diffalign.backends import diffusers, recorder
+from diffalign.evaluation.fixed import quiet_plan
+from diffalign.models import encodings, loading
+from diffalign.models import lora as adapters
 from diffalign.processes import PROCESSES
+from diffalign.prompts import files as prompts
 from diffalign.types import Plan, Prompts, UserError
 
 NOISY = Plan(4, (True, True, True, False), ())

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from diffalign import config, cost
-from diffalign.progress import Reporter
-from diffalign.runfolder import open_run, read_rows
-from diffalign.session import Session
+from diffalign.config import schema as config
+from diffalign.planning import cost
+from diffalign.runs.folder import open_run, read_rows
+from diffalign.runs.progress import Reporter
+from diffalign.runs.session import Session
 from diffalign.shapes import models
 from tests.families import FAMILIES, folder
-from tests.helpers import SMALL, THREE_STEPS
+from tests.kit.helpers import SMALL, THREE_STEPS
 
 HUB = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "SD 1.5",

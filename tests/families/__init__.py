@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from diffalign.backends import adapters, loading
+from diffalign.models import loading
+from diffalign.models import lora as adapters
 from tests.families import images, videos
 
 

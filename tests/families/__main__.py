@@ -6,15 +6,15 @@ import json
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import torch
 
-from diffalign import config
+from diffalign.config import schema as config
 from tests.families import FAMILIES
 from tests.families.probe import probe
+from tests.kit import ROOT
 
-TABLE = Path(__file__).parent.parent.parent / "docs" / "capabilities.json"
+TABLE = ROOT / "docs" / "capabilities.json"
 README = TABLE.parent.parent / "README.md"
 PAGE = TABLE.parent / "bases.md"
 BASES = """# Models on the hub that configs name

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from diffalign import prompts
-from diffalign.backends import adapters, lora_files, recorder
+from diffalign.backends import recorder
 from diffalign.backends.diffusers import DiffusersPolicy
-from diffalign.evaluate import quiet_plan
+from diffalign.evaluation.fixed import quiet_plan
+from diffalign.models import lora as adapters
+from diffalign.models import lora_files
 from diffalign.ops import gaussian
 from diffalign.processes import PROCESSES
+from diffalign.prompts import files as prompts
 from diffalign.types import Plan, Prompts
 from tests.families import FAMILIES, build
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign import gradients, measure
 from diffalign.backends.toy import ToyPolicy, toy_reward
 from diffalign.cli import main
-from diffalign.gradients.measurement import FullBackpropagation, Laboratory
+from diffalign.gradients import instrument as gradients
+from diffalign.gradients.laboratory import FullBackpropagation, Laboratory
+from diffalign.training import fitting as measure
 from diffalign.types import UserError
-from tests.helpers import gradient, toy_prompts
+from tests.kit.helpers import gradient, toy_prompts
 
 TBP = "truncated_bp/shapes-sd3@objective=linear@target=null@noise=true"
 BASE = (
@@ -180,7 +181,7 @@ def test_full_backpropagation_is_the_exact_gradient():
 
 
 def test_the_same_gradient_is_not_measured_twice():
-    from diffalign.gradients import specifications
+    from diffalign.gradients.instrument import specifications
 
     with pytest.raises(UserError, match="rlr/shapes-sd3: given twice"):
         specifications(("rlr/shapes-sd3", "rlr/shapes-sd3"), ())

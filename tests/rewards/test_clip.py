@@ -15,14 +15,14 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from diffalign.build import build
-from diffalign.config import load as load_config
+from diffalign.config.schema import load as load_config
 from diffalign.rewards import catalog
 from diffalign.rewards.check import check
 from diffalign.rewards.load import load
+from diffalign.runs.parts import build
 from diffalign.types import Fault, Media, Prompts, UserError
 from reward_models import _clip, hpsv2
-from tests.helpers import tiny_config
+from tests.kit.helpers import tiny_config
 
 TEXTS = ["two red stars", "a photo of a green circle left of a blue square", ""]
 TINY = {

@@ -16,17 +16,18 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign import checkpoint, config
-from diffalign.progress import Reporter
+from diffalign.config import schema as config
 from diffalign.rewards import catalog, remote
 from diffalign.rewards.base import Background, begin, to_uint8
 from diffalign.rewards.load import load
 from diffalign.rewards.remote import Remote, packed, unpacked
 from diffalign.rewards.server import Judge, application
-from diffalign.runfolder import open_run, read_rows
-from diffalign.session import Session
+from diffalign.runs import checkpoint
+from diffalign.runs.folder import open_run, read_rows
+from diffalign.runs.progress import Reporter
+from diffalign.runs.session import Session
 from diffalign.types import Fault, Media, Prompts, UserError
-from tests.helpers import tiny_config
+from tests.kit.helpers import tiny_config
 
 
 def samples(n, frames=1, size=8):

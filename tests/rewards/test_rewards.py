@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.rewards import cache, catalog
+from diffalign.evaluation import score_cache as cache
+from diffalign.rewards import catalog
 from diffalign.rewards.base import check_media, evaluate, to_uint8
 from diffalign.rewards.check import check
 from diffalign.rewards.load import load

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -14,8 +13,9 @@ import torch
 from diffalign.rewards.load import load
 from diffalign.rewards.remote import packed
 from diffalign.types import Fault, Media, Prompts
+from tests.kit import ROOT
 
-SERVERS = Path(__file__).parents[2] / "examples" / "servers"
+SERVERS = ROOT / "examples" / "servers"
 STANDINS = {
     # the two arguments in the other order, as in one of its versions; mu is the brightness
     "hpsv3.py": (

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from diffalign.ops import advantages, gaussian, matching
-from diffalign.randomness import normal
+from diffalign.runtime.randomness import normal
 from diffalign.types import (
     Credit,
     Loss,

@@ -5,9 +5,9 @@ import torch
 from diffalign.backends.toy import ToyPolicy
 from diffalign.ops import advantages
 from diffalign.rules import BranchGRPO, FlowGRPO
-from diffalign.trainer import Clock
+from diffalign.training.trainer import Clock
 from diffalign.types import Scores, Tree
-from tests.helpers import gradient, toy_prompts, toy_trainer
+from tests.kit.helpers import gradient, toy_prompts, toy_trainer
 
 S = BranchGRPO.Settings
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
-from diffalign.evaluate import quiet_plan
+from diffalign.evaluation.fixed import quiet_plan
 from diffalign.rules import RLR as RLRRule
 from diffalign.rules import RULES
 from diffalign.rules import TruncatedBP as TBP
 from diffalign.types import Plan, Term, UpdateRule
-from tests.helpers import gradient, toy_prompts, toy_reward, toy_trainer
+from tests.kit.helpers import gradient, toy_prompts, toy_reward, toy_trainer
 from tests.rules.small_rules import RLR, Branching, FullTruncatedBP, Matching, Reinforce, TruncatedBP
 
 SMALL = {

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
-from diffalign.evaluate import quiet_plan
+from diffalign.evaluation.fixed import quiet_plan
 from diffalign.rules import DDPO
 from diffalign.types import Prompts, Scores, Tree
-from tests.helpers import gradient, toy_prompts, toy_trainer
+from tests.kit.helpers import gradient, toy_prompts, toy_trainer
 
 S = DDPO.Settings
 
@@ -83,7 +83,7 @@ def test_invariant_11_gradient_is_minus_advantage_times_score(process, estimator
     rule = DDPO()
     plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
     part = policy.rollout(given, plan)
-    from diffalign.trainer import Clock
+    from diffalign.training.trainer import Clock
 
     scores = toy_trainer(rule, policy).score(part, Clock(torch.device("cpu")))
     advantage = torch.from_numpy((scores.total - scores.total.mean()) / (scores.total.std() + 1e-6))
@@ -111,7 +111,7 @@ def test_first_pass_gap_is_zero_in_both_forms():
 
 def test_one_sample_a_prompt_is_enough():
     """Statistics over time replace the group: rewards rise with group_size 1."""
-    from tests.helpers import toy_reward
+    from tests.kit.helpers import toy_reward
 
     policy, rule = ToyPolicy(process="ddim"), DDPO()
     trainer = toy_trainer(rule, policy, groups=32, group_size=1, lr=0.03)

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign import config
 from diffalign.backends.toy import ToyPolicy
+from diffalign.config import schema as config
 from diffalign.rules import FlowGRPO
 from diffalign.types import Fault, Scores, Term, Tree, UserError
-from tests.helpers import gradient, rolled, toy_prompts, toy_trainer
+from tests.kit.helpers import gradient, rolled, toy_prompts, toy_trainer
 
 S = FlowGRPO.Settings
 
@@ -86,7 +86,7 @@ def test_a_changed_rollout_is_caught(what):
 
 
 def test_T12_rounding_latents_for_storage_after_their_log_prob_is_caught_off_the_cpu_too():
-    from diffalign.trainer import CLOSE_GAP
+    from diffalign.training.trainer import CLOSE_GAP
 
     policy, rule = ToyPolicy(process="dance_sde", noise_level=0.3, steps=10), FlowGRPO()
     plan, part, credit = rolled(rule, policy)

@@ -6,12 +6,12 @@ import torch
 
 from diffalign.backends.toy import ToyPolicy
 from diffalign.ops import matching
-from diffalign.randomness import normal
 from diffalign.rules import AWM, NFT
-from diffalign.rules.forward import noised
-from diffalign.trainer import Clock
+from diffalign.rules._forward import noised
+from diffalign.runtime.randomness import normal
+from diffalign.training.trainer import Clock
 from diffalign.types import Term, UserError
-from tests.helpers import toy_prompts, toy_trainer
+from tests.kit.helpers import toy_prompts, toy_trainer
 
 PROCESSES = ["flow_sde", "ddim"]
 TERM = Term(2, 2, "forward", draw=5)

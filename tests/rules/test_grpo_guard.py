@@ -6,7 +6,7 @@ from diffalign.backends.toy import ToyPolicy
 from diffalign.rules import FlowGRPO, GRPOGuard
 from diffalign.rules.grpo_guard import normalised
 from diffalign.types import UserError
-from tests.helpers import gradient, rolled, toy_prompts, toy_trainer
+from tests.kit.helpers import gradient, rolled, toy_prompts, toy_trainer
 
 S = GRPOGuard.Settings
 KERNELS = [("flow_sde", 0.7), ("dance_sde", 0.3), ("cps", 0.8), ("ddim", 1.0)]

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from diffalign import config
+from diffalign.config import schema as config
 from diffalign.rules import RULES
-from diffalign.rules.merging import MergeSettings
+from diffalign.rules._merging import MergeSettings
 from diffalign.types import Prompts, Scores, Tree, UserError
 
 LEARN = [name for name, rule in RULES.items() if issubclass(rule.Settings, MergeSettings)]

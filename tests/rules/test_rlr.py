@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from diffalign.backends.toy import ToyPolicy
 from diffalign.rules import RLR
 from diffalign.types import Plan, Schedule, Term
-from tests.helpers import toy_prompts, toy_reward
+from tests.kit.helpers import toy_prompts, toy_reward
 from tests.rules.small_rules import FullTruncatedBP
 from tests.rules.test_conformance import batches, worst_z
 
@@ -188,7 +188,7 @@ def test_invariant_6_variance_lies_between_backpropagation_and_score_functions()
 
 def test_a_pathwise_term_learns_where_all_rewards_are_equal():
     """Leave-one-out credit is 0 then; the update is not skipped."""
-    from tests.helpers import toy_trainer
+    from tests.kit.helpers import toy_trainer
 
     trainer = toy_trainer(RLR(), ToyPolicy())
     trainer.rewards = {"toy": lambda media, prompts: media.pixels.flatten(1).sum(1) * 0 + 1}

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
-from diffalign.randomness import normal, numpy_generator
 from diffalign.rules import TruncatedBP
+from diffalign.runtime.randomness import normal, numpy_generator
 from diffalign.types import Media
-from tests.helpers import gradient, toy_prompts, toy_reward
+from tests.kit.helpers import gradient, toy_prompts, toy_reward
 
 S = TruncatedBP.Settings
 
@@ -81,7 +81,7 @@ def test_a_hinge_pulls_only_what_lies_below_it():
 
 
 def test_training_rewards_are_logged_though_sampling_stops_early():
-    from tests.helpers import toy_trainer
+    from tests.kit.helpers import toy_trainer
 
     metrics = toy_trainer(TruncatedBP(S(depth=1)), ToyPolicy()).update(0)
     assert metrics["reward/total"] == pytest.approx(metrics["reward/toy"])

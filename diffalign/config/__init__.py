@@ -1,0 +1,1 @@
+"""The config: schema, files, checks, messages."""

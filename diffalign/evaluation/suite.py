@@ -1,0 +1,341 @@
+"""`diffalign evaluate`: models and adapters on a suite of prompts, with the same noises for all, judged by rewards.
+
+Samples are drawn by the plain diffusers pipeline, kept as PNG files and judged as such; what is there already is not made again, so a
+command that was stopped goes on where it was. Several processes share the work (accelerate launch, torchrun).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffalign.evaluation import report, samples
+from diffalign.evaluation import score_cache as cache
+from diffalign.evaluation.samples import Drawn
+from diffalign.prompts import files as prompt_files
+from diffalign.prompts.sets import has_splits
+from diffalign.rewards import catalog
+from diffalign.rewards.base import Reward, greet, unscored
+from diffalign.rewards.base import evaluate as score
+from diffalign.rewards.load import load as load_reward
+from diffalign.runtime.distributed import World
+from diffalign.runtime.files import LORA, is_file, make_folder, write_text
+from diffalign.runtime.randomness import key
+from diffalign.sampling import pictures as sampling
+from diffalign.types import Fault, Media, Prompts, UserError, chunks, one_line
+
+MANIFEST = "manifest.json"
+MOST_UNSCORED = 0.05  # share of a model's samples
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Prompts ("": the user's), and the rewards that judge what is made of them; the first is the one that counts."""
+
+    source: str
+    rewards: tuple[str, ...]
+
+
+SUITES = {
+    "shapes": Suite("shapes", ("shapes_geneval", "shapes_geneval_strict")),
+    "shapes-motion": Suite("shapes-motion", ("shapes_motion", "shapes_motion_partial")),
+    "geneval": Suite("geneval-like", ("geneval_like",)),
+    "pickscore": Suite("", ("pickscore", "clipscore", "hpsv2.1", "aesthetic")),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be evaluated: `samples` pictures or videos of every prompt with each model's own call; `drift`: whether the predictions
+    of adapters are compared with the base model's."""
+
+    source: str
+    split: str
+    entries: list[prompt_files.Entry]
+    rewards: tuple[str, ...]
+    samples: int
+    seed: int
+    batch: int
+    drift: bool = True
+
+    @property
+    def total(self) -> int:
+        return len(self.entries) * self.samples
+
+    def seed_of(self, row: int) -> int:
+        """The generator's seed of a sample: the same for every model."""
+        return key(self.seed, 17, row) % 2**63
+
+    def digest(self) -> str:
+        """A name for the prompts."""
+        return hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()
+
+
+def task_of(
+    suite: str,
+    prompts: str | None,
+    rewards: Sequence[str],
+    split: str,
+    count: int,
+    seed: int,
+    batch: int,
+    drift: bool = True,
+) -> Task:
+    """What a command line asks for.
+
+    Raises:
+        UserError: for an unknown suite, unreadable prompts, an unknown reward, or one that these prompts have nothing for.
+    """
+    known = SUITES.get(suite)
+    if not suite or prompts == "":
+        raise UserError(f"{'--prompts' if suite else '--suite'}: got '', allowed are {', '.join(SUITES)}, or a file")
+    if not known and not has_splits(suite) and "@" not in suite and not is_file(Path(suite)):
+        raise UserError(
+            f"--suite: got {suite!r}, which is no file; allowed are {', '.join(SUITES)}, a file of prompts, or a set of them by name "
+            "with --reward NAME"
+        )
+    source = prompts or (known.source if known else suite)
+    if not source:
+        raise UserError(f"--prompts: the suite {suite} needs some, such as partiprompts@FILE, drawbench@FILE or a file")
+    entries = prompt_files.read(source, (), split, "--suite" if prompts is None else "--prompts")
+    names = tuple(rewards) or (known.rewards if known else ())
+    if not names:
+        allowed = ", ".join(SUITES)
+        raise UserError(
+            f"--reward: none given; a file of prompts needs one at least, the suites with their own are {allowed}"
+        )
+    problems = []
+    for name in names:
+        try:
+            entry = catalog.find(name)
+        except LookupError as error:
+            problems.append(f"--reward: {name}: {error}")
+            continue
+        if problem := entry.unfit(entries):
+            problems.append(f"--reward: {name} {problem}")
+        if entry.missing:
+            problems.append(f"--reward: {name} needs {entry.missing}")
+    if problems:
+        raise UserError(*problems)
+    return Task(source, split, entries, names, count, seed, batch, drift)
+
+
+def sources(
+    targets: Sequence[str], options: Sequence[str], steps: int | None, guidance: float | None
+) -> list[sampling.Source]:
+    """What to sample from: every target, and before the first adapter of a model, that model without."""
+    found: list[sampling.Source] = []
+    for target in targets:
+        source = sampling.with_options(sampling.resolve(target), options)
+        source = replace(source, call=sampling.call_of(source, steps, guidance, None))
+        for one in (replace(source, adapters=()), source):
+            if one not in found:
+                found.append(one)
+    return found
+
+
+def run(task: Task, models: list[sampling.Source], out: Path, fresh: bool, say: Callable[[str], None]) -> Path:
+    """Evaluate models on a task; returns the page to look at.
+
+    Raises:
+        UserError: if `out` holds another evaluation or cannot be written, or a model or reward does not load.
+        Fault: if a reward fails or leaves more than 5 % of a model's samples without a score (the report is there then), or memory
+            does not suffice.
+    """
+    world = World.join()
+    tell = say if world.leads else lambda line: None
+    try:
+        world.lead(lambda: _open(task, models, out, fresh))
+        rewards = world.together(lambda: _rewards(task))
+        drawn = [_one(task, model, out / label, rewards, world, tell) for label, model in labels(models).items()]
+        page = world.lead(lambda: report.write(task, list(labels(models)), models, drawn, out))
+        tell(str(page))
+        world.lead(lambda: _complete(drawn, rewards))
+        return page
+    finally:
+        world.leave()
+
+
+def _rewards(task: Task) -> dict[str, Reward]:
+    try:
+        found = {name: load_reward(name) for name in task.rewards}
+        greet(found)
+    except UserError as error:
+        raise UserError(*(line.replace("rewards: ", "--reward: ", 1) for line in error.problems)) from error
+    return found
+
+
+def _complete(drawn: Sequence[Drawn | None], rewards: dict[str, Reward]) -> None:
+    """Refuse to call an evaluation done whose means are of too few samples."""
+    for one in filter(None, drawn):
+        if any((~np.isfinite(values)).mean() > MOST_UNSCORED for values in one.scores.values()):
+            raise Fault(
+                f"{one.folder.name}: samples without a score, {unscored(one.scores, rewards)}; allowed are {MOST_UNSCORED:.0%}. "
+                "The report is of the others, and the same command asks again for those"
+            )
+
+
+def labels(models: Sequence[sampling.Source]) -> dict[str, sampling.Source]:
+    """A folder name for each model: its own name, or its last adapter's run."""
+    found = {}
+    for number, model in enumerate(models):
+        folder = model.adapters[-1].folder if model.adapters else None
+        name = model.model if folder is None else str(folder.parent if folder.name in ("adapter", "best") else folder)
+        found[f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(name).name)}"] = model
+    return found
+
+
+def _facts(task: Task, models: Sequence[sampling.Source]) -> dict[str, Any]:
+    """What samples depend on: with other facts they would have to be made again."""
+
+    def told(model: sampling.Source) -> dict[str, Any]:
+        adapters = []
+        for adapter in model.adapters:
+            files = sorted(adapter.folder.glob(LORA.replace(".safetensors", "*.safetensors")))
+            content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+            adapters.append({"folder": str(adapter.folder), "strength": adapter.strength, "content": content})
+        return {**asdict(model), "adapters": adapters}
+
+    return {
+        "prompts": task.digest(),
+        "samples": task.samples,
+        "seed": task.seed,
+        "models": {label: told(model) for label, model in labels(models).items()},
+    }
+
+
+def _open(task: Task, models: Sequence[sampling.Source], out: Path, fresh: bool) -> None:
+    make_folder(out, "--out")
+    facts = json.loads(json.dumps(_facts(task, models)))
+    path = out / MANIFEST
+    if path.is_file() and not fresh:
+        before = _manifest(path)
+        drawn = any(any((out / label).glob("*.png")) for label in before["models"])
+        if drawn and (changed := [name for name in facts if before.get(name) != facts[name]]):
+            raise UserError(
+                f"--out: {out} holds an evaluation with other {', '.join(changed)}; choose another folder, or --fresh"
+            )
+    elif not path.is_file() and any(out.iterdir()):
+        raise UserError(f"--out: {out} holds other files; choose another folder")
+    if fresh:
+        _clear(out, path, [*labels(models)])
+    write_text(path, json.dumps(facts, indent=1) + "\n")
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("models"), dict):
+            raise ValueError("it lacks its models")
+    except ValueError as error:
+        raise UserError(f"--out: {path} is damaged ({one_line(error)}); choose another folder, or --fresh") from error
+    return found
+
+
+def _clear(out: Path, path: Path, own: list[str]) -> None:
+    """Delete an earlier evaluation: its samples, whatever its models were, and its scores."""
+    with suppress(UserError):  # damaged: it is written anew
+        own += _manifest(path)["models"] if path.is_file() else []
+    for label in dict.fromkeys(own):
+        for file in (out / Path(label).name).glob("*.png"):
+            file.unlink()
+    for file in out.glob("scores.sqlite*"):
+        file.unlink()
+
+
+def _one(
+    task: Task,
+    model: sampling.Source,
+    folder: Path,
+    rewards: dict[str, Reward],
+    world: World,
+    say: Callable[[str], None],
+) -> Drawn | None:
+    """Draw and judge one model's samples; what the first process gets, the others get nothing."""
+    rows = world.rows(task.total, task.batch)
+    measured = task.drift and model.adapters
+    missing = {
+        row
+        for row in rows
+        if not samples.path(folder, row).is_file() or (measured and np.isnan(samples.drift(folder, row)))
+    }
+    say(f"{folder.name}: {task.total} samples, {sum(world.gather(len(missing)))} of them to draw")
+    if missing:
+        world.together(lambda: samples.draw(task, model, folder, rows, missing, say))
+    else:
+        world.together(lambda: None)
+    scores = world.gather((rows, world.together(lambda: _judged(task, folder, rows, rewards))))
+    if not world.leads:
+        return None
+    whole = {name: np.full(task.total, np.nan) for name in rewards}
+    for own, found in scores:
+        for name, values in found.items():
+            whole[name][own] = values
+    means = ", ".join(f"{name} {np.nanmean(values):.3f}" for name, values in whole.items() if np.isfinite(values).any())
+    say(f"{folder.name}: {means or 'no scores'}")
+    return Drawn(folder, whole)
+
+
+@contextmanager
+def _scores(out: Path) -> Iterator[cache.ScoreCache]:
+    kept = cache.ScoreCache(out / "scores.sqlite")
+    try:
+        yield kept
+    finally:
+        kept.close()
+
+
+def _judged(task: Task, folder: Path, rows: Sequence[int], rewards: dict[str, Reward]) -> dict[str, np.ndarray]:
+    """Scores of some samples by reward, from the cache where they are there."""
+    found = {name: np.full(len(rows), np.nan) for name in rewards}
+    versions = {name: cache.version(catalog.find(name)) for name in rewards}
+    with _scores(folder.parent) as kept:
+        for part in chunks(len(rows), task.batch):
+            frames = _stacked(folder, [rows[k] for k in part])
+            entries = [task.entries[rows[k] // task.samples] for k in part]
+            for name, reward in rewards.items():
+                found[name][list(part)] = _scored(name, reward, frames, entries, versions[name], kept)
+    return found
+
+
+def _stacked(folder: Path, rows: Sequence[int]) -> np.ndarray:
+    """Samples (n, F, H, W, 3) of one model, which all have one size."""
+    found = [samples.read(folder, row) for row in rows]
+    for row, frames in zip(rows, found, strict=True):
+        if frames.shape != found[0].shape:
+            why = f"its size is {frames.shape}, others' is {found[0].shape}"
+            raise samples.damaged(samples.path(folder, row), why)
+    return np.stack(found)
+
+
+def _scored(
+    name: str,
+    reward: Reward,
+    frames: np.ndarray,
+    entries: list[prompt_files.Entry],
+    version: str | None,
+    kept: cache.ScoreCache,
+) -> list[float]:
+    keys = [cache.key(shot, entry, name, version or "") for shot, entry in zip(frames, entries, strict=True)]
+    known = kept.read(keys) if version is not None else [None] * len(keys)
+    new = [k for k, value in enumerate(known) if value is None]
+    if new:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        pixels = torch.from_numpy(frames[new]).to(device).permute(0, 1, 4, 2, 3).float() / 255
+        numbers = np.arange(len(new))
+        told = Prompts([entries[k]["prompt"] for k in new], numbers, numbers, numbers, [entries[k] for k in new])
+        values = score({name: reward}, {name: 1.0}, Media(pixels), told).by_name[name].tolist()
+        if version is not None:
+            kept.write([keys[k] for k in new], values)
+        for k, value in zip(new, values, strict=True):
+            known[k] = value
+    return [float("nan") if value is None else value for value in known]

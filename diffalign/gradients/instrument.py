@@ -1,0 +1,110 @@
+"""The instrument: bias, variance and cost of rules' gradients against full backpropagation, on one fixed batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.config import schema as configs
+from diffalign.config.schema import Config
+from diffalign.runtime.files import make_folder
+from diffalign.types import UserError
+
+if TYPE_CHECKING:
+    from diffalign.gradients.laboratory import Found
+
+RESULTS = "gradients.json"
+
+
+def specifications(names: tuple[str, ...], overrides: tuple[str, ...]) -> dict[str, Config]:
+    """Label -> config: each CONFIG[@KEY=VALUE]...'s rule with everything else as in the first.
+
+    Raises:
+        UserError: with every mistake, each after the CONFIG it is in.
+    """
+    first, *settings = names[0].split("@")
+    base = configs.load(first, [*overrides, *(f"rule.{setting}" for setting in settings)])
+    found: dict[str, Config] = {}
+    problems: list[str] = []
+    for name in names:
+        place, *settings = name.split("@")
+        try:
+            rule = configs.rule_of(place, settings)
+            found[name] = configs.validate({**base.model_dump(), "rule": rule})
+        except UserError as error:
+            problems += [f"{name}: {problem}" for problem in error.problems]
+            continue
+        if not all(_differentiable(name) for name in base.rewards):
+            problems.append(
+                f"{name}: rewards: full backpropagation needs differentiable ones, got {', '.join(base.rewards)}"
+            )
+    if not problems:
+        labels = _labels(list(found.values()))
+        problems = [f"{label}: given twice" for label in dict.fromkeys(labels) if labels.count(label) > 1]
+        problems += [f"{name}: given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return dict(zip(labels, found.values(), strict=True))
+
+
+def _differentiable(reward: str) -> bool:
+    from diffalign.rewards import catalog
+
+    return catalog.find(reward).differentiable
+
+
+def _labels(found: list[Config]) -> list[str]:
+    """Each rule's name, and those settings that are not the default for every rule of that name."""
+    rules: list[Any] = [config.make_rule() for config in found]
+    shown: dict[str, set[str]] = {rule.name: set() for rule in rules}
+    for rule in rules:
+        shown[rule.name] |= rule.settings.model_dump(exclude_defaults=True).keys()
+    return [
+        " ".join([rule.name, *(f"{k}={json.dumps(v)}" for k, v in values.items() if k in shown[rule.name])])
+        for rule, values in ((rule, rule.settings.model_dump(mode="json")) for rule in rules)
+    ]
+
+
+def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Callable[[str], None]) -> list[Found]:
+    """Measure each and write `gradients.json`, again after every one, and `gradients.png`.
+
+    Raises:
+        UserError: if the folder holds results already.
+    """
+    if (out / RESULTS).exists():
+        raise UserError(f"--out: {out} holds results already; name another folder")
+    import platform
+    from datetime import date
+
+    import torch
+
+    from diffalign.gradients import report
+    from diffalign.gradients.laboratory import Laboratory
+
+    base = next(iter(specs.values()))
+    make_folder(out, "--out")
+    laboratory = Laboratory(base, batches, chain)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    facts = {
+        "model": "Gaussian chain" if chain else base.model,
+        "device": f"{device}, {torch.get_num_threads()} threads",
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "batches": batches,
+        "config": base.model_dump(mode="json"),
+    }
+    found: list[Found] = []
+    for label, config in specs.items():
+        found.append(laboratory.measure(label, config))
+        report.save(out / RESULTS, found, **facts)
+        say(
+            f"{label}: bias {found[-1].bias:.3f} [{found[-1].bias_low:.3f}, {found[-1].bias_high:.3f}], {found[-1].seconds:.3g} s a batch"
+        )
+    noise = (True,) * (base.sampler.steps - 1) + (False,)
+    parts = laboratory.contributions(noise, max(2, batches // 4))
+    report.save(out / RESULTS, found, contributions=parts, **facts)
+    title = f"{facts['model']}, {base.sampler.steps} steps, {batches} batches of {base.samples_per_update}, {facts['device']}"
+    report.figure(found, parts, out / "gradients.png", title)
+    return found

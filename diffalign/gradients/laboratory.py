@@ -1,0 +1,248 @@
+"""Gradients of rules on one batch, drawn again and again with new noise."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from diffalign.backends.toy import ToyPolicy, toy_reward
+from diffalign.config.schema import Config
+from diffalign.gradients import statistics
+from diffalign.gradients.statistics import Floats
+from diffalign.prompts import files as prompts
+from diffalign.rewards.base import Reward
+from diffalign.runs import parts as build
+from diffalign.training.fitting import Saved, fit
+from diffalign.training.trainer import Trainer
+from diffalign.types import (
+    Credit,
+    Loss,
+    Needs,
+    Plan,
+    Policy,
+    Prompts,
+    RewardFunction,
+    Rollout,
+    Schedule,
+    Scores,
+    Term,
+    TrainablePolicy,
+    Tree,
+    UpdateRule,
+)
+
+
+class FullBackpropagation:
+    """The reward's gradient through steps [start, T), with the noise of a rule's plan: all of it at start 0."""
+
+    name: ClassVar[str] = "full backpropagation"
+    needs = Needs(differentiable_reward=True)
+
+    def __init__(self, noise: tuple[bool, ...], start: int = 0) -> None:
+        self.noise, self.start = noise, start
+
+    def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
+        return Plan(self.start, self.noise, ((Term(self.start, schedule.steps, "reward"),),))
+
+    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit | None:
+        return None
+
+    def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
+        return Loss(-reward(policy.decode(part, policy.replay(part, term.start, term.stop).x)).mean())
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found of one rule; norms in the reward's units.
+
+    bias, bias_low, bias_high: ||E[g] - E[G]|| / ||E[G]||, G full backpropagation with the same noise; cosine and its
+    interval; variance: trace of the covariance, of one sample's gradient; term_norm (T,): the norm of the term that covers a
+    step; rows of the network, seconds and bytes saved for the gradient at once, per batch; signal to noise of a batch, and
+    of as many as a second holds.
+    """
+
+    label: str
+    rule: dict[str, Any]
+    batches: int
+    samples: int
+    norm: float
+    bias: float
+    bias_low: float
+    bias_high: float
+    cosine: float
+    cosine_low: float
+    cosine_high: float
+    variance: float
+    term_norm: list[float | None]
+    rows_forward: float
+    rows_backward: float
+    seconds: float
+    peak_bytes: int
+    memory_bytes: int | None
+    signal_to_noise: float
+    signal_to_noise_per_second: float
+
+
+@dataclass
+class Sample:
+    """Gradients (M, P) of one rule and what they cost."""
+
+    gradients: Floats
+    rows_forward: float
+    rows_backward: float
+    seconds: float
+    peak_bytes: int
+    memory_bytes: int | None
+    term_norm: list[float | None]
+
+
+class Laboratory:
+    """One policy, one batch of prompts, new noise for every gradient.
+
+    Args:
+        config: model, sampler, rewards and prompts of all measurements.
+        chain: on the Gaussian chain instead of the config's model, with its sampler.
+        batches: gradients per rule.
+    """
+
+    def __init__(self, config: Config, batches: int, chain: bool) -> None:
+        self.config, self.batches = config, batches
+        self.policy, self.rewards, self.weights = _chain(config) if chain else _pipeline(config)
+        entries = [{"prompt": "a"}] if chain else config.training_prompts()
+        groups, size = config.prompts.groups, config.prompts.group_size
+        stages = {} if chain else config.training_stages()
+        self.draw: Callable[[int], Prompts] = lambda update: prompts.draw(
+            entries, groups, size, config.seed, update, stages
+        )
+        self.reference = cache(self._reference)
+
+    def measure(self, label: str, config: Config) -> Found:
+        """Everything about one config's rule."""
+        rule = config.make_rule()
+        fit(rule, self.policy, self.rewards, self._batch(0).select(range(config.optimizer.micro_batch)))
+        found = self._sample(rule)
+        noise = rule.plan(self.policy.schedule, 0, np.random.default_rng(0)).noise
+        products = statistics.Products.of(found.gradients, self.reference(noise).gradients)
+        bias, angle = statistics.relative_bias(products), statistics.cosine(products)
+        signal = statistics.signal_to_noise(products.rule)
+        return Found(
+            label,
+            config.rule,
+            self.batches,
+            config.samples_per_update,
+            max(0.0, statistics.off_diagonal_mean(products.rule)) ** 0.5,
+            bias.value,
+            bias.low,
+            bias.high,
+            angle.value,
+            angle.low,
+            angle.high,
+            statistics.variance(products.rule) * config.samples_per_update,
+            found.term_norm,
+            found.rows_forward,
+            found.rows_backward,
+            found.seconds,
+            found.peak_bytes,
+            found.memory_bytes,
+            signal,
+            signal / found.seconds,
+        )
+
+    def contributions(self, noise: tuple[bool, ...], batches: int) -> list[float]:
+        """(T,) norms of what each step's copy of the parameters contributes to the exact gradient.
+
+        The copies of steps k.. give the gradient G_k of a chain cut before step k; one copy's is G_k - G_{k+1}.
+        """
+        steps = self.policy.schedule.steps
+        sums = [torch.zeros(0)] * steps
+        squares = np.zeros(steps)
+        for index in range(batches):
+            after: torch.Tensor | float = 0.0
+            for start in reversed(range(steps)):
+                self._trainer(FullBackpropagation(noise, start)).gradient(index)
+                whole = self._gradient()
+                copy = whole - after
+                sums[start] = copy if not index else sums[start] + copy
+                squares[start] += float(copy.square().sum())
+                after = whole
+        norms = [(float(s.square().sum()) - q) / (batches * (batches - 1)) for s, q in zip(sums, squares, strict=True)]
+        return [max(0.0, value) ** 0.5 for value in norms]
+
+    def _batch(self, update: int) -> Prompts:
+        """The first batch's prompts with the noise of another update."""
+        first, drawn = self.draw(0), self.draw(update)
+        return replace(first, seed=drawn.seed, group_seed=drawn.group_seed)
+
+    def _trainer(self, rule: UpdateRule) -> Trainer:
+        return Trainer(
+            rule,
+            self.policy,
+            self.rewards,
+            self.weights,
+            torch.optim.SGD(self.policy.parameters.values(), lr=0.0),
+            self._batch,
+            micro_batch=self.config.optimizer.micro_batch,
+            seed=self.config.seed,
+            term_norms=True,
+        )
+
+    def _gradient(self) -> torch.Tensor:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.policy.parameters.values()]
+        return torch.cat([grad.flatten() for grad in grads]).double().cpu()
+
+    def _reference(self, noise: tuple[bool, ...]) -> Sample:
+        return self._sample(FullBackpropagation(noise))
+
+    def _sample(self, rule: UpdateRule) -> Sample:
+        """M gradients of a rule whose parameters never move; what it learns on the way it does learn."""
+        trainer, policy = self._trainer(rule), self.policy
+        cuda = next(iter(policy.parameters.values())).is_cuda
+        with Saved() as saved:  # a pass of its own: hooks take time
+            trainer.gradient(0)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        forward, backward = policy.rows_forward, policy.rows_backward
+        norms: dict[int, list[float]] = defaultdict(list)
+        gradients, seconds = [], []
+        for index in range(self.batches):
+            started = time.perf_counter()
+            metrics = trainer.gradient(index)
+            gradients.append(self._gradient().numpy())
+            seconds.append(time.perf_counter() - started)
+            if hasattr(rule, "after_update"):
+                rule.after_update(metrics)
+            for name, norm in metrics.items():
+                if name.startswith("term_norm/"):
+                    start, stop = map(int, name.removeprefix("term_norm/").split("-"))
+                    for step in range(start, stop):
+                        norms[step].append(norm)
+        return Sample(
+            np.stack(gradients),
+            (policy.rows_forward - forward) / self.batches,
+            (policy.rows_backward - backward) / self.batches,
+            float(np.median(seconds)),
+            saved.peak,
+            torch.cuda.max_memory_allocated() if cuda else None,
+            [float(np.mean(norms[k])) if k in norms else None for k in range(policy.schedule.steps)],
+        )
+
+
+def _pipeline(config: Config) -> tuple[TrainablePolicy, dict[str, Reward], dict[str, float]]:
+    parts = build.build(config)
+    return parts.policy, parts.rewards, config.rewards
+
+
+def _chain(config: Config) -> tuple[TrainablePolicy, dict[str, Reward], dict[str, float]]:
+    """The Gaussian chain with the config's sampler, away from its reference model, so that nothing vanishes by symmetry."""
+    sampler = config.sampler
+    policy = ToyPolicy(steps=sampler.steps, process=sampler.process, noise_level=sampler.noise_level)
+    with torch.no_grad():
+        policy.delta.add_(0.1)
+    return policy, {"toy": toy_reward}, {"toy": 1.0}

@@ -1,0 +1,136 @@
+"""From a model's name to a pipeline: embedded ones, folders, the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.models import lora as adapters
+from diffalign.models import single_file
+from diffalign.runtime.files import fingerprint
+from diffalign.types import UserError, one_line
+
+# What pipelines that start from a picture or a video are called.
+OTHER_TASKS = re.compile("ImageToVideo|Image2Video|VideoToVideo|Img2Img|Inpaint|Edit|Kontext|Control|Upscale|Pix2Pix")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A diffusers folder, the commit of the hub's repository that it is, None for others, what a single file put into it, and a name
+    for that file's content."""
+
+    folder: str
+    commit: str | None = None
+    file: str = ""
+    digest: str = ""
+
+
+def locate(model: str, revision: str | None = None) -> Place:
+    """The folder of an embedded pipeline, of the user's own, or of a hub id, which is fetched unless it is in the hub's cache.
+
+    Raises:
+        UserError: if there is nothing to load under that name, or the hub refuses it.
+    """
+    from diffusers import DiffusionPipeline
+
+    from diffalign.shapes import models
+
+    if own := models.path(model):
+        return Place(str(own))
+    if Path(model).exists() or model.count("/") != 1:
+        return Place(model)
+    try:
+        with adapters.quiet():
+            folder = DiffusionPipeline.download(model, revision=revision)
+    except Exception as error:  # a missing hub, a gated id, an unknown revision: each library has its own
+        raise UserError(f"model: {_refusal(model, revision, error)}") from error
+    return Place(str(folder), Path(folder).name)
+
+
+def _refusal(model: str, revision: str | None, error: Exception) -> str:
+    """What the user can do about a model that cannot be had."""
+    from huggingface_hub import errors
+
+    causes = [error, error.__cause__, error.__context__]
+    page = f"https://huggingface.co/{model}"
+
+    def is_a(*kinds: type) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if is_a(errors.GatedRepoError):
+        return f"{model!r} is gated: accept its terms at {page} and log in with `hf auth login`, or give a folder"
+    if is_a(errors.RevisionNotFoundError):
+        return f"{model!r} has no revision {revision!r}; its branches, tags and commits are at {page}"
+    if is_a(errors.RepositoryNotFoundError):
+        return f"{model!r} is not on the hub, or private: check {page}, log in with `hf auth login`, or give a folder"
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return (
+        f"cannot fetch {model!r} from the hub ({type(error).__name__}); there is no folder of that name, and it is not in the hub's "
+        f"cache ({HF_HUB_CACHE}) either: connect, or give the folder of a copy"
+    )
+
+
+def use_xformers(pipe: Any) -> None:
+    """Let the denoisers attend by xformers.
+
+    Raises:
+        UserError: if it does not run here: it has kernels for CUDA alone.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("attention: got 'xformers', which needs a CUDA device; allowed here is native")
+    for name, module in adapters.denoisers(pipe).items():
+        processors = [getattr(part, "processor", None) for part in module.modules()]
+        try:
+            # Newer models choose at each call; older ones have other processors for it.
+            if any(hasattr(processor, "_attention_backend") for processor in processors):
+                module.set_attention_backend("xformers")
+            else:
+                module.enable_xformers_memory_efficient_attention()
+        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"attention: the {name} cannot attend by xformers ({one_line(error)}); allowed is native"
+            ) from error
+
+
+def load(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    revision: str | None = None,
+    weights: str | None = None,
+) -> tuple[Any, Place]:
+    """A pipeline from a hub id, a local folder or the name of an embedded one, frozen and ready; and where it was.
+
+    weights: a single file, as other tools save models, whose parts take the place of the model's.
+
+    Raises:
+        UserError: if there is nothing to load under that name, or it starts from a picture.
+    """
+    from diffusers import DiffusionPipeline
+
+    place = locate(model, revision)
+    other = single_file.Read({}) if weights is None else single_file.read(weights, place.folder, dtype)
+    try:
+        with adapters.quiet():
+            pipe = DiffusionPipeline.from_pretrained(place.folder, dtype=dtype, **other.components)
+    except Exception as error:  # a damaged file, a class that diffusers does not have
+        raise UserError(f"model: cannot load {model!r}: {one_line(error)}") from error
+    if OTHER_TASKS.search(type(pipe).__name__):
+        raise UserError(
+            f"model: {model!r} is a {type(pipe).__name__}; image-to-image, editing and image-to-video are not there yet, "
+            "allowed are pipelines from text to images or video"
+        )
+    pipe.set_progress_bar_config(disable=True)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # it paints flagged pictures black, without gradient: no reward could see them
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    if weights is not None:
+        place = replace(place, file=str(other), digest=fingerprint(Path(weights)))
+    return pipe.to(device), place

@@ -1,0 +1,187 @@
+"""LoRA files in diffusers' layout: write, check what was written, read.
+
+A pipeline with two denoisers (experts) has two files, since diffusers' loader takes one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from diffalign.models.lora import denoisers, quiet
+from diffalign.runtime.files import LORA
+from diffalign.types import Fault, one_line
+
+
+@dataclass(frozen=True)
+class Part:
+    """A denoiser's file, and what the pipeline's loader must be told to put it there."""
+
+    component: str
+    file: str
+    options: dict[str, bool] = field(default_factory=dict)
+
+
+def parts(pipe: Any) -> list[Part]:
+    """One for every denoiser; the first has diffusers' own name for a LoRA file."""
+    first, *others = denoisers(pipe)
+    stem = LORA.removesuffix(".safetensors")
+    return [
+        Part(first, LORA),
+        *(Part(name, f"{stem}.{name}.safetensors", {f"load_into_{name}": True}) for name in others),
+    ]
+
+
+def layers(module: Any, adapter: str = "default") -> Iterator[tuple[str, Any]]:
+    """A denoiser's layers that have an adapter, by name."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, BaseTunerLayer) and adapter in getattr(layer, "lora_A", {}):
+            yield name, layer
+
+
+def save(pipe: Any, folder: Path, notes: dict[str, str]) -> Path:
+    """Write the trained LoRA with its alpha, and `notes` as its files' metadata; returns the first file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parts(pipe):
+        _write(pipe, part, folder, notes)
+    return folder / LORA
+
+
+def _write(pipe: Any, part: Part, folder: Path, notes: dict[str, str]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    module, kind = getattr(pipe, part.component), parts(pipe)[0].component  # a second expert's keys are the first's
+    # Without the config, alpha is lost and the file loads at another strength. Sets come in another order in every process,
+    # and equal adapters should be equal files.
+    config = module.peft_config["default"].to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    given = {f"{kind}_lora_layers": get_peft_model_state_dict(module), f"{kind}_lora_adapter_metadata": config}
+    pipe.save_lora_weights(folder, weight_name=part.file, **given)
+    path = folder / part.file
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+    save_file(load_file(path), path, metadata={**metadata, **notes})
+    _settle(path)
+
+
+def _settle(path: Path) -> None:
+    """Sort a safetensors file's metadata: the library writes it in another order every time, and equal adapters should be
+    equal files. The format: eight bytes of length, a JSON header padded with spaces, the tensors."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+
+
+def verify(pipe: Any, folder: Path) -> None:
+    """Load a saved LoRA beside the trained one and compare weights and scales.
+
+    Raises:
+        Fault: if anything differs; a bad file loads nothing, silently.
+    """
+    try:
+        with quiet():
+            for part in parts(pipe):
+                pipe.load_lora_weights(folder, weight_name=part.file, adapter_name="saved", **part.options)
+        loaded = pipe.get_list_adapters()
+        for part in parts(pipe):
+            if "saved" not in loaded.get(part.component, []):
+                raise Fault(f"{folder / part.file}: loads nothing into {part.component}")
+            for name, layer in layers(getattr(pipe, part.component)):
+                _compare(name, layer, folder / part.file)
+    finally:
+        with quiet():
+            pipe.delete_adapters("saved")
+
+
+def _compare(name: str, layer: Any, path: Path) -> None:
+    # A half-precision pipeline loads the file in its own precision.
+    same = layer.scaling.get("saved") == layer.scaling["default"] and all(
+        "saved" in part and torch.equal(part["saved"].weight, part["default"].weight.to(part["saved"].weight.dtype))
+        for part in (layer.lora_A, layer.lora_B)
+    )
+    if not same:
+        raise Fault(f"{path}: layer {name} differs from what was trained")
+
+
+def load(pipe: Any, folder: Path, name: str) -> None:
+    """Load a LoRA under a name.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or a layer of it is none of the pipeline's: diffusers leaves it out, silently.
+    """
+    for part in parts(pipe):
+        keys = _read(pipe, part, folder, name)
+        found = len(list(layers(getattr(pipe, part.component), name)))
+        if not found:
+            raise ValueError(f"{part.file} names no layer of this model's {part.component}")
+        if (named := sum("lora_A" in key for key in keys)) > found:
+            raise ValueError(f"{part.file} has {named} layers, this model's {part.component} has {found} of them")
+
+
+def _read(pipe: Any, part: Part, folder: Path, name: str) -> list[str]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (folder / part.file).is_file():
+        raise ValueError(f"there is no {part.file} in it, for the model's {part.component}")
+    try:
+        tensors = load_file(folder / part.file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{part.file} is damaged: {one_line(error)}") from error
+    if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{broken[0]} holds numbers that are not finite")
+    with quiet():
+        try:
+            pipe.load_lora_weights(folder, weight_name=part.file, adapter_name=name, **part.options)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(" ".join(str(error).split())[:300]) from error
+    return list(tensors)
+
+
+@torch.no_grad()
+def go_on_from(pipe: Any, folder: Path) -> None:
+    """Give the trained LoRA the effect of a saved one, exactly; its rank may be higher, its strength another.
+
+    Raises:
+        ValueError: if the saved one has a layer or rank that the trained one has not.
+    """
+    try:
+        load(pipe, folder, "start")
+        for part in parts(pipe):
+            own, given = (dict(layers(getattr(pipe, part.component), name)) for name in ("default", "start"))
+            if more := given.keys() - own.keys():
+                raise ValueError(f"it has layer {min(more)}, which is not among lora.targets")
+            for layer in given.values():
+                _take(layer)
+    finally:
+        with quiet():
+            pipe.delete_adapters("start")
+
+
+def _take(layer: Any) -> None:
+    a, b = (half["start"].weight for half in (layer.lora_A, layer.lora_B))
+    to_a, to_b = (half["default"].weight for half in (layer.lora_A, layer.lora_B))
+    if len(a) > len(to_a):
+        raise ValueError(f"its rank is {len(a)}, lora.rank is {len(to_a)}; allowed is {len(a)} or more")
+    # scale B A = (alpha / rank) B A: rows beyond the saved rank keep their start, where B is 0 and nothing happens
+    to_a[: len(a)] = a.to(to_a)
+    to_b[:, : len(a)] = b.to(to_b) * (layer.scaling["start"] / layer.scaling["default"])
+
+
+def notes(**values: Any) -> dict[str, str]:
+    """Values as safetensors metadata: strings."""
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in values.items()
+    }

@@ -1,0 +1,1 @@
+"""What an update does and costs, before any weight is loaded."""

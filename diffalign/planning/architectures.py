@@ -1,0 +1,190 @@
+"""Denoisers of models on the hub, built without weights or memory: what `diffalign plan` counts before anything is fetched.
+
+`architectures.json`, by hub id: `denoisers`, name -> [diffusers' class, settings that differ from its defaults]; `inputs` of a
+forward: shapes with sizes by name, {"list": shape} for a list of one tensor, {"value": ...} for what is no tensor; `latent`,
+the shape of one sample; `text`, tokens of a prompt; `guidance`: cfg (a second prediction above 1), cfg0 (above 0), true_cfg
+(true_cfg_scale above 1), embedded or none; `encoders`, parameters of the text encoders; `decoder`, [class, settings, shape of what
+it decodes], where it is known.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from diffalign.config.schema import Config
+from diffalign.models import lora as adapters
+from diffalign.types import UserError
+
+Sizes = dict[str, int]
+
+
+@cache
+def known() -> dict[str, Any]:
+    """The table."""
+    return json.loads((Path(__file__).parent / "architectures.json").read_text(encoding="utf-8"))
+
+
+def sizes(config: Config) -> Sizes:
+    """Sizes that shapes name: h8 is height / 8, f4 the latent frames at four to one, text the tokens of a prompt.
+
+    Raises:
+        UserError: if the config does not say its height and width.
+    """
+    call = config.sampler.pipeline_args
+    if missing := [key for key in ("height", "width") if not isinstance(call.get(key), int)]:
+        raise UserError(
+            f"sampler.pipeline_args: {' and '.join(missing)} missing; plan needs them for a model on the hub"
+        )
+    found = {f"{key[0]}{by}": call[key] // by for key in ("height", "width") for by in (8, 16, 32)}
+    frames = int(call.get("num_frames", 1))
+    found |= {f"f{by}": (frames - 1) // by + 1 for by in (4, 8)}
+    return found | {"text": int(call.get("max_sequence_length", known()[config.model]["text"]))}
+
+
+def dimension(value: Any, given: Sizes) -> Any:
+    """A number, a product of named sizes, or nested lists of them."""
+    if isinstance(value, list):
+        return [dimension(item, given) for item in value]
+    return math.prod(given[name] for name in value.split("*")) if isinstance(value, str) else value
+
+
+def predictions(config: Config) -> int:
+    """Network rows that one sample takes at a step."""
+    scale, kind = config.sampler.guidance_scale, known()[config.model]["guidance"]
+    if kind == "true_cfg":
+        return 2 if config.sampler.pipeline_args.get("true_cfg_scale", 1) > 1 else 1
+    above = {"cfg": 1.0, "cfg0": 0.0}.get(kind, math.inf)
+    return 2 if (scale is None and kind.startswith("cfg")) or (scale is not None and scale > above) else 1
+
+
+def denoisers(config: Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The denoisers on the meta device with their LoRA, and its parameters."""
+    import diffusers
+
+    with _meta(config):
+        modules = {
+            name: getattr(diffusers, kind)(**settings).requires_grad_(False)
+            for name, (kind, settings) in known()[config.model]["denoisers"].items()
+        }
+        lora = config.lora
+        trained = adapters.attach(SimpleNamespace(**modules), lora.rank, lora.alpha, lora.targets, config.seed)
+    return modules, trained
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one sample takes: FLOPs of the forward pass, of that and all that its gradient takes, and bytes kept for the gradient."""
+
+    forward: float
+    both: float
+    kept: float
+
+
+class _Flops(TorchDispatchMode):
+    """torch's own formulas, summed; its FlopCounterMode also tracks modules, which takes longer than the passes themselves."""
+
+    total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _row(run: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) -> Row:
+    """Count what a function on the meta device does, its gradient included; weights are not counted as kept."""
+    own = {tensor.untyped_storage()._cdata for tensor in weights}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with _fused_attention(), _Flops() as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = run()
+        forward = flops.total
+        found.sum().backward()
+    return Row(forward, flops.total, float(sum(kept.values())))
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention as a GPU does it, which keeps no N x N matrix; on the meta device torch would write it out. Masks change nothing here."""
+    functional = torch.nn.functional
+    plain = functional.scaled_dot_product_attention
+
+    def fused(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, scale: float | None = None, **__: Any
+    ) -> torch.Tensor:
+        shared = query.shape[-3] // key.shape[-3]  # heads that use one key
+        key, value = (x.repeat_interleave(shared, -3) for x in (key, value))
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
+
+    functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = plain
+
+
+def decoder(config: Config) -> tuple[Row, int] | None:
+    """What decoding one sample takes, and the autoencoder's parameters; None where it is not known."""
+    import diffusers
+
+    if "decoder" not in known()[config.model]:
+        return None
+    kind, settings, shape = known()[config.model]["decoder"]
+    with _meta(config):
+        module = getattr(diffusers, kind)(**settings).requires_grad_(False)
+        latent = torch.ones(dimension(shape, sizes(config)), requires_grad=True)
+    row = _row(lambda: module.decode(latent, return_dict=False)[0], module.parameters())
+    return row, sum(p.numel() for p in module.parameters())
+
+
+@contextmanager
+def _meta(config: Config) -> Iterator[None]:
+    """Make what is made on the meta device and in the config's precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, config.precision))
+    try:
+        with torch.device("meta"), adapters.quiet():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def row(config: Config, module: torch.nn.Module) -> Row:
+    """What one row of a denoiser takes."""
+    given = sizes(config)
+
+    def made(spec: Any) -> Any:
+        if isinstance(spec, list):
+            return torch.ones(dimension(spec, given))
+        if "value" in spec:
+            return dimension(spec["value"], given)
+        return [made(spec["list"])] if "list" in spec else {key: made(value) for key, value in spec.items()}
+
+    with _meta(config):
+        inputs = {key: made(spec) for key, spec in known()[config.model]["inputs"].items()}
+
+    def run() -> torch.Tensor:
+        found = module(**inputs, return_dict=False)[0]
+        return torch.stack(found) if isinstance(found, list) else found
+
+    return _row(run, module.parameters())

@@ -1,0 +1,52 @@
+"""What training samples look like at a config's noise level, beside deterministic ones from the same start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffalign.config.schema import Config
+from diffalign.evaluation.fixed import quiet_plan, strips
+from diffalign.prompts import files as prompts
+from diffalign.rewards.base import check_media, evaluate, to_uint8
+from diffalign.runs import outputs as figures
+from diffalign.runs import parts as build
+from diffalign.runtime.files import make_folder
+from diffalign.runtime.randomness import numpy_generator
+from diffalign.types import Plan, UserError
+
+PICTURES = 6
+
+
+@torch.no_grad()
+def write(config: Config, path: Path) -> list[str]:
+    """Two rows of pictures: deterministic above, with the rule's noise below; returns what the rewards say of each.
+
+    Raises:
+        UserError: if the path is no picture's.
+    """
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"--preview: got {str(path)!r}, allowed is a .png or .jpg file")
+    make_folder(path.parent, "--preview")
+    parts = build.build(config)
+    plan = config.make_rule().plan(parts.policy.schedule, 0, numpy_generator(config.seed, 15, 0))
+    entries = config.training_prompts()
+    drawn = prompts.draw(entries, PICTURES, 1, config.seed, 0, config.training_stages())
+    steps = parts.policy.schedule.steps
+    noisy = Plan(steps, plan.noise, (), branch=(1,) * steps)
+    rows, lines = [], []
+    for name, chosen in (("deterministic", quiet_plan(steps)), ("with noise", noisy)):
+        part = parts.policy.rollout(drawn, chosen)
+        media = check_media(parts.policy.decode(part, part.x[-1]))
+        rows.append(strips(to_uint8(media)))
+        scores = evaluate(parts.rewards, config.rewards, media, drawn)
+        means = ", ".join(f"{reward} {np.nanmean(values):.3f}" for reward, values in scores.by_name.items())
+        lines.append(f"{name:14} {means}")
+    figures.grid(np.concatenate(rows), columns=PICTURES).save(path)
+    on = [k for k, noise in enumerate(noisy.noise) if noise and parts.policy.schedule.std[k] > 0]
+    return [
+        *lines,
+        f"{path}: deterministic above; below noise at steps {on or 'none'}, level {config.sampler.noise_level:g}",
+    ]

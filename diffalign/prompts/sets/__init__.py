@@ -1,0 +1,65 @@
+"""Prompt sets by name, and published ones from the user's copy: `NAME@PLACE`. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffalign.prompts.sets import animals, geneval_like, published
+from diffalign.types import UserError
+
+Entry = dict[str, Any]
+
+
+def _shapes(tasks: Sequence[str], split: str) -> list[Entry]:
+    from diffalign.shapes import captions
+
+    return [entry for task in tasks or captions.TASKS for entry in captions.captions(task, split)]
+
+
+def _motion(tasks: Sequence[str], split: str) -> list[Entry]:
+    from diffalign.shapes import motion
+
+    return motion.captions(split)
+
+
+# name -> (tasks, split) -> entries, each with at least `prompt`
+SETS: dict[str, Callable[[Sequence[str], str], list[Entry]]] = {
+    "shapes": _shapes,
+    "shapes-motion": _motion,
+    "geneval-like": geneval_like.prompts,
+    "animals": animals.prompts,
+}
+
+
+def _reason(error: Exception) -> str:
+    told = " ".join(str(error).split())[:300]
+    return f"it has no {told}" if isinstance(error, KeyError) else told
+
+
+def has_splits(source: str) -> bool:
+    """Whether training, validation and test prompts of a source are apart already."""
+    return source in SETS or source.partition("@")[0] in published.SPLIT_READERS
+
+
+def find(source: str, tasks: Sequence[str], split: str, field: str) -> list[Entry] | None:
+    """The entries of a set by name, or of a published one by NAME@PLACE; None for what is neither.
+
+    Raises:
+        UserError: if a place does not hold what it should.
+    """
+    if source in SETS:
+        return SETS[source](tasks, split)
+    name, at, place = source.partition("@")
+    if not at or name not in published.NAMES:
+        return None
+    if not place:
+        raise UserError(f"{field}: got {source!r}, expected {published.LAYOUTS[name]} after the @")
+    try:
+        if name in published.SPLIT_READERS:
+            return published.SPLIT_READERS[name](Path(place), split)
+        return published.READERS[name](Path(place))
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        wanted = published.LAYOUTS[name]
+        raise UserError(f"{field}: got {source!r}, expected {wanted} ({_reason(error)})") from error

@@ -1,0 +1,142 @@
+"""What rules share that learn from finished samples, noised anew: AWM and DiffusionNFT.
+
+With d = v - v_old and e = v_old - v*, v* the target, NFT's loss in velocity space is a constant plus 2 A <d, e> plus a proximal
+term, and AWM's is A |e|^2 + 2 A <d, e> + A |d|^2: where the network is the old one their gradients are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from diffalign import ops
+from diffalign.rules._merging import MergeSettings, merged
+from diffalign.types import Credit, Floats, Plan, Policy, Prompts, Rollout, Schedule, Scores, Term, Tree, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ForwardSettings(MergeSettings):
+    """Keys of rules that noise finished samples."""
+
+    times: int = Field(3, ge=1, description="noise levels a sample is noised to, per optimiser step")
+    first_level: bool = Field(False, description="pure noise among them")
+    scale: Literal["group", "batch", "none"] = Field("batch", description="what advantages are divided by")
+    advantage_limit: float = Field(5.0, gt=0, description="advantages are clipped to +- this, and divided by it")
+    kl: float = Field(0.0, ge=0, description="weight of mean (v - v_reference)^2")
+    noise: bool = Field(False, description="sample with the process's noise; false: deterministically")
+    inner_updates: int = Field(1, ge=1, description="optimiser steps per rollout")
+
+    def problems(self, steps: int) -> list[str]:
+        """What is wrong with these settings for a sampler of `steps` steps."""
+        most = steps - (not self.first_level)
+        return (
+            [] if self.times <= most else [f"rule.times: got {self.times}, allowed is up to the noise levels ({most})"]
+        )
+
+
+def plan(schedule: Schedule, settings: ForwardSettings, rng: np.random.Generator, sampled_by: str = "") -> Plan:
+    """Sample to the end; terms at levels drawn without replacement, the same for every sample, noise anew for each.
+
+    Raises:
+        UserError: for epsilon prediction at a level without signal.
+    """
+    steps = schedule.steps
+    levels = np.arange(0 if settings.first_level else 1, steps)
+    if settings.first_level and schedule.prediction == "epsilon" and schedule.alpha[0] == 0:
+        raise UserError("rule.first_level: got true, epsilon says nothing about x_0 in pure noise; allowed is false")
+
+    def terms() -> tuple[Term, ...]:
+        drawn = rng.choice(levels, settings.times, replace=False)
+        return tuple(
+            Term(int(k), int(k), "forward", 1 / settings.times, draw=int(rng.integers(1, 2**62))) for k in sorted(drawn)
+        )
+
+    noise = tuple(settings.noise and k < steps - 1 for k in range(steps))
+    return Plan(steps, noise, tuple(terms() for _ in range(settings.inner_updates)), sampled_by=sampled_by)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Finished samples x0 (N, D...) with noise, at a level: the part to predict at, and the level's numbers."""
+
+    part: Rollout
+    x0: Tensor
+    noise: Tensor
+    step: int
+    alpha: float
+    sigma: float
+    prediction: str
+
+    def predicted(self, policy: Policy) -> Tensor:
+        """What the network predicts at x_t, exactly as it does in sampling."""
+        return policy.transition(self.part, self.step).prediction
+
+    @property
+    def x(self) -> Tensor:
+        return self.part.x[self.step]
+
+    @property
+    def target(self) -> Tensor:
+        return ops.matching.target(self.x0, self.noise, self.alpha, self.sigma, self.prediction)
+
+    def clean(self, predicted: Tensor) -> Tensor:
+        return ops.matching.clean(self.x, predicted, self.alpha, self.sigma, self.prediction)
+
+
+class ForwardRule:
+    """What AWM and NFT share: credit, the divergence from the base model, and a count of updates, which decays follow."""
+
+    settings: ForwardSettings
+    updates: int
+
+    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
+        """A / limit in [-1, 1], A the group-relative advantage."""
+        s, group, valid = self.settings, prompts.group[tree.leaf_root], scores.valid
+
+        def of(_: str, reward: Floats) -> list[Floats]:
+            return [ops.advantages.group_relative(reward, group, valid, scale=s.scale, limit=s.advantage_limit)]
+
+        (advantage,) = merged(scores, group, s, of)
+        return ops.advantages.average_to_parents(advantage / s.advantage_limit, tree.parent)[1:]
+
+    def held(self, value: Tensor, metrics: dict[str, Tensor], at: Noised, predicted: Tensor, policy: Policy) -> Tensor:
+        """value + kl mean (v - v_reference)^2, noted in `metrics`."""
+        if self.settings.kl == 0:
+            return value
+        with policy.reference():
+            base = at.predicted(policy)
+        kl = ops.matching.error(predicted, base).mean()
+        metrics["kl"] = kl.detach()
+        return value + self.settings.kl * kl
+
+    def after_update(self, metrics: dict[str, float]) -> None:
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+
+
+def noised(term: Term, policy: Policy, part: Rollout) -> Noised:
+    """The part's finished samples with the term's noise, in the place of the latents of its level."""
+    schedule, step = policy.schedule, term.start
+    there, noise = renoised(part, schedule, step, 18, term.draw)
+    alpha, sigma = float(schedule.alpha[step]), float(schedule.sigma[step])
+    return Noised(there, part.x[-1], noise, step, alpha, sigma, schedule.prediction)
+
+
+def renoised(part: Rollout, schedule: Schedule, step: int, purpose: int, draw: int) -> tuple[Rollout, Tensor]:
+    """The part with its finished latents noised forward to a step's level, in the place of those it came from; and the noise."""
+    from diffalign.runtime.randomness import normal
+
+    x0 = part.x[-1]
+    noise = normal([int(seed) for seed in part.prompts.seed], x0.shape[1:], purpose, draw, like=x0)
+    x = ops.matching.noised(x0, noise, float(schedule.alpha[step]), float(schedule.sigma[step]))
+    return replace(part, x=[*part.x[:step], x, *part.x[step + 1 :]]), noise

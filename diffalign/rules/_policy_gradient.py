@@ -1,0 +1,287 @@
+"""What policy-gradient rules on stored transitions share: which steps are noisy, their weights, the ratio, advantages, KL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from diffalign import ops
+from diffalign.rules._merging import MergeSettings, merged
+from diffalign.rules._rule import Settings
+from diffalign.types import (
+    Credit,
+    Floats,
+    Integers,
+    Needs,
+    Plan,
+    Policy,
+    Prompts,
+    Rollout,
+    Schedule,
+    Scores,
+    Term,
+    Transition,
+    Tree,
+    UserError,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLIP = "half-width of the ratio's range; ratios average over latent dims"
+
+
+class PolicyGradientSettings(MergeSettings):
+    """Keys that every policy-gradient rule has."""
+
+    window: tuple[int, int] | None = Field(None, description="first and one past the last noisy step; null: all")
+    window_steps: int | None = Field(None, ge=1, description="so many steps of the window at a time; null: all of it")
+    window_move: Literal["random", "sliding"] = Field(
+        "random", description="where they begin: drawn for every update (Flow-GRPO-Fast), or moving on (MixGRPO)"
+    )
+    window_every: int = Field(25, ge=1, description="updates before a sliding one moves on by a step")
+    step_weight: Literal["none", "equal", "inv_dt", "std"] = Field(
+        "none",
+        description="of a step's loss: equal: so that no step dominates the gradient; inv_dt: 1 / |dt|; std: of its noise",
+    )
+    inner_updates: int = Field(1, ge=1, description="optimiser steps per rollout")
+    shared_start: bool = Field(False, description="one initial noise per group")
+
+    def problems(self, steps: int) -> list[str]:
+        """What is wrong with these settings for a sampler of `steps` steps."""
+        first, stop = self.window or (0, steps)
+        if not (0 <= first < stop <= steps and first < steps - 1):
+            given, rule = [first, stop], "0 <= first < stop <= sampler.steps"
+            return [
+                f"rule.window: got {given}, allowed is {rule} ({steps}), first before the last step, which has no noise"
+            ]
+        if self.window_steps is None:
+            return self.idle(("window_move", "window_every"), "rule.window_steps")
+        most = min(stop, steps - 1) - first
+        if self.window_steps > most:
+            return [f"rule.window_steps: got {self.window_steps}, allowed is up to the window's noisy steps ({most})"]
+        return []
+
+    def span(self, steps: int, update: int, rng: np.random.Generator) -> tuple[int, int]:
+        """First and one past the last noisy step of an update; the sampler's last step is never among them."""
+        first, stop = self.window or (0, steps)
+        stop = min(stop, steps - 1)
+        if self.window_steps is None:
+            return first, stop
+        places = stop - first - self.window_steps + 1
+        # MixGRPO's own schedule shrinks at the end and has an empty window; this one wraps with its full length.
+        moved = int(rng.integers(places)) if self.window_move == "random" else update // self.window_every % places
+        return first + moved, first + moved + self.window_steps
+
+
+class SurrogateSettings(PolicyGradientSettings):
+    """Keys of rules with a clipped surrogate and a divergence from the base model."""
+
+    clip: float = Field(1e-4, gt=0, description=CLIP)
+    kl: float = Field(0.0, ge=0, description="weight of the divergence from the base model")
+    kl_space: Literal["prediction", "mean"] = Field(
+        "prediction", description="prediction: mean (v - v_reference)^2; mean: that of the steps' Gaussians, per dim"
+    )
+
+    def problems(self, steps: int) -> list[str]:
+        """What is wrong with these settings for a sampler of `steps` steps."""
+        found = super().problems(steps)
+        return found if self.kl > 0 else [*found, *self.idle(("kl_space",), "rule.kl")]
+
+
+class Risk(Settings):
+    """Keys of `risk:`."""
+
+    low: float = Field(0.2, gt=0, lt=1, description="the share of worst bundles that counts most")
+    high: float = Field(0.9, gt=0, le=1, description="bundles above this quantile count as if they were at it")
+    weight: float = Field(1.5, ge=0, description="of the worst against the middle")
+    bundle: int = Field(1, ge=1, description="prompts whose rewards are added up, sample by sample")
+
+
+class GroupSettings(SurrogateSettings):
+    """Keys of rules that compare samples of one prompt."""
+
+    scale: Literal["group", "batch", "none"] = Field("group", description="what advantages are divided by")
+    fan: int = Field(
+        1,
+        ge=1,
+        description="children of each sample at its first noisy step, which share what came before (Flow-GRPO-Fast)",
+    )
+    baseline: Literal["group", "leave_one_out"] = Field(
+        "group", description="what rewards are compared with: the group's mean, or that of the others in it, undivided"
+    )
+    risk: Risk | None = Field(
+        None, description="low, high, weight, bundle: maximise RiskPO's mixed value-at-risk; null: the mean"
+    )
+    flash: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the steps after the window that are run, by DPM-Solver++ 2M (MixGRPO-Flash); null: all, as others",
+    )
+    keep: int | None = Field(
+        None,
+        ge=2,
+        description="per group, learn from half as many best and half as many worst (DanceGRPO); null: from all",
+    )
+
+    def problems(self, steps: int) -> list[str]:
+        """What is wrong with these settings for a sampler of `steps` steps."""
+        found = super().problems(steps)
+        if self.keep is not None and self.keep % 2:
+            found.append(f"rule.keep: got {self.keep}, allowed are even numbers: half best, half worst")
+        if self.risk is not None and self.risk.low >= self.risk.high:
+            found.append(
+                f"rule.risk.low: got {self.risk.low:g}, allowed is less than rule.risk.high ({self.risk.high:g})"
+            )
+        if self.window is None and self.window_steps is None:
+            found += self.idle(("flash",), "rule.window")
+        return found
+
+
+def plan(
+    schedule: Schedule,
+    settings: PolicyGradientSettings,
+    update: int,
+    rng: np.random.Generator,
+    *,
+    normalised: bool = False,
+    fan: int = 1,
+    flash: float | None = None,
+    keep_mean: bool = False,
+) -> Plan:
+    """Sample to the end with noise in the window; one log-prob term per noisy step, weights averaging to 1 / steps.
+
+    normalised: the rule's log-ratio has no 1 / std, which `equal` then need not undo. flash: see `GroupSettings`.
+
+    Raises:
+        UserError: for inv_dt on levels that are no flow's.
+    """
+    first, stop = settings.span(schedule.steps, update, rng)
+    noisy = [k for k in range(first, stop) if schedule.std[k] > 0]
+    weights = step_weights(schedule, settings.step_weight, noisy, normalised) / len(noisy)
+    terms = tuple(Term(k, k + 1, "log_prob", weight=float(w)) for k, w in zip(noisy, weights, strict=True))
+    return Plan(
+        stop=schedule.steps,
+        noise=tuple(k in noisy for k in range(schedule.steps)),
+        updates=(terms,) * settings.inner_updates,
+        branch=tuple(fan if k == noisy[0] else 1 for k in range(schedule.steps)),
+        shared_start=settings.shared_start,
+        keep_mean=keep_mean,
+        solver=() if flash is None else evenly(noisy[-1] + 1, schedule.steps, flash),
+    )
+
+
+def evenly(start: int, stop: int, share: float) -> tuple[int, ...]:
+    """That share of the steps [start, stop), evenly spaced from `start` on; one at least."""
+    count = max(1, round(share * (stop - start)))
+    return tuple(start + k * (stop - start) // count for k in range(count))
+
+
+def step_weights(schedule: Schedule, kind: str, steps: list[int], normalised: bool) -> np.ndarray:
+    """Weights of steps' losses, of mean 1.
+
+    At ratio 1 the gradient on the prediction is A gain / (std D) eps, or A gain / D eps where the ratio is normalised.
+    """
+    std, gain = schedule.std[steps], schedule.gain[steps]
+    if kind == "inv_dt":
+        if not np.allclose(schedule.alpha + schedule.sigma, 1):
+            raise UserError("rule.step_weight: got inv_dt, which only a flow has; allowed here are none, equal, std")
+        weights = 1 / -np.diff(schedule.sigma)[steps]
+    else:
+        weights = {"none": np.ones(len(steps)), "equal": (1 if normalised else std) / gain, "std": std}[kind]
+    return weights / weights.mean()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stored step under the present parameters: log_prob and log_ratio to the rollout's, advantage, all (N_{t+1},)."""
+
+    now: Transition
+    log_prob: Tensor
+    log_ratio: Tensor
+    advantage: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """Largest |log-ratio|: 0 before the parameters have moved."""
+        return self.log_ratio.detach().abs().max()
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        return {"ratio": self.log_ratio.detach().exp().mean(), "advantage": self.advantage.abs().mean()}
+
+
+def evaluate(step: int, policy: Policy, part: Rollout, credit: Credit | None) -> Step:
+    """Run the network at a stored step and compare with the rollout."""
+    assert credit is not None
+    now, old = policy.transition(part, step), part.log_prob[step]
+    assert old is not None, f"step {step} is deterministic"
+    new = ops.gaussian.log_prob(part.x[step + 1], now.mean[part.tree.parent[step]], now.std, reduce="mean")
+    return Step(now, new, new - old, new.new_tensor(credit[step]))
+
+
+def clipped(step: Step, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean of max(-A r, -A clip(r)) over the part, and how much was clipped."""
+    low, high = ops.surrogate.clip_fraction(step.log_ratio.detach(), clip)
+    value = ops.surrogate.clipped(step.log_ratio, step.advantage, clip).mean()
+    return value, {**step.metrics, "clip_low": low, "clip_high": high}
+
+
+class SurrogateRule:
+    """What rules with a clipped surrogate share."""
+
+    settings: SurrogateSettings
+
+    def surrogate(self, term: Term, policy: Policy, part: Rollout, step: Step, clip: float) -> tuple[Tensor, dict]:
+        """max(-A r, -A clip(r)) + kl * divergence from the base model at the term's step, averaged over the part."""
+        value, metrics = clipped(step, clip)
+        if self.settings.kl > 0:
+            kl = divergence(term, policy, part, step.now, self.settings)
+            metrics["kl"] = kl.detach()
+            # The step weight belongs to the surrogate alone: undone here, every step weighs 1 / steps.
+            value = value + self.settings.kl * kl / (term.weight * sum(part.plan.noise))
+        return value, metrics
+
+
+class GroupRule(SurrogateRule):
+    """What rules share that compare samples of one prompt."""
+
+    settings: GroupSettings
+
+    @property
+    def needs(self) -> Needs:
+        s = self.settings
+        bundle = 1 if s.risk is None else s.risk.bundle
+        return Needs(stochastic_sampler=True, groups=s.fan == 1, bundle=bundle, reference=s.kl > 0)
+
+    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
+        """The leaf's group-relative advantage, the same on every edge that leads to it; 0 between best and worst with `keep`."""
+        s, group = self.settings, prompts.group[tree.leaf_root]
+        (advantage,) = merged(scores, group, s, lambda _, reward: [self._advantage(reward, group, scores.valid)])
+        if s.keep is not None:
+            advantage = ops.advantages.extremes(advantage, group, scores.valid, s.keep // 2)
+        return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
+
+    def _advantage(self, reward: Floats, group: Integers, valid: NDArray[np.bool_]) -> Floats:
+        s, compared = self.settings, group
+        if s.risk is not None:
+            reward, compared, valid = ops.advantages.bundled(reward, group, valid, s.risk.bundle)
+            reward = ops.advantages.at_risk(reward, valid, s.risk.low, s.risk.high, s.risk.weight)
+        if s.baseline == "leave_one_out":
+            return ops.advantages.leave_one_out(reward, compared, valid)
+        return ops.advantages.group_relative(reward, compared, valid, scale=s.scale, limit=s.advantage_limit)
+
+
+def divergence(term: Term, policy: Policy, part: Rollout, now: Transition, settings: SurrogateSettings) -> Tensor:
+    """How far a step is from the base model's."""
+    with policy.reference():
+        base = policy.transition(part, term.start)
+    # The subtraction stays outside the reference context: its gradient is the point.
+    if settings.kl_space == "prediction":
+        return ((now.prediction - base.prediction) ** 2).mean()
+    return ops.gaussian.divergence(now.mean, base.mean, now.std, reduce="mean").mean()

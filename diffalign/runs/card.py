@@ -1,0 +1,135 @@
+"""The adapter a run leaves behind: weights, metadata, a model card with the curve; reloaded and compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import diffalign
+from diffalign.models import lora as adapters, lora_files
+from diffalign.backends.diffusers import DiffusersPolicy
+from diffalign.models.loading import Place
+from diffalign.config.schema import Config
+from diffalign.evaluation.fixed import judged
+from diffalign.runtime.files import DDIM
+from diffalign.processes import PROCESSES, linear_sigmas
+from diffalign.runs.folder import RunFolder
+
+CARD = """---
+base_model: {model}
+library_name: diffusers
+tags: [lora, diffalign, {rule}]
+---
+# {rule} on {model}
+
+LoRA rank {rank}, alpha {alpha:g}, trained by diffalign {version} for {updates} updates to raise {rewards}, seed {seed}.
+
+{best}{table}
+
+![curves](curves.png)
+
+```python
+import numpy as np, torch
+from diffusers import DiffusionPipeline{scheduler}
+
+pipe = DiffusionPipeline.from_pretrained({folder!r})
+{setup}pipe.load_lora_weights({adapter!r})
+image = pipe({prompt!r}, {arguments}generator=torch.Generator().manual_seed(0)).images[0]
+```
+
+The resolved config is in `config.yaml`.
+"""
+
+BEST = "Chosen as the best of this run's evaluations, so its numbers below are a little too good.\n\n"
+SETUP = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)  # as in training\n"
+
+
+def _is_ddim(config: Config) -> bool:
+    return PROCESSES[config.sampler.process].kind == "ddpm"
+
+
+def call_arguments(config: Config) -> dict[str, object]:
+    """Arguments of the pipeline's call that give what training and evaluation saw."""
+    sampler = config.sampler
+    arguments: dict[str, object] = {
+        "num_inference_steps": sampler.steps,
+        **({} if sampler.guidance_scale is None else {"guidance_scale": sampler.guidance_scale}),
+        **sampler.pipeline_args,
+    }
+    if sampler.sigmas == "linear":
+        arguments["sigmas"] = linear_sigmas(sampler.steps)
+    return arguments
+
+
+def write_adapter(
+    config: Config,
+    policy: DiffusersPolicy,
+    run: RunFolder,
+    summary: dict[str, float],
+    name: str,
+    update: int,
+    place: Place,
+) -> Path:
+    """Write the adapter as a folder of a run and check that it loads back as it was trained.
+
+    place: where the base model was.
+
+    Raises:
+        Fault: if the saved file differs from the trained weights.
+    """
+    folder = run / name
+    notes = lora_files.notes(
+        base_model=config.model,
+        base_revision=place.commit or "",
+        base_weights=config.weights or "",
+        base_weights_digest=place.digest,
+        denoisers=[type(module).__name__ for module in adapters.denoisers(policy.pipe).values()],
+        rule=config.rule,
+        rewards=config.rewards,
+        seed=config.seed,
+        precision=config.precision,
+        diffalign_version=diffalign.__version__,
+        call=call_arguments(config),
+        scheduler=DDIM if _is_ddim(config) else "",
+    )
+    lora_files.save(policy.pipe, folder, notes)
+    lora_files.verify(policy.pipe, folder)
+    for file in ("curves.png", "config.yaml"):
+        shutil.copy(run / file, folder / file)
+    (folder / "README.md").write_text(_card(config, summary, folder, update), encoding="utf-8")
+    return folder
+
+
+def _card(config: Config, summary: dict[str, float], folder: Path, update: int) -> str:
+    from diffalign.shapes import models
+
+    lines = ["| evaluation | after | 95 % interval | paired gain | 95 % interval |", "|---|---|---|---|---|"]
+    for name in judged(summary):
+        cells = [f"{summary[name]:.3f}", f"{summary[name + '_lo']:.3f} to {summary[name + '_hi']:.3f}"]
+        if f"{name}_gain" in summary:
+            low, high = summary[f"{name}_gain_lo"], summary[f"{name}_gain_hi"]
+            cells += [f"{summary[name + '_gain']:+.3f}", f"{low:+.3f} to {high:+.3f}"]
+        lines.append(f"| {name} | " + " | ".join(cells + ["-"] * (4 - len(cells))) + " |")
+    arguments = "".join(f"{key}={value!r}, " for key, value in call_arguments(config).items() if key != "sigmas")
+    if config.sampler.sigmas == "linear":
+        steps = config.sampler.steps
+        arguments += f"sigmas=np.linspace(1, 0, {steps + 1})[:-1], "
+    return CARD.format(
+        model=config.model,
+        folder=str(models.path(config.model) or config.model),
+        adapter=str(folder),
+        rule=config.rule["name"],
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        version=diffalign.__version__,
+        updates=update,
+        best=BEST if folder.name == "best" else "",
+        setup=SETUP if _is_ddim(config) else "",
+        scheduler=f", {DDIM}" if _is_ddim(config) else "",
+        rewards=json.dumps(config.rewards),
+        seed=config.seed,
+        table="\n".join(lines) if len(lines) > 2 else "No evaluation was made.",
+        prompt=config.evaluation_prompts()[0]["prompt"],
+        arguments=arguments,
+    )

@@ -1,0 +1,111 @@
+"""Pictures a run leaves behind: grids, before and after, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffalign.evaluation.fixed import judged
+
+Pixels = NDArray[np.uint8]
+COLUMNS = 6
+
+
+def grid(images: Pixels, columns: int = COLUMNS, gap: int = 2) -> Image.Image:
+    """Pictures (n, H, W, 3) in rows, white between them; small ones are doubled until 128 pixels wide."""
+    scale = 1
+    while images.shape[2] * scale < 128:
+        scale *= 2
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    n, height, width, _ = images.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for k, image in enumerate(images):
+        y, x = k // columns * (height + gap), k % columns * (width + gap)
+        sheet[y : y + height, x : x + width] = image
+    return Image.fromarray(sheet)
+
+
+def framed(pictures: Sequence[Pixels]) -> Pixels:
+    """Pictures (H, W, 3) of any sizes as one array (n, H, W, 3), each in the upper left of white."""
+    height, width = (max(picture.shape[k] for picture in pictures) for k in (0, 1))
+    found = np.full((len(pictures), height, width, 3), 255, np.uint8)
+    for sheet, picture in zip(found, pictures, strict=True):
+        sheet[: picture.shape[0], : picture.shape[1]] = picture
+    return found
+
+
+def before_after(
+    before: Pixels, after: Pixels, captions: Sequence[str], passed: tuple[Any, Any] | None, path: Path, title: str
+) -> None:
+    """The same prompts and seeds before and after training, side by side; a frame is green where the gold reward passes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shape = before.shape[1] / before.shape[2]
+    pairs_per_row = 4 if shape > 0.5 else 2  # strips of a video's frames are wide
+    rows = -(-len(captions) // pairs_per_row)
+    size = (10, rows * (5 / pairs_per_row * shape + 0.25 + 0.15 * (shape < 0.5)) + 0.5)
+    figure, axes = plt.subplots(rows, 2 * pairs_per_row, figsize=size, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for k, caption in enumerate(captions):
+        for side, (images, word) in enumerate(((before, "before"), (after, "after"))):
+            axis = axes[k // pairs_per_row, 2 * (k % pairs_per_row) + side]
+            axis.axis("on")
+            axis.imshow(images[k], interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_xlabel(word, fontsize=6, labelpad=1)
+            for spine in axis.spines.values():
+                good = passed is not None and passed[side][k] > 0.5
+                spine.set_color("grey" if passed is None else "tab:green" if good else "tab:red")
+                spine.set_linewidth(2)
+            if side == 0:
+                axis.set_title(caption.removeprefix("a photo of "), fontsize=7, loc="left", pad=2)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout(pad=0.4, rect=(0, 0, 1, 1 - 0.1 / rows))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Training reward with a running mean, and evaluations with their intervals, over updates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = sorted({key for row in rows for key in row if key.startswith("reward/")} - {"reward/valid", "reward/total"})
+    evals = sorted({name for row in rows for name in judged(row)})
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for name in names:
+        x = np.array([row["update"] for row in rows if name in row])
+        y = np.array([row[name] for row in rows if name in row])
+        (line,) = axes[0].plot(x, y, alpha=0.3, linewidth=0.8)
+        width = min(10, len(y))
+        if width > 1:
+            smooth = np.convolve(y, np.ones(width) / width, "valid")
+            axes[0].plot(x[width - 1 :], smooth, color=line.get_color(), label=f"{name}, mean of {width}")
+    for name in evals:
+        found = [(row["update"], row[name], row[f"{name}_lo"], row[f"{name}_hi"]) for row in rows if name in row]
+        x, y, low, high = (np.array(column) for column in zip(*found, strict=True))
+        axes[1].errorbar(x, y, yerr=[y - low, high - y], capsize=3, marker="o", markersize=3, label=name)
+    for axis, what in zip(axes, ("training samples (noisy)", "held-out evaluation, 95 % intervals"), strict=True):
+        axis.set_xlabel("update")
+        axis.set_title(what, fontsize=9)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""Pictures and videos from a run, adapters or a model."""

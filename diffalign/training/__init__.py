@@ -1,0 +1,1 @@
+"""One update: plan, sample, score, credit, backward, step."""

@@ -1,0 +1,85 @@
+"""What several tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from diffalign.backends.toy import ToyPolicy, toy_reward
+from diffalign.prompts import files as prompts
+from diffalign.training.trainer import Clock, Trainer
+from diffalign.types import Credit, Plan, Prompts, Rollout, UpdateRule
+
+
+def toy_prompts(groups: int, group_size: int, seed: int = 0, update: int = 0) -> Prompts:
+    return prompts.draw([{"prompt": "a"}], groups, group_size, seed, update)
+
+
+def toy_trainer(
+    rule: UpdateRule, policy: ToyPolicy, groups: int = 4, group_size: int = 8, lr: float = 0.05, micro_batch: int = 0
+) -> Trainer:
+    return Trainer(
+        rule,
+        policy,
+        {"toy": toy_reward},
+        {"toy": 1.0},
+        torch.optim.Adam(policy.parameters.values(), lr=lr),
+        lambda update: toy_prompts(groups, group_size, 0, update),
+        micro_batch=micro_batch or groups * group_size,
+    )
+
+
+def gradient(
+    rule: UpdateRule, policy: ToyPolicy, given: Prompts, micro_batch: int | None = None, update: int = 0
+) -> np.ndarray:
+    """The rule's gradient of the loss on some prompts, through the trainer's own path."""
+    trainer = toy_trainer(rule, policy, micro_batch=micro_batch or len(given))
+    trainer.draw = lambda _: given
+    trainer.gradient(update)
+    assert policy.delta.grad is not None
+    return policy.delta.grad.numpy().copy()
+
+
+def rolled(rule: UpdateRule, policy: ToyPolicy, groups: int = 2, size: int = 8) -> tuple[Plan, Rollout, Credit | None]:
+    """A rule's first plan, a rollout of it, and its credit."""
+    given = toy_prompts(groups, size)
+    plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
+    part = policy.rollout(given, plan)
+    scores = toy_trainer(rule, policy, groups, size).score(part, Clock(torch.device("cpu")))
+    return plan, part, rule.credit(part.tree, scores, given)
+
+
+SMALL = [
+    "prompts.groups=2",
+    "prompts.group_size=2",
+    "optimizer.micro_batch=4",
+    "sampler.steps=3",
+    "evaluation.images_per_prompt=1",
+    "output.samples=4",
+    "updates=2",
+]
+# What of a rule's settings must change for three steps.
+THREE_STEPS = {
+    "flow_grpo": ["rule.window=null"],
+    "grpo_guard": ["rule.window=null"],
+    "branch_grpo": ["rule.window=null", "rule.splits=[0, 1]"],
+    "ddpo": ["rule.window=null"],
+    "truncated_bp": ["rule.depth=1"],
+    "rlr": ["rule.depth=1", "rule.noise=[0, 1]"],
+    "awm": ["rule.times=2"],
+    "nft": ["rule.times=2"],
+}
+TINY = [*SMALL, *THREE_STEPS["flow_grpo"]]
+
+
+def tiny(name: str) -> list[str]:
+    """The overrides that make a config, or a command with its name, as little work as possible."""
+    rule = next((rule for rule in THREE_STEPS if rule in name), "flow_grpo")
+    return [*SMALL, *THREE_STEPS[rule]]
+
+
+def tiny_config(run_dir, *overrides: str, name: str = "flow_grpo/shapes-sd3"):
+    """A config, the quickstart's if no other is named, with as little work as possible."""
+    from diffalign.config import schema as config
+
+    return config.load(name, [*tiny(name), f"run_dir={run_dir}", *overrides])

@@ -1,0 +1,37 @@
+"""A process that has imported everything and forks a training run for every line it reads: `[config, override, ...]`.
+
+It answers with the child's pid, and after the child's end with its wait status. Importing takes longer than a small run does.
+"""
+
+import json
+import os
+import sys
+
+
+def main() -> None:
+    import diffusers
+    import peft
+    import torch
+    import transformers
+
+    from diffalign.config import schema as config
+    from diffalign.runs import session
+
+    assert all((diffusers.StableDiffusionPipeline, diffusers.StableDiffusion3Pipeline, peft, transformers))
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        name, *overrides = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                session.train(config.load(name, overrides), quiet=True)
+                code = 0
+            finally:
+                os._exit(code)
+        print(pid, flush=True)
+        print(os.waitpid(pid, 0)[1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Prompts are encoded once, kept on disk under a budget, and the encoders are not needed any more."""
+
+import hashlib
+import os
+
+import pytest
+import torch
+
+from diffalign.backends.diffusers import DiffusersPolicy
+from diffalign.evaluation.fixed import quiet_plan
+from diffalign.models.encodings import Store, joined
+from diffalign.processes import PROCESSES
+from diffalign.prompts import files as prompts
+from diffalign.types import Fault, UserError
+from tests.families import FAMILIES, build
+
+TEXTS = ["a cat", "two dogs under a table, seen from the side", "a cat and a dog"]
+ALONE = [name for name in FAMILIES if name != "CogView4"]  # which pads a batch on the left and attends to that
+
+
+def policy(name, pipe=None, **more):
+    family = FAMILIES[name]
+    call = {**family.call, **({} if family.guide == "guidance_scale" else {family.guide: 3.0})} | more
+    scale = 3.0 if family.guide == "guidance_scale" else None
+    process = PROCESSES[family.process]
+    return DiffusersPolicy(pipe or build(name), process, steps=2, call=call, micro_batch=3, guidance_scale=scale)
+
+
+def drawn(made, texts=TEXTS):
+    wanted = prompts.fixed([{"prompt": text} for text in texts], 1, seed=0)
+    return made.rollout(wanted, quiet_plan(2)).x[-1]
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_every_family_samples_the_same_without_its_encoders(name, tmp_path):
+    made = policy(name)
+    expected = drawn(made)
+    assert made.store_prompts(tmp_path, 1e9, TEXTS, TEXTS) == ""
+    assert len(files(tmp_path)) >= len(TEXTS)
+    before = drawn(made)
+    # rows encoded alone differ from rows of a batch by rounding, two guided steps make more of it
+    torch.testing.assert_close(before, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert made.leave_encoders() > 0
+    assert made.encoders == []
+    made._encodings._memory.clear()  # from the files
+    assert torch.equal(drawn(made), before)
+
+
+def test_an_encoder_that_looks_at_the_whole_batch_stays(tmp_path):
+    made = policy("CogView4")
+    expected = drawn(made)
+    assert "encodes a batch otherwise" in made.store_prompts(tmp_path, 1e9, TEXTS, TEXTS)
+    assert made.encoders
+    assert torch.equal(drawn(made), expected)
+    assert files(tmp_path) == []
+
+
+def test_files_are_found_again_and_depend_on_weights_length_and_negative_text(tmp_path):
+    first = policy("SD 3.5 Medium")
+    assert first.store_prompts(tmp_path, 1e9, TEXTS, TEXTS) == ""
+    count, expected = len(files(tmp_path)), drawn(first)
+
+    again = policy("SD 3.5 Medium")
+    encode = again.pipe._get_clip_prompt_embeds
+    calls = []
+    again.pipe._get_clip_prompt_embeds = lambda *args, **kwargs: calls.append(args) or encode(*args, **kwargs)
+    assert again.store_prompts(tmp_path, 1e9, TEXTS, TEXTS) == ""
+    probing = len(calls)
+    assert torch.equal(drawn(again), expected)
+    assert len(calls) == probing
+    assert len(files(tmp_path)) == count
+
+    for change in ({"max_sequence_length": 9}, {"negative_prompt": "blurred"}):
+        assert policy("SD 3.5 Medium", **change).store_prompts(tmp_path, 1e9, TEXTS, TEXTS) == ""
+        assert len(files(tmp_path)) > count
+        count = len(files(tmp_path))
+    pipe = build("SD 3.5 Medium")
+    with torch.no_grad():
+        next(pipe.text_encoder_2.parameters()).view(-1)[7] += 1e-3
+    assert policy("SD 3.5 Medium", pipe).store_prompts(tmp_path, 1e9, TEXTS, TEXTS) == ""
+    assert len(files(tmp_path)) > count
+
+
+def test_what_does_not_fit_the_budget_keeps_its_encoders_and_the_folder_small(tmp_path):
+    made = policy("SD 1.5")
+    expected = drawn(made)
+    mine = tmp_path / "pytorch_lora_weights.safetensors"
+    mine.write_bytes(bytes(10**6))
+    budget = 60_000  # three encodings of 77 x 32 numbers, with and without the prompt, take 20 kB each
+    assert "prompts.cache_gib allows" in made.store_prompts(tmp_path, budget, TEXTS, TEXTS)
+    assert made.encoders
+    torch.testing.assert_close(drawn(made), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert files(tmp_path)  # it is used all the same
+    own = [path for path in tmp_path.iterdir() if path != mine]
+    assert sum(path.stat().st_size for path in own) <= budget
+    assert mine.stat().st_size == 10**6  # what is not the cache's is neither counted nor touched
+
+
+def test_the_least_recently_used_goes_first(tmp_path):
+    store = Store(tmp_path, 5_000)
+    names = [hashlib.sha256(bytes([k])).hexdigest() for k in range(5)]
+    for k in range(4):
+        store.write(names[k], (torch.full((250,), float(k)), None))
+        os.utime(tmp_path / f"{names[k]}.safetensors", ns=(k, k))
+    assert torch.equal(store.read(names[0])[0], torch.zeros(250))  # used now, so 1 is the oldest
+    store.write(names[4], (torch.ones(250), None))
+    assert store.read(names[1]) is None
+    assert store.read(names[0]) is not None
+    assert store.read(names[4]) is not None
+    assert store.used == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_nested_encodings_come_back_as_they_were(tmp_path):
+    shared = torch.arange(6.0)
+    value = ([torch.ones(1, 2, dtype=torch.bfloat16)], None, (shared, shared[:3]), True, torch.zeros(1, 2) > 1)
+    store = Store(tmp_path, 1e6)
+    store.write("x", value)
+    found = store.read("x")
+    assert found[1] is None
+    assert found[3] is True
+    assert isinstance(found[0], list)
+    assert isinstance(found[2], tuple)
+    for a, b in ((found[0][0], value[0][0]), (found[2][0], shared), (found[2][1], shared[:3]), (found[4], value[4])):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors at all", None])
+def test_a_damaged_or_missing_file_is_encoded_again(tmp_path, damage):
+    made = policy("SD 1.5")
+    assert made.store_prompts(tmp_path, 1e9, TEXTS, TEXTS) == ""
+    expected = drawn(made)
+    for path in tmp_path.iterdir():
+        path.write_bytes(damage) if damage is not None else path.unlink()
+    made._encodings._memory.clear()
+    assert torch.equal(drawn(made), expected)
+    made.leave_encoders()
+    made._encodings._memory.clear()
+    assert torch.equal(drawn(made), expected)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    made._encodings._memory.clear()
+    with pytest.raises(Fault, match="gone from the cache"):
+        drawn(made)
+
+
+def test_rows_of_several_lengths_are_padded_at_the_end_and_lists_are_joined():
+    a = (torch.ones(1, 2, 3), torch.ones(1, 4), [torch.ones(2)], torch.arange(3), None)
+    b = (torch.ones(1, 3, 3), torch.ones(1, 4), [torch.ones(5)], torch.arange(3), None)
+    found = joined([a, b], [True, True, True, False, False])
+    assert found[0].shape == (2, 3, 3)
+    assert found[0][0, 2].eq(0).all()
+    assert found[1].shape == (2, 4)
+    assert [len(item) for item in found[2]] == [2, 5]
+    assert torch.equal(found[3], torch.arange(3))
+    assert found[4] is None
+
+
+def test_a_full_disk_is_a_fault_that_leaves_nothing_half_written(tmp_path, monkeypatch):
+    from diffalign.models import encodings
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encodings, "save_file", full)
+    with pytest.raises(Fault, match="prompts.cache: cannot write .*No space left"):
+        policy("SD 1.5").store_prompts(tmp_path, 1e9, TEXTS, TEXTS)
+    assert files(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="prompts.cache: got .*file.*cannot write there"):
+        policy("SD 1.5").store_prompts(tmp_path / "file", 1e9, TEXTS, TEXTS)

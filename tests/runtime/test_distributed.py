@@ -1,0 +1,250 @@
+"""Several processes are one: gradients, adapters, runs, and faults. On the CPU, with gloo."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffalign.config import schema as configs
+from diffalign.runs import session
+from diffalign.runs.folder import read_rows
+from diffalign.runtime.distributed import World
+from tests.kit import ROOT
+from tests.kit.helpers import TINY
+
+WORKER = """
+import json, os, sys
+import numpy as np, torch
+torch.set_num_threads(1)
+from diffalign.distributed import World
+from tests import test_distributed
+world = World.join()
+getattr(test_distributed, sys.argv[1])(world, sys.argv[2])
+world.leave()
+sys.stdout.flush()
+os._exit(0)  # as the command line does: see `cli._leave`
+"""
+
+
+def launch(size: int, arguments: list[str], timeout: float = 300) -> list[subprocess.CompletedProcess]:
+    """The same command in every process, as a launcher starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(size):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                env={**os.environ, **place, **where},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    done = []
+    for process in processes:
+        out, error = process.communicate(timeout=timeout)
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, error))
+    return done
+
+
+# -- gradients
+
+
+def every_rules_update(world: World, folder: str) -> None:
+    """Two updates of every rule on the Gaussian chain; each process writes its gradients, parameters and metrics."""
+    from diffalign.backends.toy import ToyPolicy
+    from tests.kit.helpers import toy_prompts
+    from tests.rules.test_conformance import FACTORIES
+
+    found = {}
+    for name, make in FACTORIES.items():
+        policy = ToyPolicy()
+        trainer = trainer_of(make(), policy, world)
+        trainer.draw = lambda update: toy_prompts(4, 6, update=update)
+        trainer.update(0)
+        metrics = trainer.update(1)
+        kept = {k: v for k, v in metrics.items() if not k.startswith("seconds/")}
+        found[name] = {"grad": policy.delta.grad.tolist(), "delta": policy.delta.tolist(), "metrics": kept}
+    Path(folder, f"{world.size}_{world.rank}.json").write_text(json.dumps(found))
+
+
+def trainer_of(rule, policy, world: World):
+    from diffalign.backends.toy import toy_reward
+    from diffalign.training.trainer import Trainer
+
+    optimizer = torch.optim.Adam(policy.parameters.values(), lr=0.05)
+    return Trainer(
+        rule, policy, {"toy": toy_reward}, {"toy": 1.0}, optimizer, lambda update: None, micro_batch=4, world=world
+    )
+
+
+@pytest.fixture(scope="module")
+def updates(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("updates")
+    every_rules_update(World(), str(folder))
+    for size in (2, 4):
+        for done in launch(size, ["-c", WORKER, "every_rules_update", str(folder)]):
+            assert done.returncode == 0, done.stderr
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_gradient_is_that_of_one_process_for_every_rule(updates, size):
+    alone = updates["1_0"]
+    assert len(alone) > 15
+    for name, expected in alone.items():
+        found = updates[f"{size}_0"][name]
+        # float64 sums in another order; after one Adam step
+        np.testing.assert_allclose(found["grad"], expected["grad"], rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(found["delta"], expected["delta"], rtol=1e-9, atol=1e-11, err_msg=name)
+        assert found["metrics"].keys() == expected["metrics"].keys(), name
+        for key, value in expected["metrics"].items():
+            assert found["metrics"][key] == pytest.approx(value, rel=1e-7, abs=1e-10), (name, key)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_T38_every_process_ends_with_the_same_bits(updates, size):
+    for rank in range(1, size):
+        assert updates[f"{size}_{rank}"] == updates[f"{size}_0"]
+
+
+def one_has_nothing_to_learn(world: World, folder: str) -> None:
+    """Rewards of the first group are equal, and it is all that the first process has."""
+    from diffalign.backends.toy import ToyPolicy
+    from diffalign.rules import FlowGRPO
+    from tests.kit.helpers import toy_prompts
+
+    policy = ToyPolicy()
+    trainer = trainer_of(FlowGRPO(), policy, world)
+    trainer.draw = lambda update: toy_prompts(2, 4, update=update)
+    own = trainer.rewards["toy"]
+    trainer.rewards = {"toy": lambda media, prompts: own(media, prompts) * torch.as_tensor(prompts.group)}
+    assert "skipped_flat" not in trainer.update(0)
+    Path(folder, f"{world.size}_{world.rank}").write_text(json.dumps(policy.delta.tolist()))
+
+
+def test_a_process_without_anything_to_learn_takes_part(tmp_path):
+    one_has_nothing_to_learn(World(), str(tmp_path))
+    assert [d.returncode for d in launch(2, ["-c", WORKER, "one_has_nothing_to_learn", str(tmp_path)], 60)] == [0, 0]
+    alone, first, second = (json.loads((tmp_path / name).read_text()) for name in ("1_0", "2_0", "2_1"))
+    assert first == second
+    np.testing.assert_allclose(first, alone, rtol=1e-9, atol=1e-11)
+
+
+# -- faults
+
+
+def one_fails(world: World, folder: str) -> None:
+    from diffalign.types import Fault
+
+    def work() -> int:
+        if world.rank == 1:
+            raise ValueError("the disk of this one is full")
+        return world.rank
+
+    try:
+        world.together(work)
+    except (Fault, ValueError) as error:
+        Path(folder, f"{world.rank}").write_text(f"{type(error).__name__}: {error}")
+
+
+def test_a_failure_of_one_ends_all(tmp_path):
+    assert [done.returncode for done in launch(3, ["-c", WORKER, "one_fails", str(tmp_path)])] == [0, 0, 0]
+    told = "Fault: process 1: ValueError: the disk of this one is full"
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 2)] == [told, told]
+    assert (tmp_path / "1").read_text() == "ValueError: the disk of this one is full"
+
+
+def one_drifts(world: World, folder: str) -> None:
+    from diffalign.types import Fault
+
+    parameters = {"a": torch.ones(5)}
+    world.check_equal(parameters, "update 3")
+    parameters["a"][2] += 1e-7 * world.rank
+    try:
+        world.check_equal(parameters, "update 4")
+    except Fault as error:
+        Path(folder, f"{world.rank}").write_text(str(error))
+
+
+def test_adapters_that_differ_in_a_bit_stop_the_run(tmp_path):
+    launch(2, ["-c", WORKER, "one_drifts", str(tmp_path)])
+    for rank in (0, 1):
+        expected = "update 4: the processes hold 2 different adapters; they must be equal"
+        assert (tmp_path / str(rank)).read_text() == expected
+
+
+def test_rows_are_dealt_by_whole_micro_batches():
+    shares = [World(rank, 3).rows(10, 2) for rank in range(3)]
+    assert shares == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5]]
+    assert World().rows(5, 2) == [0, 1, 2, 3, 4]
+
+
+# -- whole runs
+
+
+def command(run_dir, *overrides: str) -> list[str]:
+    few = ["prompts.group_size=4", "optimizer.micro_batch=2", "sampler.steps=3", *overrides]
+    return ["-m", "diffalign", "train", "flow_grpo/shapes-sd3", *TINY, *few, f"run_dir={run_dir}"]
+
+
+def adapter(run_dir) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+def test_a_run_of_two_processes_is_a_run_and_resumes_with_one(tmp_path):
+    both = launch(2, command(tmp_path / "two", "updates=1", "evaluation.every=1"))
+    for done in both:
+        assert done.returncode == 0, done.stderr
+    assert "gain" in both[0].stdout
+    assert both[1].stdout == ""  # the first one speaks
+    again = launch(1, command(tmp_path / "two", "updates=2", "evaluation.every=1"))[0]
+    assert again.returncode == 0, again.stderr
+    assert "resuming after update 1" in again.stderr
+    settings = configs.load("flow_grpo/shapes-sd3", command(tmp_path / "one", "updates=2", "evaluation.every=1")[4:])
+    session.train(settings, quiet=True)
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    # float32 sums in another order, through two steps of Adam
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5)
+    rows = [row for row in read_rows(tmp_path / "two") if "nfe" in row]
+    assert [row["nfe"] for row in rows] == [row["nfe"] for row in read_rows(tmp_path / "one") if "nfe" in row]
+    counts = [row["eval/n"] for row in read_rows(tmp_path / "two") if "eval/n" in row]
+    assert counts
+    assert len(set(counts)) == 1
+
+
+def test_more_processes_than_micro_batches_are_refused(tmp_path):
+    for done in launch(2, command(tmp_path / "r", "prompts.groups=1", "optimizer.micro_batch=4")):
+        assert done.returncode == 2
+        assert (
+            "optimizer.micro_batch: got 4, 1 of them an update for 2 processes; allowed is at least one each"
+            in done.stderr
+        )
+
+
+def test_a_fault_in_one_process_ends_the_run_of_all(tmp_path):
+    reward = tmp_path / "bad.py"
+    reward.write_text(
+        "import os\ndef f(media, prompts):\n"
+        "    if os.environ['RANK'] == '1':\n        raise ConnectionError('reward server is down')\n"
+        "    return [0.1 * k for k in range(len(prompts))]\n"
+    )
+    first, second = launch(
+        2, command(tmp_path / "r", f"rewards={{{reward}:f: 1}}", "eval_rewards=[]", "evaluation.enabled=false")
+    )
+    assert (first.returncode, second.returncode) == (3, 3)
+    assert "process 1: Fault: reward" in first.stderr
+    assert "ConnectionError: reward server is down" in second.stderr
+    assert "Traceback" not in first.stderr + second.stderr
