@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import click
 
 import diffalign
-from diffalign.runtime.files import LORA
-from diffalign.types import Fault, UserError
+from diffalign.errors import Fault, UserError
+from diffalign.models.notes import LORA
 
 
 class Number(click.FloatRange):

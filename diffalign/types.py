@@ -25,28 +25,6 @@ Integers = NDArray[np.int64]
 Rows = Sequence[int] | Integers
 
 
-class UserError(Exception):
-    """Mistakes of the user, all of them together: one line each, exit code 2."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as one line: its type and the first line of its message."""
-    message = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
-
-
-class Fault(Exception):
-    """Something outside the user's input stopped the run; the last good state is kept: exit code 3."""
-
-
-class Unscored(Fault):
-    """Too many samples have no score. Nothing was learnt from them: the parameters are those before the update."""
-
-
 @dataclass(frozen=True)
 class Prompts:
     """What to draw: one entry a sample.
@@ -158,6 +136,11 @@ class Plan:
         for term in (term for terms in self.updates for term in terms):
             if not 0 <= term.start <= term.stop <= steps:
                 raise ValueError(f"plan: term [{term.start}, {term.stop}) lies outside {steps} steps")
+
+    @classmethod
+    def deterministic(cls, steps: int) -> Plan:
+        """Sampling without noise to the end, nothing trained."""
+        return cls(stop=steps, noise=(False,) * steps, updates=())
 
     def leaves_out(self, step: int) -> bool:
         """Whether the solver jumps over a step."""

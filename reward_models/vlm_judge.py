@@ -20,9 +20,10 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from diffalign.errors import Fault
 from diffalign.rewards.base import to_uint8
 from diffalign.rewards.remote import Patient, openai_key
-from diffalign.types import Fault, Media, Prompts
+from diffalign.types import Media, Prompts
 
 REWARDS = {
     "vlm_judge": {

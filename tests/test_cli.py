@@ -46,11 +46,11 @@ def test_sample_writes_pictures_and_a_grid(trained, tmp_path):
 def test_five_lines_of_diffusers_draw_the_training_pipelines_picture(trained, tmp_path):
     """alpha differs from rank; the five lines import diffusers, torch and numpy only."""
     from diffalign.config import schema as config
-    from diffalign.evaluation.fixed import quiet_plan
     from diffalign.models import loading
     from diffalign.prompts import files as prompts
     from diffalign.runs import parts as build
     from diffalign.shapes import models
+    from diffalign.types import Plan
 
     folder, out = models.path("shapes-sd3"), tmp_path / "image.npy"
     script = f"""
@@ -72,13 +72,14 @@ numpy.save({str(out)!r}, pipe("a photo of two stars", generator=torch.Generator(
             parameter.copy_(state.shadows.get("ema", state.parameters)[name])
     keys = np.array([7])
     one = prompts.Prompts(["a photo of two stars"], np.array([0]), keys, keys, [{}])
-    part = parts.policy.rollout(one, quiet_plan(3))
+    part = parts.policy.rollout(one, Plan.deterministic(3))
     ours = parts.policy.decode(part, part.x[-1]).pixels[0, 0].permute(1, 2, 0).numpy()
     assert np.abs(np.load(out) - ours).max() < 1e-5
     base = build.policy(settings, loading.load("shapes-sd3")[0])
     assert (
         np.abs(
-            base.decode(part, base.rollout(one, quiet_plan(3)).x[-1]).pixels[0, 0].permute(1, 2, 0).numpy() - ours
+            base.decode(part, base.rollout(one, Plan.deterministic(3)).x[-1]).pixels[0, 0].permute(1, 2, 0).numpy()
+            - ours
         ).max()
         > 1e-3
     )

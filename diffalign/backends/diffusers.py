@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from diffalign.backends import recorder
 from diffalign.backends.chain import ChainPolicy, OnStep
+from diffalign.errors import UserError
 from diffalign.models import lora as adapters
 from diffalign.models.encodings import Encodings, Store, digest, versions
 from diffalign.processes import Process
-from diffalign.types import Media, Prompts, Rollout, UserError
+from diffalign.types import Media, Prompts, Rollout
 
 
 class DiffusersPolicy(ChainPolicy):

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.errors import UserError
 from diffalign.processes import PROCESSES, Levels, linear_sigmas
 from diffalign.processes.table import Kind
-from diffalign.types import UserError
 
 Sigmas = Literal["pipeline", "linear"]
 

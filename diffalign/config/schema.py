@@ -13,15 +13,17 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from diffalign.errors import UserError, one_line
+from diffalign.models.notes import LORA, lora_folder, lora_notes
 from diffalign.processes import PROCESSES
 from diffalign.prompts import files as prompt_files
 from diffalign.prompts.sets import has_splits
 from diffalign.rewards import catalog
 from diffalign.rules import RULES
-from diffalign.runtime.files import HUB_ID, LORA, is_file, lora_folder, lora_notes
+from diffalign.runtime.files import HUB_ID, is_file
 from diffalign.shapes import models
 from diffalign.shapes.captions import SPLITS, TASKS
-from diffalign.types import UpdateRule, UserError, one_line
+from diffalign.types import UpdateRule
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 Split = Literal["train", "validation", "test"]

@@ -11,24 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 
+from diffalign.errors import Fault, Unscored, one_line
+from diffalign.evaluation.intervals import interval
+from diffalign.report.pictures import strips
 from diffalign.rewards.base import Background, Reward, begin, check_media, to_uint8, unscored
 from diffalign.runtime.files import write_text
-from diffalign.types import Fault, Integers, Plan, Policy, Prompts, Rows, Unscored, chunks, one_line
-
-Floats = NDArray[np.float64]
-FEW = 8  # with fewer prompts than this, images are resampled instead of prompts
-RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
+from diffalign.types import Floats, Integers, Plan, Policy, Prompts, Rows, chunks
 
 
 @dataclass(frozen=True)
@@ -79,37 +68,6 @@ def judged(keys: Iterable[str]) -> list[str]:
     return [key for key in present if f"{key}_lo" in present and not key.endswith("_gain")]
 
 
-def interval(values: Floats, group: Integers, seed: int = 0) -> Interval:
-    """Mean and 95 % percentile bootstrap over prompts (images where there are fewer than 8 prompts); NaN are left out."""
-    finite = np.isfinite(values)
-    values, group = values[finite], group[finite]
-    if not len(values):
-        return Interval(float("nan"), float("nan"), float("nan"))
-    names, index = np.unique(group, return_inverse=True)
-    if len(names) >= FEW:
-        sums: Floats = np.bincount(index, values).astype(np.float64)
-        counts: Floats = np.bincount(index).astype(np.float64)
-    else:
-        sums, counts = values, np.ones(len(values))
-    mean = float(values.mean())
-    if len(sums) < 2 or np.ptp(sums / counts) == 0:
-        return Interval(mean, mean, mean)
-    found = stats.bootstrap(
-        (sums, counts),
-        lambda s, c, axis: s.sum(axis) / c.sum(axis),
-        paired=True,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(mean, float(found.low), float(found.high))
-
-
-def quiet_plan(steps: int) -> Plan:
-    """Deterministic sampling to the end, nothing trained."""
-    return Plan(stop=steps, noise=(False,) * steps, updates=())
-
-
 def joined(
     found: Sequence[tuple[Rows, dict[str, Floats]]],
     prompts: Prompts,
@@ -135,7 +93,7 @@ def joined(
 @torch.no_grad()
 def scores(policy: Policy, rewards: dict[str, Reward], prompts: Prompts, micro_batch: int) -> dict[str, Floats]:
     """Scores (n,) by reward of deterministic samples, in the order of the prompts."""
-    plan = quiet_plan(policy.schedule.steps)
+    plan = Plan.deterministic(policy.schedule.steps)
     weights = dict.fromkeys(rewards, 1.0)
     background, begun = Background(), []
     for rows in chunks(len(prompts), micro_batch):
@@ -149,16 +107,9 @@ def scores(policy: Policy, rewards: dict[str, Reward], prompts: Prompts, micro_b
 @torch.no_grad()
 def pictures(policy: Policy, prompts: Prompts, micro_batch: int) -> NDArray[np.uint8]:
     """Deterministic samples (n, H, W, 3); of videos five frames side by side."""
-    plan = quiet_plan(policy.schedule.steps)
+    plan = Plan.deterministic(policy.schedule.steps)
     shots = []
     for rows in chunks(len(prompts), micro_batch):
         part = policy.rollout(prompts.select(rows), plan)
         shots.append(strips(to_uint8(policy.decode(part, part.x[-1]))))
     return np.concatenate(shots)
-
-
-def strips(frames: NDArray[np.uint8], most: int = 5) -> NDArray[np.uint8]:
-    """Videos (n, F, H, W, 3) as pictures: up to `most` evenly spaced frames side by side; pictures (F = 1) as they are."""
-    count = frames.shape[1]
-    chosen = np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
-    return np.concatenate([frames[:, k] for k in chosen], axis=2)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from diffalign.evaluation.fixed import Interval, interval
+from diffalign.types import Floats, Integers
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 Z = float(stats.norm.ppf(0.975))
 THUMBNAIL = 16  # pixels a side
 
@@ -96,3 +95,44 @@ def diversity(pictures: Floats, prompt: Integers) -> Floats:
 def drift(pictures: Floats, base: Floats) -> Floats:
     """(n,) distance (root mean square) of each sample from the base model's of the same seed."""
     return np.sqrt(np.mean((pictures - base) ** 2, axis=1))
+
+
+FEW = 8  # with fewer prompts than this, images are resampled instead of prompts
+
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(values: Floats, group: Integers, seed: int = 0) -> Interval:
+    """Mean and 95 % percentile bootstrap over prompts (images where there are fewer than 8 prompts); NaN are left out."""
+    finite = np.isfinite(values)
+    values, group = values[finite], group[finite]
+    if not len(values):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    names, index = np.unique(group, return_inverse=True)
+    if len(names) >= FEW:
+        sums: Floats = np.bincount(index, values).astype(np.float64)
+        counts: Floats = np.bincount(index).astype(np.float64)
+    else:
+        sums, counts = values, np.ones(len(values))
+    mean = float(values.mean())
+    if len(sums) < 2 or np.ptp(sums / counts) == 0:
+        return Interval(mean, mean, mean)
+    found = stats.bootstrap(
+        (sums, counts),
+        lambda s, c, axis: s.sum(axis) / c.sum(axis),
+        paired=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high))

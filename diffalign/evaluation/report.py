@@ -14,10 +14,11 @@ from PIL import Image
 from diffalign import __version__
 from diffalign.evaluation import intervals as statistics
 from diffalign.evaluation import samples
-from diffalign.evaluation.fixed import Interval, interval, strips
+from diffalign.evaluation.intervals import Interval, interval
 from diffalign.evaluation.samples import Drawn
 from diffalign.prompts.files import same_text
-from diffalign.runs import outputs as figures
+from diffalign.report import pictures
+from diffalign.report.pictures import strips
 from diffalign.runtime.files import write_text
 from diffalign.sampling import pictures as sampling
 
@@ -147,8 +148,8 @@ def _shown(task: Task) -> list[list[int]]:
 def _grid(task: Task, drawn: Sequence[Drawn]) -> Image.Image:
     """For every shown prompt a row of each model's samples, same noises below one another."""
     rows = [samples.read(one.folder, row) for part in _shown(task) for one in drawn for row in part]
-    shots = figures.framed([strips(frames[None])[0] for frames in rows])
-    return figures.grid(shots, columns=min(SHOWN, task.samples))
+    shots = pictures.framed([strips(frames[None])[0] for frames in rows])
+    return pictures.grid(shots, columns=min(SHOWN, task.samples))
 
 
 def _page(task: Task, report: dict[str, Any], labels: Sequence[str], drawn: Sequence[Drawn], path: Path) -> None:

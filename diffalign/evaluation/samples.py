@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from diffalign.errors import Fault, one_line
 from diffalign.sampling import pictures as sampling
-from diffalign.types import Fault, chunks, one_line
+from diffalign.types import chunks
 
 if TYPE_CHECKING:
     from diffalign.evaluation.suite import Task

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffalign.errors import Fault, one_line
 from diffalign.rewards.catalog import Entry
-from diffalign.types import Fault, one_line
 
 OURS = ("reward_models", "diffalign.ops", "diffalign.rewards", "diffalign.shapes")  # what rewards that ship are made of
 

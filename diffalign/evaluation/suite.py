@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffalign.errors import Fault, UserError, one_line
 from diffalign.evaluation import report, samples
 from diffalign.evaluation import score_cache as cache
 from diffalign.evaluation.samples import Drawn
+from diffalign.models.notes import LORA
 from diffalign.prompts import files as prompt_files
 from diffalign.prompts.sets import has_splits
 from diffalign.rewards import catalog
@@ -28,10 +30,10 @@ from diffalign.rewards.base import Reward, greet, unscored
 from diffalign.rewards.base import evaluate as score
 from diffalign.rewards.load import load as load_reward
 from diffalign.runtime.distributed import World
-from diffalign.runtime.files import LORA, is_file, make_folder, write_text
+from diffalign.runtime.files import is_file, make_folder, write_text
 from diffalign.runtime.randomness import key
 from diffalign.sampling import pictures as sampling
-from diffalign.types import Fault, Media, Prompts, UserError, chunks, one_line
+from diffalign.types import Media, Prompts, chunks
 
 MANIFEST = "manifest.json"
 MOST_UNSCORED = 0.05  # share of a model's samples

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.config import schema as configs
 from diffalign.config.schema import Config
+from diffalign.errors import UserError
 from diffalign.runtime.files import make_folder
-from diffalign.types import UserError
 
 if TYPE_CHECKING:
     from diffalign.gradients.laboratory import Found

@@ -15,7 +15,6 @@ import torch
 from diffalign.backends.toy import ToyPolicy, toy_reward
 from diffalign.config.schema import Config
 from diffalign.gradients import statistics
-from diffalign.gradients.statistics import Floats
 from diffalign.prompts import files as prompts
 from diffalign.rewards.base import Reward
 from diffalign.runs import parts as build
@@ -23,6 +22,7 @@ from diffalign.training.fitting import Saved, fit
 from diffalign.training.trainer import Trainer
 from diffalign.types import (
     Credit,
+    Floats,
     Loss,
     Needs,
     Plan,

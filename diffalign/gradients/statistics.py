@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
-Floats = NDArray[np.float64]
+from diffalign.types import Floats
 
 
 def quantile(count: int) -> float:

@@ -16,8 +16,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from diffalign.runtime.files import LORA, lora_folder, make_folder
-from diffalign.types import UserError, one_line
+from diffalign.errors import UserError, one_line
+from diffalign.models.notes import LORA, lora_folder
+from diffalign.runtime.files import make_folder
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffalign.errors import Fault, one_line
 from diffalign.runtime.files import make_folder
-from diffalign.types import Fault, one_line
 
 MEMORY_BYTES = 2**30  # of encoded batches kept in memory: one prompt of a large T5 takes 4 MB
 OWN = re.compile(r"[0-9a-f]{64}")  # names of its files

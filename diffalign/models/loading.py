@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from diffalign.errors import UserError, one_line
 from diffalign.models import lora as adapters
 from diffalign.models import single_file
 from diffalign.runtime.files import fingerprint
-from diffalign.types import UserError, one_line
 
 # What pipelines that start from a picture or a video are called.
 OTHER_TASKS = re.compile("ImageToVideo|Image2Video|VideoToVideo|Img2Img|Inpaint|Edit|Kontext|Control|Upscale|Pix2Pix")

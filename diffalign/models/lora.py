@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from diffalign.types import UserError
+from diffalign.errors import UserError
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # names diffusers gives the component that denoises
 # Attention and feed-forward layers as diffusers' models name them; a target that a model does not have is no error.

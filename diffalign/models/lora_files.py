@@ -15,9 +15,9 @@ import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from diffalign.errors import Fault, one_line
 from diffalign.models.lora import denoisers, quiet
-from diffalign.runtime.files import LORA
-from diffalign.types import Fault, one_line
+from diffalign.models.notes import LORA
 
 
 @dataclass(frozen=True)

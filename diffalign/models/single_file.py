@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from diffalign.errors import UserError, one_line
 from diffalign.models import lora as adapters
 from diffalign.runtime.files import is_file
-from diffalign.types import UserError, one_line
 
 # What such files put before the names of an autoencoder's weights, and of text encoders'.
 AUTOENCODER = ("first_stage_model.", "vae.")

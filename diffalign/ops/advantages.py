@@ -8,9 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffalign.types import Scores
+from diffalign.types import Floats, Scores
 
-Floats = NDArray[np.float64]
 Scale = Literal["group", "batch", "none"]
 FLAT = 1e-6  # a group whose range is below this share of max(1, |mean|) has no spread
 

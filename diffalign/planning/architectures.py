@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from diffalign.config.schema import Config
+from diffalign.errors import UserError
 from diffalign.models import lora as adapters
-from diffalign.types import UserError
 
 Sizes = dict[str, int]
 

@@ -6,8 +6,6 @@ step of the pipeline's own code, built from its configs with random weights.
 
 from __future__ import annotations
 
-import importlib
-import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +17,9 @@ import torch
 from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.backends.toy import ToyPolicy, grid
 from diffalign.config.schema import Config
-from diffalign.evaluation.fixed import quiet_plan
+from diffalign.errors import UserError, one_line
 from diffalign.models import lora as adapters
+from diffalign.models.untrained import random_pipeline
 from diffalign.planning import architectures
 from diffalign.processes import PROCESSES, Levels
 from diffalign.prompts import files as prompts
@@ -29,10 +28,9 @@ from diffalign.runtime.randomness import numpy_generator
 from diffalign.shapes import models
 from diffalign.training import fitting as measure
 from diffalign.training.trainer import Trainer
-from diffalign.types import Media, Plan, Prompts, Schedule, UpdateRule, UserError, one_line
+from diffalign.types import Media, Plan, Prompts, Schedule, UpdateRule
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
-LARGEST = 200_000_000  # parameters that are built to be counted
 
 
 @dataclass(frozen=True)
@@ -90,55 +88,6 @@ class Network:
     latent: int
     parameters: int
     trained: int
-
-
-def random_pipeline(folder: Path) -> Any:
-    """The pipeline of a folder with random weights: configs are read, weights are not.
-
-    Raises:
-        UserError: if its largest component is too big to build.
-    """
-    from diffusers import DiffusionPipeline
-
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    parts: dict[str, Any] = {}
-    for name, spec in index.items():
-        if not isinstance(spec, list):
-            continue
-        library, kind = spec
-        parts[name] = None if kind is None else _component(folder / name, library, kind)
-    cls = getattr(importlib.import_module("diffusers"), index["_class_name"])
-    pipe: DiffusionPipeline = cls(**parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _component(folder: Path, library: str, kind: str) -> Any:
-    cls = getattr(importlib.import_module(library), kind)
-    if hasattr(cls, "load_config") and hasattr(cls, "from_config"):  # diffusers models and schedulers
-        config = cls.load_config(folder)
-        if issubclass(cls, torch.nn.Module):
-            with torch.device("meta"):
-                _check_size(cls.from_config(config), folder)
-        made = cls.from_config(config)
-    elif (
-        hasattr(cls, "config_class")
-        and cls.config_class is not None
-        and hasattr(cls, "from_pretrained")
-        and issubclass(cls, torch.nn.Module)
-    ):
-        made = cls(cls.config_class.from_pretrained(folder))
-        _check_size(made, folder)
-    else:
-        return cls.from_pretrained(folder)
-    return made.requires_grad_(False).eval() if isinstance(made, torch.nn.Module) else made
-
-
-def _check_size(module: Any, folder: Path) -> None:
-    if isinstance(module, torch.nn.Module) and (n := sum(p.numel() for p in module.parameters())) > LARGEST:
-        raise UserError(
-            f"model: {folder} has {n / 1e6:.0f} M parameters; plan builds components of at most {LARGEST / 1e6:.0f} M"
-        )
 
 
 def count(config: Config) -> Cost:
@@ -282,7 +231,7 @@ def _network(policy: DiffusersPolicy, parameters: int, trained: int) -> Network:
     from torch.utils.flop_counter import FlopCounterMode
 
     example = prompts.fixed([{"prompt": "a"}], 1, 0)
-    plan = quiet_plan(policy.schedule.steps)
+    plan = Plan.deterministic(policy.schedule.steps)
     part = policy.rollout(example, plan)
     rows = policy.rows_forward
     with FlopCounterMode(display=False) as forward, torch.no_grad():

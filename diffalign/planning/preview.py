@@ -8,14 +8,15 @@ import numpy as np
 import torch
 
 from diffalign.config.schema import Config
-from diffalign.evaluation.fixed import quiet_plan, strips
+from diffalign.errors import UserError
 from diffalign.prompts import files as prompts
+from diffalign.report import pictures
+from diffalign.report.pictures import strips
 from diffalign.rewards.base import check_media, evaluate, to_uint8
-from diffalign.runs import outputs as figures
 from diffalign.runs import parts as build
 from diffalign.runtime.files import make_folder
 from diffalign.runtime.randomness import numpy_generator
-from diffalign.types import Plan, UserError
+from diffalign.types import Plan
 
 PICTURES = 6
 
@@ -37,14 +38,14 @@ def write(config: Config, path: Path) -> list[str]:
     steps = parts.policy.schedule.steps
     noisy = Plan(steps, plan.noise, (), branch=(1,) * steps)
     rows, lines = [], []
-    for name, chosen in (("deterministic", quiet_plan(steps)), ("with noise", noisy)):
+    for name, chosen in (("deterministic", Plan.deterministic(steps)), ("with noise", noisy)):
         part = parts.policy.rollout(drawn, chosen)
         media = check_media(parts.policy.decode(part, part.x[-1]))
         rows.append(strips(to_uint8(media)))
         scores = evaluate(parts.rewards, config.rewards, media, drawn)
         means = ", ".join(f"{reward} {np.nanmean(values):.3f}" for reward, values in scores.by_name.items())
         lines.append(f"{name:14} {means}")
-    figures.grid(np.concatenate(rows), columns=PICTURES).save(path)
+    pictures.grid(np.concatenate(rows), columns=PICTURES).save(path)
     on = [k for k, noise in enumerate(noisy.noise) if noise and parts.policy.schedule.std[k] > 0]
     return [
         *lines,

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffalign.processes.table import Floats, Levels
+from diffalign.processes.table import Levels
+from diffalign.types import Floats
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffalign.processes.table import Floats, Levels, Table
+from diffalign.processes.table import Levels, Table
+from diffalign.types import Floats
 
 
 def _table(sigma: Floats, g: Floats) -> Table:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from diffalign.types import Floats
+
 Kind = Literal["flow", "ddpm"]
 Prediction = Literal["velocity", "epsilon", "v_prediction", "sample"]
 

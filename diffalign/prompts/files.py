@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from diffalign.errors import UserError
 from diffalign.prompts import sets as prompt_sets
 from diffalign.prompts.sets import Entry as Entry
 from diffalign.runtime.files import is_file
-from diffalign.types import Prompts, UserError
+from diffalign.types import Prompts
 
 Stages = dict[str, tuple[str, ...]]  # prompt -> what the sampler is told instead, on each stretch of the chain
 

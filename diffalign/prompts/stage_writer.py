@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from diffalign.errors import Fault, UserError, one_line
 from diffalign.prompts.files import Entry
-from diffalign.types import Fault, UserError, one_line
 
 ATTEMPTS, PAUSE = 4, 1.0  # tries a prompt; seconds before the second, doubled each time
 TIMEOUT = 120.0

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.errors import Fault, one_line
 from diffalign.runtime.memory import out_of_memory
-from diffalign.types import Fault, Media, Prompts, Scores, one_line
+from diffalign.types import Media, Prompts, Scores
 
 Scored = np.ndarray[Any, np.dtype[np.float64]]  # (N,), NaN where there is no score
 LARGEST = float(np.finfo(np.float32).max)

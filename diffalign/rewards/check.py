@@ -9,13 +9,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from diffalign.errors import Fault
 from diffalign.rewards.base import Reward, evaluate
 from diffalign.rewards.catalog import Entry, find
 from diffalign.rewards.load import load
 from diffalign.shapes import motion
 from diffalign.shapes.captions import Combination, caption
 from diffalign.shapes.world import Object, render
-from diffalign.types import Fault, Media, Prompts
+from diffalign.types import Media, Prompts
 
 LABELS = ("as asked", "another", "noise")
 

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from diffalign.errors import UserError, one_line
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import Entry, find
 from diffalign.rewards.frames import PerFrame
 from diffalign.rewards.remote import Remote
-from diffalign.types import UserError, one_line
 
 
 def load(name: str, deadline: float = 300.0, batch: int = 16, frames: str = "all", reduce: str = "mean") -> Reward:

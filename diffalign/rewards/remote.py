@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from diffalign.errors import Fault, UserError, one_line
 from diffalign.rewards.base import to_uint8
-from diffalign.types import Fault, Media, Prompts, UserError, chunks, one_line
+from diffalign.types import Media, Prompts, chunks
 
 TOKEN = "DIFFALIGN_REWARD_TOKEN"  # the variable whose value is sent as a bearer token, and asked for by `serve-reward`
 CONNECT, READ = 5.0, 120.0  # seconds

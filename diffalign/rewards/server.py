@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from diffalign import __version__
+from diffalign.errors import Fault, UserError, one_line
 from diffalign.rewards.base import check_media
 from diffalign.rewards.catalog import Entry, find
 from diffalign.rewards.load import load
 from diffalign.rewards.remote import checked_token, unpacked
-from diffalign.types import Fault, Media, Prompts, UserError, one_line
+from diffalign.types import Media, Prompts
 
 Answer = tuple[int, dict[str, Any]]  # status, content
 

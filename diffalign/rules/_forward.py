@@ -13,8 +13,9 @@ import numpy as np
 from pydantic import Field
 
 from diffalign import ops
+from diffalign.errors import UserError
 from diffalign.rules._merging import MergeSettings, merged
-from diffalign.types import Credit, Floats, Plan, Policy, Prompts, Rollout, Schedule, Scores, Term, Tree, UserError
+from diffalign.types import Credit, Floats, Plan, Policy, Prompts, Rollout, Schedule, Scores, Term, Tree
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,9 @@ import numpy as np
 from pydantic import Field
 
 from diffalign import ops
+from diffalign.errors import UserError
 from diffalign.rules._rule import Settings
-from diffalign.types import Floats, Integers, Scores, UserError
+from diffalign.types import Floats, Integers, Scores
 
 
 class MergeSettings(Settings):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from diffalign import ops
+from diffalign.errors import UserError
 from diffalign.rules._merging import MergeSettings, merged
 from diffalign.rules._rule import Settings
 from diffalign.types import (
@@ -26,7 +27,6 @@ from diffalign.types import (
     Term,
     Transition,
     Tree,
-    UserError,
 )
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from diffalign import ops
+from diffalign.errors import UserError
 from diffalign.rules._rule import Settings
 from diffalign.types import (
     Credit,
@@ -36,7 +37,6 @@ from diffalign.types import (
     Scores,
     Term,
     Tree,
-    UserError,
 )
 
 DECAY = 0.9  # of running gradient norms, per update

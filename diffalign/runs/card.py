@@ -12,7 +12,7 @@ from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.models.loading import Place
 from diffalign.config.schema import Config
 from diffalign.evaluation.fixed import judged
-from diffalign.runtime.files import DDIM
+from diffalign.models.notes import DDIM
 from diffalign.processes import PROCESSES, linear_sigmas
 from diffalign.runs.folder import RunFolder
 

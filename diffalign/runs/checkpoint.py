@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.runtime.files import sync, write_text
-from diffalign.types import Fault, UserError, one_line
+from diffalign.errors import Fault, UserError, one_line
 
 STATE = "state.json"
 FORMAT = 2  # of the folder's content: grows when older ones cannot be read

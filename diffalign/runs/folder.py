@@ -14,7 +14,8 @@ import yaml
 
 from diffalign.config import schema as configs
 from diffalign.runtime.files import write_text
-from diffalign.types import Fault, Prompts, Scores, UserError, one_line
+from diffalign.errors import Fault, UserError, one_line
+from diffalign.types import Prompts, Scores
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"

@@ -10,11 +10,11 @@ import torch
 from diffalign.models import lora as adapters, loading, lora_files
 from diffalign.backends import diffusers
 from diffalign.config.schema import Config
-from diffalign.runtime.files import lora_folder
+from diffalign.models.notes import lora_folder
 from diffalign.processes import PROCESSES
 from diffalign.rewards.base import Reward, greet
 from diffalign.rewards.load import load as load_reward
-from diffalign.types import Fault, UserError, one_line
+from diffalign.errors import Fault, UserError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -29,7 +29,8 @@ from diffalign.runs.progress import Reporter
 from diffalign.runtime.randomness import numpy_generator
 from diffalign.runs.folder import RunFolder, open_run
 from diffalign.training.trainer import Metrics, Trainer
-from diffalign.types import Fault, Unscored, UserError, one_line
+from diffalign.errors import Fault, Unscored, UserError, one_line
+from diffalign.report import pictures
 
 NONFINITE_LIMIT = 10  # updates in a row without a finite gradient that end a run
 
@@ -339,7 +340,7 @@ class Session:
             images = self.trainer.fitting(lambda: evaluate.pictures(self.policy, shown, self.trainer.micro_batch))
         path = self.folder / "samples"
         path.mkdir(exist_ok=True)
-        figures.grid(images).save(path / f"update_{update:06d}.png")
+        pictures.grid(images).save(path / f"update_{update:06d}.png")
         np.savez_compressed(path / f"update_{update:06d}.npz", images=images)
 
     def _evaluation_path(self, update: int) -> Any:

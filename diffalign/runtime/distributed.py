@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffalign.types import Fault, chunks, one_line
+from diffalign.errors import Fault, one_line
+from diffalign.types import chunks
 
 T = TypeVar("T")
 

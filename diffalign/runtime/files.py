@@ -7,11 +7,9 @@ import os
 import re
 from pathlib import Path
 
-from diffalign.types import UserError, one_line
+from diffalign.errors import UserError
 
-LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for an adapter's file
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
-DDIM = "DDIMScheduler"  # in an adapter's metadata: it was trained walking DDIM
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,26 +47,6 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def lora_folder(place: str | Path) -> Path | None:
-    """The folder with a LoRA that a run's or an adapter's folder stands for; None if there is none."""
-    return next((folder for folder in (Path(place) / "adapter", Path(place)) if is_file(folder / LORA)), None)
-
-
-def lora_notes(folder: Path) -> dict[str, str]:
-    """The notes in an adapter's file.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(folder / LORA, framework="np") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds a damaged adapter: {one_line(error)}") from error
 
 
 def make_folder(path: Path, option: str) -> None:

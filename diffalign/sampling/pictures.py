@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
+from diffalign.errors import Fault, UserError, one_line
+from diffalign.models.notes import DDIM, LORA, lora_folder, lora_notes
 from diffalign.processes import linear_sigmas
-from diffalign.runtime.files import DDIM, LORA, fingerprint, is_file, lora_folder, lora_notes, make_folder
-from diffalign.types import Fault, UserError, one_line
+from diffalign.runtime.files import fingerprint, is_file, make_folder
 
 PAGE = Path(__file__).parent / "page.html"
 BATCH = 8  # pictures a call
@@ -323,7 +324,7 @@ def _grid(aligned: list[Path], plain: list[Path], n: int, path: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from diffalign.runs.outputs import grid
+    from diffalign.report.pictures import grid
 
     columns = min(n, BATCH)
     rows: list[Path] = []

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from diffalign.ops.geneval import Detection
-from diffalign.shapes.world import BACKGROUND, BOX, CENTROID, COLOURS, PALETTE, SHAPES, Floats, coverage
+from diffalign.shapes.world import BACKGROUND, BOX, CENTROID, COLOURS, PALETTE, SHAPES, coverage
+from diffalign.types import Floats
 
 OPAQUE = 0.5  # a pixel belongs to a colour above this share
 REST = 60.0  # RGB distance from every palette mix (in 0..255 units) beyond which a pixel has no colour

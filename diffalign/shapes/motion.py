@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from diffalign.ops import geneval
 from diffalign.shapes.captions import SPLITS, clause, phrase
 from diffalign.shapes.detector import Found, detect
-from diffalign.shapes.world import BACKGROUND, BOX, COLOURS, MARGIN, SHAPES, Floats, Object, render
+from diffalign.shapes.world import BACKGROUND, BOX, COLOURS, MARGIN, SHAPES, Object, render
+from diffalign.types import Floats
 
 FRAMES, SIZE = 5, 32
 MOTIONS = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from diffalign.types import Floats
 
 SIZE = 64
 BACKGROUND = (244, 244, 240)

@@ -8,9 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from diffalign.evaluation.fixed import quiet_plan
 from diffalign.rewards.base import Reward
-from diffalign.types import FittingRule, GraphBytes, Prompts, TrainablePolicy, UpdateRule
+from diffalign.types import FittingRule, GraphBytes, Plan, Prompts, TrainablePolicy, UpdateRule
 
 
 class Saved:
@@ -80,7 +79,7 @@ def fit(rule: UpdateRule, policy: TrainablePolicy, rewards: dict[str, Reward], b
 def graph_bytes(policy: TrainablePolicy, rewards: dict[str, Reward], prompts: Prompts) -> GraphBytes:
     """What the last step, and decoder and rewards after it, keep for the gradient of one batch of prompts."""
     steps = policy.schedule.steps
-    part = policy.rollout(prompts, quiet_plan(steps))
+    part = policy.rollout(prompts, Plan.deterministic(steps))
 
     def judged() -> Tensor:
         media = policy.decode(part, policy.replay(part, steps - 1, steps).x)

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.errors import Fault, Unscored, one_line
 from diffalign.rewards.base import Background, Reward, begin, check_media, unscored
 from diffalign.runtime.distributed import ALONE, World
 from diffalign.runtime.memory import out_of_memory, release
 from diffalign.runtime.randomness import numpy_generator
 from diffalign.types import (
     Credit,
-    Fault,
     Floats,
     Integers,
     Media,
@@ -34,10 +34,8 @@ from diffalign.types import (
     Term,
     TrainablePolicy,
     Tree,
-    Unscored,
     UpdateRule,
     chunks,
-    one_line,
 )
 
 T = TypeVar("T")

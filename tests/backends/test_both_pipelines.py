@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from diffalign.backends import diffusers
-from diffalign.evaluation.fixed import quiet_plan
+from diffalign.errors import UserError
 from diffalign.models import loading
 from diffalign.models import lora as adapters
 from diffalign.ops import gaussian
@@ -18,7 +18,7 @@ from diffalign.prompts import files as prompts
 from diffalign.rules import RLR, TruncatedBP
 from diffalign.training import fitting as measure
 from diffalign.training.trainer import Trainer
-from diffalign.types import Plan, Prompts, UserError
+from diffalign.types import Plan, Prompts
 
 PROCESS = {"shapes-sd3": "flow_sde", "shapes-sd": "ddim"}
 CALL = {"shapes-sd3": {"max_sequence_length": 1}, "shapes-sd": {}}
@@ -80,7 +80,7 @@ def test_first_pass_log_probs_are_bit_equal(name, guidance, dtype):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_deterministic_sampling_equals_the_plain_pipeline(name, guidance):
     policy, batch = make(name, guidance=guidance), given()
-    part = policy.rollout(batch, quiet_plan(4))
+    part = policy.rollout(batch, Plan.deterministic(4))
     ours = policy.decode(part, part.x[-1]).pixels[:, 0]
     generators = [torch.Generator().manual_seed(int(seed)) for seed in batch.seed]
     plain = policy.pipe(
@@ -96,8 +96,8 @@ def test_any_ddpm_like_scheduler_is_walked_as_ddim(kind):
     own = make("shapes-sd")
     other = make("shapes-sd", scheduler=lambda config: kind.from_config(config, clip_sample=False))
     assert isinstance(other.pipe.scheduler, kind)
-    expected = own.rollout(given(), quiet_plan(4)).x[-1]
-    assert torch.equal(other.rollout(given(), quiet_plan(4)).x[-1], expected)
+    expected = own.rollout(given(), Plan.deterministic(4)).x[-1]
+    assert torch.equal(other.rollout(given(), Plan.deterministic(4)).x[-1], expected)
 
 
 def test_a_v_prediction_pipeline_equals_the_plain_one():
@@ -106,7 +106,7 @@ def test_a_v_prediction_pipeline_equals_the_plain_one():
 
     policy, batch = make("shapes-sd", scheduler=scheduler), given()
     assert policy.levels.prediction == "v_prediction"
-    part = policy.rollout(batch, quiet_plan(4))
+    part = policy.rollout(batch, Plan.deterministic(4))
     generators = [torch.Generator().manual_seed(int(seed)) for seed in batch.seed]
     plain = policy.pipe(
         batch.text, num_inference_steps=4, guidance_scale=1.0, generator=generators, output_type="latent"
@@ -311,7 +311,7 @@ def test_checkpointing_keeps_the_inputs_of_a_call_only(name):
 
 def test_rows_that_checkpointing_runs_again_are_counted():
     policy = make("shapes-sd", gradient_checkpointing=True)
-    part = policy.rollout(given(), quiet_plan(4))
+    part = policy.rollout(given(), Plan.deterministic(4))
     before = policy.rows_forward
     policy.replay(part, 2, 4).x.sum().backward()
     assert policy.rows_forward - before == 2 * 2 * 2  # two rows, two steps, twice

@@ -6,12 +6,12 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffalign.backends import diffusers, recorder
-from diffalign.evaluation.fixed import quiet_plan
+from diffalign.errors import UserError
 from diffalign.models import encodings, loading
 from diffalign.models import lora as adapters
 from diffalign.processes import PROCESSES
 from diffalign.prompts import files as prompts
-from diffalign.types import Plan, Prompts, UserError
+from diffalign.types import Plan, Prompts
 
 NOISY = Plan(4, (True, True, True, False), ())
 TEXTS = ["a photo of two stars", "a photo of a red circle left of a blue square"]
@@ -85,7 +85,7 @@ def test_T12_first_pass_log_probs_are_bit_equal(guidance, dtype):
 def test_deterministic_sampling_equals_the_plain_pipeline(sigmas, guidance):
     policy = make(sigmas, guidance)
     batch = given(1)
-    part = policy.rollout(batch, quiet_plan(4))
+    part = policy.rollout(batch, Plan.deterministic(4))
     ours = policy.decode(part, part.x[-1]).pixels[:, 0]
     call = {"sigmas": np.linspace(1, 0, 5)[:-1].tolist()} if sigmas == "linear" else {}
     plain = policy.pipe(

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from diffalign.types import UserError
+from diffalign.errors import UserError
 from tests.families import FAMILIES, build
 from tests.families.__main__ import PAGE, README, bases, committed, markdown
 from tests.families.probe import policy, probe

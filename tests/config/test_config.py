@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from diffalign.config import schema as config
+from diffalign.errors import UserError
 from diffalign.prompts import files as prompts
 from diffalign.rules import RULES
-from diffalign.types import UserError
 
 NAME = "flow_grpo/shapes-sd3"
 CONFIGS = sorted((config.folders()[0]).rglob("*.yaml"))

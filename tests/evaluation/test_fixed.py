@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from diffalign.evaluation.fixed import Evaluation, interval
+from diffalign.evaluation.fixed import Evaluation
+from diffalign.evaluation.intervals import interval
 
 
 def test_interval_of_independent_prompts_is_the_normal_one():

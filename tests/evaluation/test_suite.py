@@ -12,12 +12,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffalign.cli import app
+from diffalign.errors import Fault, UserError
 from diffalign.evaluation import samples
 from diffalign.evaluation import suite as benchmark
 from diffalign.runs import session
 from diffalign.sampling import pictures as sampling
 from diffalign.shapes import captions, models
-from diffalign.types import Fault, UserError
 from tests.kit.helpers import tiny_config
 from tests.runtime.test_distributed import launch
 

@@ -12,7 +12,6 @@ import torch
 
 from diffalign.backends import recorder
 from diffalign.backends.diffusers import DiffusersPolicy
-from diffalign.evaluation.fixed import quiet_plan
 from diffalign.models import lora as adapters
 from diffalign.models import lora_files
 from diffalign.ops import gaussian
@@ -137,7 +136,7 @@ def plain(name: str) -> str:
     pipe = policy.pipe
     if pipe.scheduler.config.get("use_flow_sigmas"):
         return "own solver"
-    part = policy.rollout(prompts, quiet_plan(STEPS))
+    part = policy.rollout(prompts, Plan.deterministic(STEPS))
     ours = policy.decode(part, part.x[-1]).pixels
     assert float((ours[0] - ours[1]).abs().max()) > 1e-2, "pictures that do not differ show nothing"
     if FAMILIES[name].process == "ddim":
@@ -154,7 +153,7 @@ def guided(name: str) -> str:
     found = []
     for scale in (0.0, 3.0):
         other = policy(name, guidance=scale)
-        part = other.rollout(given(), quiet_plan(STEPS))
+        part = other.rollout(given(), Plan.deterministic(STEPS))
         found.append((other.rows_forward, part.x[-1]))
     (rows, one), (more, three) = found
     if more > rows:

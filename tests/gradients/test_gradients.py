@@ -8,10 +8,10 @@ import torch
 
 from diffalign.backends.toy import ToyPolicy, toy_reward
 from diffalign.cli import main
+from diffalign.errors import UserError
 from diffalign.gradients import instrument as gradients
 from diffalign.gradients.laboratory import FullBackpropagation, Laboratory
 from diffalign.training import fitting as measure
-from diffalign.types import UserError
 from tests.kit.helpers import gradient, toy_prompts
 
 TBP = "truncated_bp/shapes-sd3@objective=linear@target=null@noise=true"

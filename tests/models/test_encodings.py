@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from diffalign.backends.diffusers import DiffusersPolicy
-from diffalign.evaluation.fixed import quiet_plan
+from diffalign.errors import Fault, UserError
 from diffalign.models.encodings import Store, joined
 from diffalign.processes import PROCESSES
 from diffalign.prompts import files as prompts
-from diffalign.types import Fault, UserError
+from diffalign.types import Plan
 from tests.families import FAMILIES, build
 
 TEXTS = ["a cat", "two dogs under a table, seen from the side", "a cat and a dog"]
@@ -28,7 +28,7 @@ def policy(name, pipe=None, **more):
 
 def drawn(made, texts=TEXTS):
     wanted = prompts.fixed([{"prompt": text} for text in texts], 1, seed=0)
-    return made.rollout(wanted, quiet_plan(2)).x[-1]
+    return made.rollout(wanted, Plan.deterministic(2)).x[-1]
 
 
 def files(folder):

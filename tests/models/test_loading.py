@@ -12,11 +12,11 @@ from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 
 from diffalign.config import schema as config
+from diffalign.errors import UserError
 from diffalign.models import loading
+from diffalign.models.notes import lora_notes
 from diffalign.runs import session
-from diffalign.runtime.files import lora_notes
 from diffalign.sampling.pictures import resolve
-from diffalign.types import UserError
 from tests.backends.test_hub_configs import tiny
 from tests.families import folder, single_file
 from tests.kit.helpers import SMALL, THREE_STEPS

@@ -4,11 +4,11 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from diffalign.errors import Fault, UserError
 from diffalign.models import loading, lora_files
 from diffalign.models import lora as adapters
-from diffalign.runtime.files import lora_notes
+from diffalign.models.notes import lora_notes
 from diffalign.shapes import models
-from diffalign.types import Fault, UserError
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 1.0, "max_sequence_length": 1, "output_type": "pt"}
 

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 from diffalign.cli import app
 from diffalign.config import schema as config
+from diffalign.errors import UserError
 from diffalign.models import comfyui as export
 from diffalign.models import lora as adapters
 from diffalign.models import lora_files
+from diffalign.models.notes import lora_notes
 from diffalign.runs import session
-from diffalign.runtime.files import lora_notes
-from diffalign.types import UserError
+from diffalign.types import Plan
 from tests.families import FAMILIES, build, folder
 from tests.families.probe import given, policy
 from tests.kit.helpers import tiny_config
@@ -32,9 +33,8 @@ def saved(name: str, place):
 
 
 def end(made) -> torch.Tensor:
-    from diffalign.evaluation.fixed import quiet_plan
 
-    return made.rollout(given(), quiet_plan(4)).x[-1]
+    return made.rollout(given(), Plan.deterministic(4)).x[-1]
 
 
 @pytest.mark.parametrize("name", ["SD 1.5", "FLUX.1-dev", "Wan 2.2"])

@@ -11,9 +11,10 @@ from click.testing import CliRunner
 
 from diffalign.cli import app
 from diffalign.config import schema as config
+from diffalign.errors import UserError
 from diffalign.models import comfyui as export
 from diffalign.planning import architectures, cost
-from diffalign.types import UserError
+from diffalign.types import Plan
 from tests.backends.test_hub_configs import CONFIGS, HUB
 from tests.families import FAMILIES
 from tests.families.__main__ import committed
@@ -83,9 +84,8 @@ def one():
 
 
 def quiet(steps: int):
-    from diffalign.evaluation.fixed import quiet_plan
 
-    return quiet_plan(steps)
+    return Plan.deterministic(steps)
 
 
 def test_flops_are_those_of_its_linear_layers_and_its_attention():

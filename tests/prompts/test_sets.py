@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from diffalign.config import schema as config
+from diffalign.errors import UserError
 from diffalign.ops.geneval import Detection, official
 from diffalign.prompts import files as prompts
 from diffalign.prompts.sets import animals, geneval_like, published
-from diffalign.types import UserError
 
 
 def key(entry):

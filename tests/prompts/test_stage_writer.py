@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from diffalign.config import schema as config
+from diffalign.errors import Fault, UserError
 from diffalign.prompts import files as prompts
 from diffalign.prompts import stage_writer as stages
 from diffalign.shapes import captions
-from diffalign.types import Fault, UserError
 from tests.kit.helpers import tiny_config
 
 ENTRIES = [{"prompt": "a photo of a cat"}, {"prompt": "a photo of a dog"}]

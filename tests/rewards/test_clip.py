@@ -16,11 +16,12 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from diffalign.config.schema import load as load_config
+from diffalign.errors import Fault, UserError
 from diffalign.rewards import catalog
 from diffalign.rewards.check import check
 from diffalign.rewards.load import load
 from diffalign.runs.parts import build
-from diffalign.types import Fault, Media, Prompts, UserError
+from diffalign.types import Media, Prompts
 from reward_models import _clip, hpsv2
 from tests.kit.helpers import tiny_config
 

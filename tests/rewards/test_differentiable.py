@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffalign.errors import Fault
 from diffalign.rewards import catalog
 from diffalign.rewards.base import check_media
 from diffalign.rewards.check import check
@@ -13,7 +14,7 @@ from diffalign.rewards.load import load
 from diffalign.shapes import captions, preference
 from diffalign.shapes.pretrain import preference as recipe
 from diffalign.shapes.world import BACKGROUND, PALETTE
-from diffalign.types import Fault, Media, Prompts
+from diffalign.types import Media, Prompts
 from tests.rewards.test_rewards import scenes
 
 DIFFERENTIABLE = [

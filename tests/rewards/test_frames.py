@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from diffalign.config import schema as config
+from diffalign.errors import UserError
 from diffalign.rewards.frames import PerFrame, chosen
 from diffalign.rewards.load import load
-from diffalign.types import Media, Prompts, UserError
+from diffalign.types import Media, Prompts
 
 
 def video(n=2, frames=5, size=8):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
 
+from diffalign.errors import UserError
 from diffalign.rewards.load import load
-from diffalign.types import Media, Prompts, UserError
+from diffalign.types import Media, Prompts
 from reward_models import geneval_like
 from tests.rewards.test_clip import folder as clip_folder
 

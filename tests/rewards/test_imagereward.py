@@ -8,8 +8,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
+from diffalign.errors import UserError
 from diffalign.rewards.load import load
-from diffalign.types import Media, Prompts, UserError
+from diffalign.types import Media, Prompts
 from reward_models import _clip
 
 WORDS = [

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from diffalign.config import schema as config
+from diffalign.errors import Fault, UserError
 from diffalign.rewards import catalog, remote
 from diffalign.rewards.base import Background, begin, to_uint8
 from diffalign.rewards.load import load
@@ -26,7 +27,7 @@ from diffalign.runs import checkpoint
 from diffalign.runs.folder import open_run, read_rows
 from diffalign.runs.progress import Reporter
 from diffalign.runs.session import Session
-from diffalign.types import Fault, Media, Prompts, UserError
+from diffalign.types import Media, Prompts
 from tests.kit.helpers import tiny_config
 
 

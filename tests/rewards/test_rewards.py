@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffalign.errors import Fault, UserError
 from diffalign.evaluation import score_cache as cache
 from diffalign.rewards import catalog
 from diffalign.rewards.base import check_media, evaluate, to_uint8
@@ -13,7 +14,7 @@ from diffalign.rewards.check import check
 from diffalign.rewards.load import load
 from diffalign.shapes import captions
 from diffalign.shapes.world import render
-from diffalign.types import Fault, Media, Prompts, UserError
+from diffalign.types import Media, Prompts
 
 
 def scenes(task="counting", count=6):

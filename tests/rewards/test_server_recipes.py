@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffalign.errors import Fault
 from diffalign.rewards.load import load
 from diffalign.rewards.remote import packed
-from diffalign.types import Fault, Media, Prompts
+from diffalign.types import Media, Prompts
 from tests.kit import ROOT
 
 SERVERS = ROOT / "examples" / "servers"

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from diffalign.config import schema as config
+from diffalign.errors import Fault, UserError
 from diffalign.rewards import remote
 from diffalign.rewards.load import load
-from diffalign.types import Fault, Media, Prompts, UserError
+from diffalign.types import Media, Prompts
 from reward_models.vlm_judge import points, probability
 from tests.rewards.test_remote import Server
 

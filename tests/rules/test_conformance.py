@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
-from diffalign.evaluation.fixed import quiet_plan
 from diffalign.rules import RLR as RLRRule
 from diffalign.rules import RULES
 from diffalign.rules import TruncatedBP as TBP
@@ -49,7 +48,7 @@ def test_reward_goes_up(make, process):
     given = toy_prompts(1, 500, seed=9)
 
     def mean() -> float:
-        part = policy.rollout(given, quiet_plan(4))
+        part = policy.rollout(given, Plan.deterministic(4))
         return float(toy_reward(policy.decode(part, part.x[-1]), given).mean())
 
     before = mean()

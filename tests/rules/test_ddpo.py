@@ -3,9 +3,8 @@ import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
-from diffalign.evaluation.fixed import quiet_plan
 from diffalign.rules import DDPO
-from diffalign.types import Prompts, Scores, Tree
+from diffalign.types import Plan, Prompts, Scores, Tree
 from tests.kit.helpers import gradient, toy_prompts, toy_trainer
 
 S = DDPO.Settings
@@ -118,7 +117,7 @@ def test_one_sample_a_prompt_is_enough():
     given = toy_prompts(1, 500, seed=9)
 
     def mean() -> float:
-        part = policy.rollout(given, quiet_plan(4))
+        part = policy.rollout(given, Plan.deterministic(4))
         return float(toy_reward(policy.decode(part, part.x[-1]), given).mean())
 
     before = mean()

@@ -4,8 +4,9 @@ import torch
 
 from diffalign.backends.toy import ToyPolicy
 from diffalign.config import schema as config
+from diffalign.errors import Fault, UserError
 from diffalign.rules import FlowGRPO
-from diffalign.types import Fault, Scores, Term, Tree, UserError
+from diffalign.types import Scores, Term, Tree
 from tests.kit.helpers import gradient, rolled, toy_prompts, toy_trainer
 
 S = FlowGRPO.Settings

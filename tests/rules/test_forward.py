@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
+from diffalign.errors import UserError
 from diffalign.ops import matching
 from diffalign.rules import AWM, NFT
 from diffalign.rules._forward import noised
 from diffalign.runtime.randomness import normal
 from diffalign.training.trainer import Clock
-from diffalign.types import Term, UserError
+from diffalign.types import Term
 from tests.kit.helpers import toy_prompts, toy_trainer
 
 PROCESSES = ["flow_sde", "ddim"]

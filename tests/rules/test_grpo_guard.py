@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
+from diffalign.errors import UserError
 from diffalign.rules import FlowGRPO, GRPOGuard
 from diffalign.rules.grpo_guard import normalised
-from diffalign.types import UserError
 from tests.kit.helpers import gradient, rolled, toy_prompts, toy_trainer
 
 S = GRPOGuard.Settings

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from diffalign.config import schema as config
+from diffalign.errors import UserError
 from diffalign.rules import RULES
 from diffalign.rules._merging import MergeSettings
-from diffalign.types import Prompts, Scores, Tree, UserError
+from diffalign.types import Prompts, Scores, Tree
 
 LEARN = [name for name, rule in RULES.items() if issubclass(rule.Settings, MergeSettings)]
 BIG, SMALL = [0, 10, 20, 30, 5, 5, 6, 6], [0.3, 0.2, 0.1, 0.0, 0.1, 0.2, 0.1, 0.2]

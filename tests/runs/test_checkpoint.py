@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffalign.runs import checkpoint
-from diffalign.types import Fault, UserError
+from diffalign.errors import Fault, UserError
 
 
 def state(update: int, value: float = 1.0) -> checkpoint.State:

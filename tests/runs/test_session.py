@@ -24,7 +24,7 @@ from diffalign.runs.folder import RunFolder, open_run, read_rows
 from diffalign.runs.progress import Reporter
 from diffalign.runs.session import Interrupted, Session
 from diffalign.training.trainer import Trainer
-from diffalign.types import Fault, UserError
+from diffalign.errors import Fault, UserError
 from tests.kit.helpers import SMALL, TINY, tiny_config
 
 CONFIGS = ROOT / "configs"

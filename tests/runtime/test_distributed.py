@@ -146,7 +146,7 @@ def test_a_process_without_anything_to_learn_takes_part(tmp_path):
 
 
 def one_fails(world: World, folder: str) -> None:
-    from diffalign.types import Fault
+    from diffalign.errors import Fault
 
     def work() -> int:
         if world.rank == 1:
@@ -167,7 +167,7 @@ def test_a_failure_of_one_ends_all(tmp_path):
 
 
 def one_drifts(world: World, folder: str) -> None:
-    from diffalign.types import Fault
+    from diffalign.errors import Fault
 
     parameters = {"a": torch.ones(5)}
     world.check_equal(parameters, "update 3")

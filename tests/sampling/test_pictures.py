@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from diffalign.cli import app
+from diffalign.errors import UserError
 from diffalign.runs import session
-from diffalign.types import UserError
 from tests.backends.test_hub_configs import tiny
 from tests.families import FAMILIES, folder
 from tests.kit.helpers import tiny_config

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
+from diffalign.errors import Fault
 from diffalign.rules import DDPO, FlowGRPO
 from diffalign.runtime.memory import out_of_memory
-from diffalign.types import Fault
 from tests.kit.helpers import toy_trainer
 
 CPU_MESSAGE = (

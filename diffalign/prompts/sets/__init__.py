@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffalign.errors import UserError
 from diffalign.prompts.sets import animals, geneval_like, published
-from diffalign.types import UserError
 
 Entry = dict[str, Any]
 
