@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffalign.config import schema as config
-from diffalign.prompts import files as prompts
+from diffalign import config
+from diffalign.prompts import book
 from diffalign.runs import parts as build
 from diffalign.training.trainer import Trainer
 
@@ -38,14 +38,14 @@ def made(rule: str, size: int, micro_batch: int) -> Trainer:
     ]
     settings = config.load("flow_grpo/shapes-sd3", overrides)
     parts = build.build(settings)
-    entries = settings.training_prompts()
+    entries = settings.book.training
     return Trainer(
         settings.make_rule(),
         parts.policy,
         parts.rewards,
         settings.rewards,
         torch.optim.AdamW(parts.policy.parameters.values(), lr=0.0),
-        lambda update: prompts.draw(entries, 4, size, 0, update),
+        lambda update: book.draw(entries, 4, size, 0, update),
         micro_batch=micro_batch,
     )
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffalign.config import schema as config
-from diffalign.prompts import files as prompts
+from diffalign import config
+from diffalign.prompts import book
 from diffalign.rules import GRPOGuard
 from diffalign.rules import _policy_gradient as policy_gradient
 from diffalign.rules.grpo_guard import normalised
@@ -34,14 +34,14 @@ def main(out: Path, picture: Path) -> None:
     settings = config.load("flow_grpo/shapes-sd3", [f"rule={{name: flow_grpo, inner_updates: {UPDATES}, clip: 1.0}}"])
     parts = build.build(settings)
     policy, rule = parts.policy, settings.make_rule()
-    entries = settings.training_prompts()
+    entries = settings.book.training
     trainer = Trainer(
         rule,
         policy,
         parts.rewards,
         settings.rewards,
         torch.optim.AdamW(policy.parameters.values(), lr=1e-3),
-        lambda update: prompts.draw(entries, 4, SAMPLES // 4, 0, update),
+        lambda update: book.draw(entries, 4, SAMPLES // 4, 0, update),
         micro_batch=SAMPLES,
     )
     for update in range(3):  # away from the fresh adapter, where half of the parameters have no gradient

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffalign.config import schema as configs
+from diffalign import config as configs
 from diffalign.models import lora as adapters
 from diffalign.runs.folder import open_run
 from diffalign.runs.progress import Reporter

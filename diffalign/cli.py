@@ -36,7 +36,7 @@ def app() -> None:
 @click.option("--quiet", is_flag=True, help="Print nothing but the result.")
 def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> None:
     """Train CONFIG, a path or a name such as flow_grpo/shapes-sd3. The same command again resumes."""
-    from diffalign.config import schema as configs
+    from diffalign import config as configs
     from diffalign.runs.folder import open_run
 
     settings = configs.load(config, overrides)
@@ -171,7 +171,7 @@ def export(folder: Path, out: Path) -> None:
 @click.option("--card", help="Bound on a card's peak: a100, h200, ...")
 def plan(config: str, overrides: tuple[str, ...], preview: str | None, card: str | None) -> None:
     """Say what one update of CONFIG does and costs; loads no weights."""
-    from diffalign.config import schema as configs
+    from diffalign import config as configs
 
     settings = configs.load(config, overrides)
     if preview is not None:
@@ -225,11 +225,11 @@ def stages(
     config: str, overrides: tuple[str, ...], endpoint: str, model: str, out: str, count: int, key: str | None
 ) -> None:
     """Ask a language model for stage prompts of CONFIG's training and evaluation prompts."""
-    from diffalign.config import schema as configs
+    from diffalign import config as configs
     from diffalign.prompts import stage_writer as stage_prompts
 
     settings = configs.load(config, overrides)
-    entries = [*settings.training_prompts(), *settings.evaluation_prompts()]
+    entries = [*settings.book.training, *settings.book.evaluation]
     asked = stage_prompts.write(entries, Path(out), endpoint, model, key, count, click.echo)
     click.echo(f"{out}: {asked} asked for; use prompts.stages={out}")
 
@@ -239,7 +239,7 @@ def stages(
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def show_config(config: str, overrides: tuple[str, ...]) -> None:
     """Print every key of CONFIG with its value and meaning."""
-    from diffalign.config import schema as configs
+    from diffalign import config as configs
 
     for line in configs.explained(configs.load(config, overrides)):
         click.echo(line)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 from dataclasses import dataclass
+
+from diffalign.runtime.extras import PARTS, Part, missing
 
 CORE = (
     "torch",
@@ -19,14 +20,6 @@ CORE = (
     "pillow",
     "pydantic",
 )
-OPTIONAL = {
-    "open_clip": ("open_clip_torch", "rewards"),
-    "torchvision": ("torchvision", "rewards"),
-    "hpsv2": ("hpsv2", "hpsv2"),
-    "xformers": ("xformers", "xformers"),
-    "tensorboard": ("tensorboard", "trackers"),
-    "wandb": ("wandb", "trackers"),
-}
 
 
 @dataclass(frozen=True)
@@ -47,26 +40,25 @@ def examine() -> list[Finding]:
             found.append(Finding(package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
             found.append(Finding(package, "missing", "pip install diffalign", broken=True))
-    for module, (package, extra) in OPTIONAL.items():
-        if importlib.util.find_spec(module) is None:
-            found.append(Finding(package, "not installed (optional)", f"pip install 'diffalign[{extra}]'"))
+    for module, part in PARTS.items():
+        if mend := missing(module):
+            found.append(Finding(part.package, "not installed (optional)", mend))
         else:
-            found.append(_import(module, package, extra))
+            found.append(_import(module, part))
     if not any(item.broken for item in found):
         found += _devices()
     return found
 
 
-def _import(module: str, package: str, extra: str) -> Finding:
-    version = importlib.metadata.version(package)
+def _import(module: str, part: Part) -> Finding:
+    version = importlib.metadata.version(part.package)
     try:
         importlib.import_module(module)
     except Exception as error:  # any failure of a third party's import is what is to be reported
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return Finding(
-            package, f"{version}, does not import: {line}", f"pip install -U 'diffalign[{extra}]'", broken=True
-        )
-    return Finding(package, version)
+        mend = part.install.replace("install", "install -U")
+        return Finding(part.package, f"{version}, does not import: {line}", mend, broken=True)
+    return Finding(part.package, version)
 
 
 def _devices() -> list[Finding]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from diffalign.runtime.extras import PARTS
 from diffalign.runtime.files import HUB_ID
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -60,7 +61,7 @@ def open_clip() -> Any:
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError("needs open_clip_torch: pip install 'diffalign[rewards]'") from error
+        raise ImportError(f"needs open_clip_torch: {PARTS['open_clip'].install}") from error
     return open_clip
 
 

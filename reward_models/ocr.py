@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffalign.rewards.base import to_uint8
+from diffalign.runtime.extras import PARTS
 from diffalign.types import Media, Prompts
 
 REWARDS = {
@@ -88,7 +89,7 @@ class OCR:
         try:
             from rapidocr_onnxruntime import RapidOCR
         except ImportError as error:
-            raise ImportError("needs rapidocr_onnxruntime: pip install 'diffalign[ocr]'") from error
+            raise ImportError(f"needs rapidocr_onnxruntime: {PARTS['rapidocr_onnxruntime'].install}") from error
 
         self.read = RapidOCR()
 

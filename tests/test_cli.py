@@ -45,12 +45,11 @@ def test_sample_writes_pictures_and_a_grid(trained, tmp_path):
 
 def test_five_lines_of_diffusers_draw_the_training_pipelines_picture(trained, tmp_path):
     """alpha differs from rank; the five lines import diffusers, torch and numpy only."""
-    from diffalign.config import schema as config
+    from diffalign import config
     from diffalign.models import loading
-    from diffalign.prompts import files as prompts
     from diffalign.runs import parts as build
     from diffalign.shapes import models
-    from diffalign.types import Plan
+    from diffalign.types import Plan, Prompts
 
     folder, out = models.path("shapes-sd3"), tmp_path / "image.npy"
     script = f"""
@@ -71,7 +70,7 @@ numpy.save({str(out)!r}, pipe("a photo of two stars", generator=torch.Generator(
         for name, parameter in parts.policy.parameters.items():
             parameter.copy_(state.shadows.get("ema", state.parameters)[name])
     keys = np.array([7])
-    one = prompts.Prompts(["a photo of two stars"], np.array([0]), keys, keys, [{}])
+    one = Prompts(["a photo of two stars"], np.array([0]), keys, keys, [{}])
     part = parts.policy.rollout(one, Plan.deterministic(3))
     ours = parts.policy.decode(part, part.x[-1]).pixels[0, 0].permute(1, 2, 0).numpy()
     assert np.abs(np.load(out) - ours).max() < 1e-5

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffalign.config import schema as config
+from diffalign import config
 from diffalign.runs import session
 
 # config -> the reward it is trained on

@@ -1,1 +1,11 @@
-"""The config: schema, files, checks, messages."""
+"""The config: a typed schema, YAML plus `key=value`, all mistakes reported together before torch is imported."""
+
+from diffalign.config.checks import validate as validate
+from diffalign.config.files import find as find
+from diffalign.config.files import folders as folders
+from diffalign.config.files import load as load
+from diffalign.config.files import rule_of as rule_of
+from diffalign.config.messages import differences as differences
+from diffalign.config.messages import dump as dump
+from diffalign.config.messages import explained as explained
+from diffalign.config.schema import Config as Config

@@ -16,7 +16,7 @@ from diffalign.evaluation import intervals as statistics
 from diffalign.evaluation import samples
 from diffalign.evaluation.intervals import Interval, interval
 from diffalign.evaluation.samples import Drawn
-from diffalign.prompts.files import same_text
+from diffalign.prompts.book import same_text
 from diffalign.report import pictures
 from diffalign.report.pictures import strips
 from diffalign.runtime.files import write_text

@@ -117,15 +117,8 @@ def task_of(
         )
     problems = []
     for name in names:
-        try:
-            entry = catalog.find(name)
-        except LookupError as error:
-            problems.append(f"--reward: {name}: {error}")
-            continue
-        if problem := entry.unfit(entries):
-            problems.append(f"--reward: {name} {problem}")
-        if entry.missing:
-            problems.append(f"--reward: {name} needs {entry.missing}")
+        found, unfit = catalog.problems(name, entries)
+        problems += [f"--reward: {name}{problem}" for problem in (*found, unfit) if problem]
     if problems:
         raise UserError(*problems)
     return Task(source, split, entries, names, count, seed, batch, drift)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.config import schema as configs
-from diffalign.config.schema import Config
+from diffalign import config as configs
+from diffalign.config import Config
 from diffalign.errors import UserError
 from diffalign.runtime.files import make_folder
 
@@ -32,7 +32,7 @@ def specifications(names: tuple[str, ...], overrides: tuple[str, ...]) -> dict[s
         place, *settings = name.split("@")
         try:
             rule = configs.rule_of(place, settings)
-            found[name] = configs.validate({**base.model_dump(), "rule": rule})
+            found[name] = configs.validate({**base.model_dump(), "rule": rule}, book=base.book)
         except UserError as error:
             problems += [f"{name}: {problem}" for problem in error.problems]
             continue

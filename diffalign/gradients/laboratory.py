@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 
 from diffalign.backends.toy import ToyPolicy, toy_reward
-from diffalign.config.schema import Config
+from diffalign.config import Config
 from diffalign.gradients import statistics
-from diffalign.prompts import files as prompts
+from diffalign.prompts.book import Book
 from diffalign.rewards.base import Reward
 from diffalign.runs import parts as build
 from diffalign.training.fitting import Saved, fit
@@ -115,12 +116,9 @@ class Laboratory:
     def __init__(self, config: Config, batches: int, chain: bool) -> None:
         self.config, self.batches = config, batches
         self.policy, self.rewards, self.weights = _chain(config) if chain else _pipeline(config)
-        entries = [{"prompt": "a"}] if chain else config.training_prompts()
+        book = Book([{"prompt": "a"}]) if chain else config.book
         groups, size = config.prompts.groups, config.prompts.group_size
-        stages = {} if chain else config.training_stages()
-        self.draw: Callable[[int], Prompts] = lambda update: prompts.draw(
-            entries, groups, size, config.seed, update, stages
-        )
+        self.draw: Callable[[int], Prompts] = functools.partial(book.draw, groups, size, config.seed)
         self.reference = cache(self._reference)
 
     def measure(self, label: str, config: Config) -> Found:

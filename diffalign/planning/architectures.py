@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from diffalign.config.schema import Config
+from diffalign.config import Config
 from diffalign.errors import UserError
 from diffalign.models import lora as adapters
 

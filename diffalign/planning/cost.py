@@ -16,13 +16,13 @@ import torch
 
 from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.backends.toy import ToyPolicy, grid
-from diffalign.config.schema import Config
+from diffalign.config import Config
 from diffalign.errors import UserError, one_line
 from diffalign.models import lora as adapters
 from diffalign.models.untrained import random_pipeline
 from diffalign.planning import architectures
 from diffalign.processes import PROCESSES, Levels
-from diffalign.prompts import files as prompts
+from diffalign.prompts import book
 from diffalign.runs import parts as build
 from diffalign.runtime.randomness import numpy_generator
 from diffalign.shapes import models
@@ -113,7 +113,7 @@ def count(config: Config) -> Cost:
     trained = adapters.attach(pipe, lora.rank, lora.alpha, lora.targets, config.seed)
     policy = build.policy(config, pipe, trained)
     rule = config.make_rule()
-    batch = prompts.fixed([{"prompt": "a"}], config.optimizer.micro_batch, 0)
+    batch = book.fixed([{"prompt": "a"}], config.optimizer.micro_batch, 0)
     notes = []
     if measure.fit(rule, policy, {"toy": _toy_reward}, batch):
         notes.append("what is auto was fitted without the reward's own graph, which a run counts")
@@ -218,7 +218,7 @@ def _rows(config: Config, rule: UpdateRule, levels: Levels) -> tuple[int, int]:
         dict.fromkeys(config.rewards, _toy_reward),
         config.rewards,
         torch.optim.SGD(toy.parameters.values(), lr=0.0),
-        lambda update: prompts.draw(entries, config.prompts.groups, config.prompts.group_size, config.seed, update),
+        lambda update: book.draw(entries, config.prompts.groups, config.prompts.group_size, config.seed, update),
         micro_batch=config.optimizer.micro_batch,
         seed=config.seed,
     )
@@ -230,7 +230,7 @@ def _network(policy: DiffusersPolicy, parameters: int, trained: int) -> Network:
     """What the rows of a pipeline cost, counted on one step of it."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    example = prompts.fixed([{"prompt": "a"}], 1, 0)
+    example = book.fixed([{"prompt": "a"}], 1, 0)
     plan = Plan.deterministic(policy.schedule.steps)
     part = policy.rollout(example, plan)
     rows = policy.rows_forward

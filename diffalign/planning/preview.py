@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffalign.config.schema import Config
+from diffalign.config import Config
 from diffalign.errors import UserError
-from diffalign.prompts import files as prompts
 from diffalign.report import pictures
 from diffalign.report.pictures import strips
 from diffalign.rewards.base import check_media, evaluate, to_uint8
@@ -33,8 +32,7 @@ def write(config: Config, path: Path) -> list[str]:
     make_folder(path.parent, "--preview")
     parts = build.build(config)
     plan = config.make_rule().plan(parts.policy.schedule, 0, numpy_generator(config.seed, 15, 0))
-    entries = config.training_prompts()
-    drawn = prompts.draw(entries, PICTURES, 1, config.seed, 0, config.training_stages())
+    drawn = config.book.draw(PICTURES, 1, config.seed, 0)
     steps = parts.policy.schedule.steps
     noisy = Plan(steps, plan.noise, (), branch=(1,) * steps)
     rows, lines = [], []

@@ -26,9 +26,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffalign.runtime.files import is_file
-
-EXTRAS = {"open_clip": "rewards", "rapidocr_onnxruntime": "ocr"}  # module -> the extra that brings it
+from diffalign.runtime.extras import missing
+from diffalign.runtime.files import HUB_ID, is_file
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,8 @@ class Entry:
     @property
     def missing(self) -> str:
         """What it needs and is not installed, with the command that installs it; empty if nothing is missing."""
-        if not self.extra or importlib.util.find_spec(self.extra) is not None:
-            return ""
-        return f"{self.extra}; pip install 'diffalign[{EXTRAS[self.extra]}]'"
+        mend = missing(self.extra) if self.extra else ""
+        return f"{self.extra}; {mend}" if mend else ""
 
     def unfit(self, prompts: Iterable[dict[str, Any]]) -> str:
         """What prompts' metadata lack that this reward needs, or have in another form; empty if they fit."""
@@ -230,3 +228,20 @@ def _function(name: str, place: str) -> Entry:
         attribute,
         bool(known_source) and _differentiable(_parsed(Path(str(spec.origin))), attribute, source),
     )
+
+
+def problems(name: str, prompts: Iterable[dict[str, Any]]) -> tuple[list[str], str]:
+    """What keeps a reward from being used, each to stand after its name; and what these prompts lack for it, empty if they fit."""
+    try:
+        entry = find(name)
+    except LookupError as error:
+        return [f": {error}"], ""
+    found, place = [], entry.place
+    if place is not None and not (
+        Path(place).exists() or HUB_ID.fullmatch(place) or place.startswith(("http://", "https://"))
+    ):
+        found.append(f": {place} is not there; allowed is a file, a folder or a hub id")
+    if entry.missing:
+        found.append(f" needs {entry.missing}")
+    unfit = entry.unfit(prompts)
+    return found, f" {unfit}" if unfit else ""

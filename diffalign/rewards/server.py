@@ -17,6 +17,7 @@ from diffalign.rewards.base import check_media
 from diffalign.rewards.catalog import Entry, find
 from diffalign.rewards.load import load
 from diffalign.rewards.remote import checked_token, unpacked
+from diffalign.runtime.extras import missing
 from diffalign.types import Media, Prompts
 
 Answer = tuple[int, dict[str, Any]]  # status, content
@@ -123,11 +124,11 @@ def serve(name: str, host: str, port: int, token: str | None, most_bytes: int) -
     Raises:
         UserError: if it cannot be served, or the address is open to others and there is no token.
     """
-    import importlib.util
     import socket
 
-    if missing := [module for module in ("fastapi", "uvicorn") if importlib.util.find_spec(module) is None]:
-        raise UserError(f"serve-reward: {missing[0]} is not installed; pip install 'diffalign[server]'")
+    for module in ("fastapi", "uvicorn"):
+        if mend := missing(module):
+            raise UserError(f"serve-reward: {module} is not installed; {mend}")
     token = checked_token(token, "--token")
     if find(name).urls:
         raise UserError(f"serve-reward: {name} is behind a server already; name that address in the config")

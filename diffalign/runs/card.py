@@ -10,7 +10,7 @@ import diffalign
 from diffalign.models import lora as adapters, lora_files
 from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.models.loading import Place
-from diffalign.config.schema import Config
+from diffalign.config import Config
 from diffalign.evaluation.fixed import judged
 from diffalign.models.notes import DDIM
 from diffalign.processes import PROCESSES, linear_sigmas
@@ -130,6 +130,6 @@ def _card(config: Config, summary: dict[str, float], folder: Path, update: int) 
         rewards=json.dumps(config.rewards),
         seed=config.seed,
         table="\n".join(lines) if len(lines) > 2 else "No evaluation was made.",
-        prompt=config.evaluation_prompts()[0]["prompt"],
+        prompt=config.book.evaluation[0]["prompt"],
         arguments=arguments,
     )

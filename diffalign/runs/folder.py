@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from diffalign.config import schema as configs
+from diffalign import config as configs
 from diffalign.runtime.files import write_text
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.types import Prompts, Scores

@@ -9,7 +9,7 @@ import torch
 
 from diffalign.models import lora as adapters, loading, lora_files
 from diffalign.backends import diffusers
-from diffalign.config.schema import Config
+from diffalign.config import Config
 from diffalign.models.notes import lora_folder
 from diffalign.processes import PROCESSES
 from diffalign.rewards.base import Reward, greet
@@ -97,7 +97,7 @@ def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None
             micro_batch=config.optimizer.micro_batch,
             parameters=parameters,
             gradient_checkpointing=config.optimizer.gradient_checkpointing,
-            stretches=config.stretches(),
+            stretches=config.book.stretches,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"sampler: {type(pipe).__name__} does not accept these settings: {one_line(error)}") from error

@@ -23,7 +23,7 @@ from diffalign.training import fitting as measure
 from diffalign.prompts import files as prompts
 from diffalign.runs.parts import build
 from diffalign.runs.card import write_adapter
-from diffalign.config.schema import Config
+from diffalign.config import Config
 from diffalign.runtime.distributed import ALONE, World
 from diffalign.runs.progress import Reporter
 from diffalign.runtime.randomness import numpy_generator
@@ -86,16 +86,13 @@ class Session:
         )
         self.averages = {} if optimizer.ema is None else {"ema": optimizer.ema}
         self.policy.add_shadows(self.averages)
-        entries, stages = config.training_prompts(), config.training_stages()
         self.trainer = Trainer(
             self.rule,
             self.policy,
             self.parts.rewards,
             config.rewards,
             self.optimizer,
-            lambda update: prompts.draw(
-                entries, config.prompts.groups, config.prompts.group_size, config.seed, update, stages
-            ),
+            functools.partial(config.book.draw, config.prompts.groups, config.prompts.group_size, config.seed),
             micro_batch=optimizer.micro_batch,
             max_grad_norm=optimizer.max_grad_norm,
             seed=config.seed,
@@ -104,14 +101,11 @@ class Session:
             notify=reporter.say,
         )
         settings = config.evaluation
-        self.fixed = prompts.fixed(
-            config.evaluation_prompts(), settings.images_per_prompt, settings.seed, config.evaluation_stages()
-        )
-        if {entry["prompt"] for entry in entries} & set(self.fixed.text) and settings.enabled:
+        self.fixed = config.book.fixed(settings.images_per_prompt, settings.seed)
+        if settings.enabled and config.book.shared:
             reporter.say("evaluating on prompts that are trained on: scores do not say what is true of others")
-        content = json.dumps([entries, stages, self.fixed.text, self.fixed.stages, self.fixed.metadata], sort_keys=True)
-        self.prompts_digest = hashlib.sha256(content.encode()).hexdigest()
-        self._store_prompts(entries, stages)
+        self.prompts_digest = config.book.digest(self.fixed)
+        self._store_prompts()
         self._fit()
         if self.parts.place.commit is not None:
             reporter.say(f"{config.model} at commit {self.parts.place.commit}")
@@ -125,13 +119,12 @@ class Session:
     def _write_adapter(self, summary: dict[str, float], name: str) -> None:
         write_adapter(self.config, self.policy, self.folder, summary, name, self.done, self.parts.place)
 
-    def _store_prompts(self, entries: list[prompts.Entry], stages: prompts.Stages) -> None:
+    def _store_prompts(self) -> None:
         """Encode all prompts of the run beforehand and let the text encoders go, if the config has a cache for it."""
         settings, world, policy = self.config.prompts, self.world, self.policy
         if settings.cache is None:
             return
-        staged = [text for texts in (*stages.values(), *self.fixed.stages) for text in texts]
-        texts = list(dict.fromkeys([*(entry["prompt"] for entry in entries), *self.fixed.text, *staged]))
+        texts = self.config.book.texts
         folder, budget = Path(settings.cache).expanduser(), settings.cache_gib * 2**30
         self.reporter.say(f"encoding {len(texts)} prompts, or finding them in {folder}")
         mine = texts[world.rank :: world.size]

@@ -6,10 +6,12 @@ So a resumed, re-sharded or re-batched run draws the same numbers, and nothing a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MASK = (1 << 64) - 1
 
@@ -32,6 +34,8 @@ def numpy_generator(*parts: int) -> np.random.Generator:
 
 def normal(seeds: Sequence[int], shape: Sequence[int], *purpose: int, like: Tensor) -> Tensor:
     """Standard normal noise (len(seeds), *shape), row k drawn from (seeds[k], *purpose), on `like`'s device and dtype."""
+    import torch
+
     dtype = np.float64 if like.dtype == torch.float64 else np.float32
     rows = np.empty((len(seeds), *shape), dtype)
     for row, seed in zip(rows, seeds, strict=True):

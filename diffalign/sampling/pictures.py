@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import math
@@ -17,6 +16,7 @@ import yaml
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.models.notes import DDIM, LORA, lora_folder, lora_notes
 from diffalign.processes import linear_sigmas
+from diffalign.runtime.extras import missing
 from diffalign.runtime.files import fingerprint, is_file, make_folder
 
 PAGE = Path(__file__).parent / "page.html"
@@ -194,10 +194,8 @@ def sample(
         raise UserError(f"--base: {source.model} is sampled without an adapter, there is nothing to compare")
     make_folder(out, "--out")
     pipe = pipeline(source)
-    if _films(pipe) and importlib.util.find_spec("imageio") is None:
-        raise UserError(
-            f"sample: {type(pipe).__name__} makes videos, which need imageio; pip install 'diffalign[video]'"
-        )
+    if _films(pipe) and (mend := missing("imageio")):
+        raise UserError(f"sample: {type(pipe).__name__} makes videos, which need imageio; {mend}")
     aligned = _draw(pipe, prompts, range(seed, seed + n), call, out, "", fps)
     plain: list[Path] = []
     if base:

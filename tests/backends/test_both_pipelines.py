@@ -14,7 +14,7 @@ from diffalign.models import loading
 from diffalign.models import lora as adapters
 from diffalign.ops import gaussian
 from diffalign.processes import PROCESSES
-from diffalign.prompts import files as prompts
+from diffalign.prompts import book
 from diffalign.rules import RLR, TruncatedBP
 from diffalign.training import fitting as measure
 from diffalign.training.trainer import Trainer
@@ -27,7 +27,7 @@ both = pytest.mark.parametrize("name", list(PROCESS))
 
 
 def given(size: int = 1) -> Prompts:
-    return prompts.draw([{"prompt": text} for text in TEXTS], 2, size, 0, 0)
+    return book.draw([{"prompt": text} for text in TEXTS], 2, size, 0, 0)
 
 
 def trained(name: str, dtype=torch.float32):

@@ -10,7 +10,7 @@ from diffalign.errors import UserError
 from diffalign.models import encodings, loading
 from diffalign.models import lora as adapters
 from diffalign.processes import PROCESSES
-from diffalign.prompts import files as prompts
+from diffalign.prompts import book
 from diffalign.types import Plan, Prompts
 
 NOISY = Plan(4, (True, True, True, False), ())
@@ -18,7 +18,7 @@ TEXTS = ["a photo of two stars", "a photo of a red circle left of a blue square"
 
 
 def given(size: int = 2) -> Prompts:
-    return prompts.draw([{"prompt": text} for text in TEXTS], 2, size, 0, 0)
+    return book.draw([{"prompt": text} for text in TEXTS], 2, size, 0, 0)
 
 
 def make(sigmas="linear", guidance=1.0, dtype=torch.float32, train=True, **kwargs):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from diffalign.config import schema as config
+from diffalign import config
 from diffalign.planning import cost
 from diffalign.runs.folder import open_run, read_rows
 from diffalign.runs.progress import Reporter

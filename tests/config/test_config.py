@@ -5,9 +5,9 @@ import time
 import pytest
 import yaml
 
-from diffalign.config import schema as config
+from diffalign import config
 from diffalign.errors import UserError
-from diffalign.prompts import files as prompts
+from diffalign.prompts import book
 from diffalign.rules import RULES
 
 NAME = "flow_grpo/shapes-sd3"
@@ -211,19 +211,17 @@ def test_a_large_file_is_evaluated_on_as_many_prompts_as_asked_for(tmp_path):
     many = tmp_path / "many.txt"
     many.write_text("".join(f"prompt {k}\n" for k in range(100_000)))
     few = [f"prompts.source={many}", "rewards={jpeg_compressibility: 1}", "eval_rewards=[]"]
-    found = config.load(
-        "flow_grpo/shapes-sd3", [*few, "evaluation.prompts=4", "evaluation.holdout=0"]
-    ).evaluation_prompts()
+    found = config.load("flow_grpo/shapes-sd3", [*few, "evaluation.prompts=4", "evaluation.holdout=0"]).book.evaluation
     assert [entry["prompt"] for entry in found] == ["prompt 0", "prompt 25000", "prompt 50000", "prompt 75000"]
-    assert len(config.load("flow_grpo/shapes-sd3", few).evaluation_prompts()) == 10_000  # a tenth is held out
-    assert len(config.load("flow_grpo/shapes-sd3", ["evaluation.prompts=99"]).evaluation_prompts()) == 24
+    assert len(config.load("flow_grpo/shapes-sd3", few).book.evaluation) == 10_000  # a tenth is held out
+    assert len(config.load("flow_grpo/shapes-sd3", ["evaluation.prompts=99"]).book.evaluation) == 24
 
 
 def test_prompts_are_drawn_from_a_large_file_in_a_moment():
     entries = [{"prompt": f"prompt {k}"} for k in range(100_000)]
-    prompts.draw(entries[:2], 1, 1, seed=0, update=0)  # which imports torch
+    book.draw(entries[:2], 1, 1, seed=0, update=0)  # which imports torch
     started = time.process_time()
-    drawn = prompts.draw(entries, 48, 4, seed=0, update=3)
+    drawn = book.draw(entries, 48, 4, seed=0, update=3)
     assert time.process_time() - started < 0.5  # one shuffle takes 0.05 s
     assert len(set(drawn.text)) == 48
 
@@ -238,7 +236,7 @@ def test_a_files_prompts_are_trained_on_or_evaluated(tmp_path):
             "flow_grpo/shapes-sd3",
             [f"prompts.source={source}", "rewards={jpeg_compressibility: 1}", "eval_rewards=[]", *more],
         )
-        return made.training_prompts(), made.evaluation_prompts()
+        return made.book.training, made.book.evaluation
 
     train, judged = parts()
     assert (len(train), len(judged)) == (72, 8)  # both entries of a text lie on one side
@@ -261,6 +259,6 @@ def test_a_files_prompts_are_trained_on_or_evaluated(tmp_path):
 
 def test_copies_of_a_prompt_are_one_prompt_when_samples_are_compared():
     entries = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a", "note": 1}]
-    drawn = prompts.fixed(entries, 2, 0)
+    drawn = book.fixed(entries, 2, 0)
     assert drawn.group.tolist() == [0, 0, 1, 1, 0, 0]
     assert len(set(drawn.seed.tolist())) == 6

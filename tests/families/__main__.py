@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from diffalign.config import schema as config
+from diffalign import config
 from tests.families import FAMILIES
 from tests.families.probe import probe
 from tests.kit import ROOT

@@ -16,7 +16,7 @@ from diffalign.models import lora as adapters
 from diffalign.models import lora_files
 from diffalign.ops import gaussian
 from diffalign.processes import PROCESSES
-from diffalign.prompts import files as prompts
+from diffalign.prompts import book
 from diffalign.types import Plan, Prompts
 from tests.families import FAMILIES, build
 
@@ -38,7 +38,7 @@ class Subject:
 
 def given() -> Prompts:
     """Two samples of different prompts."""
-    return prompts.draw([{"prompt": "two stars"}, {"prompt": "a red circle and a blue square"}], 2, 1, 0, 0)
+    return book.draw([{"prompt": "two stars"}, {"prompt": "a red circle and a blue square"}], 2, 1, 0, 0)
 
 
 def policy(name: str, dtype: torch.dtype = torch.float32, guidance: float = 0.0, **more: Any) -> DiffusersPolicy:

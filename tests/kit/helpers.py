@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from diffalign.backends.toy import ToyPolicy, toy_reward
-from diffalign.prompts import files as prompts
+from diffalign.prompts import book
 from diffalign.training.trainer import Clock, Trainer
 from diffalign.types import Credit, Plan, Prompts, Rollout, UpdateRule
 
 
 def toy_prompts(groups: int, group_size: int, seed: int = 0, update: int = 0) -> Prompts:
-    return prompts.draw([{"prompt": "a"}], groups, group_size, seed, update)
+    return book.draw([{"prompt": "a"}], groups, group_size, seed, update)
 
 
 def toy_trainer(
@@ -80,6 +80,6 @@ def tiny(name: str) -> list[str]:
 
 def tiny_config(run_dir, *overrides: str, name: str = "flow_grpo/shapes-sd3"):
     """A config, the quickstart's if no other is named, with as little work as possible."""
-    from diffalign.config import schema as config
+    from diffalign import config
 
     return config.load(name, [*tiny(name), f"run_dir={run_dir}", *overrides])

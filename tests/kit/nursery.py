@@ -14,7 +14,7 @@ def main() -> None:
     import torch
     import transformers
 
-    from diffalign.config import schema as config
+    from diffalign import config
     from diffalign.runs import session
 
     assert all((diffusers.StableDiffusionPipeline, diffusers.StableDiffusion3Pipeline, peft, transformers))

@@ -10,7 +10,7 @@ from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.errors import Fault, UserError
 from diffalign.models.encodings import Store, joined
 from diffalign.processes import PROCESSES
-from diffalign.prompts import files as prompts
+from diffalign.prompts import book
 from diffalign.types import Plan
 from tests.families import FAMILIES, build
 
@@ -27,7 +27,7 @@ def policy(name, pipe=None, **more):
 
 
 def drawn(made, texts=TEXTS):
-    wanted = prompts.fixed([{"prompt": text} for text in texts], 1, seed=0)
+    wanted = book.fixed([{"prompt": text} for text in texts], 1, seed=0)
     return made.rollout(wanted, Plan.deterministic(2)).x[-1]
 
 

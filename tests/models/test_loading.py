@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 
-from diffalign.config import schema as config
+from diffalign import config
 from diffalign.errors import UserError
 from diffalign.models import loading
 from diffalign.models.notes import lora_notes

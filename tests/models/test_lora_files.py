@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from diffalign import config
 from diffalign.cli import app
-from diffalign.config import schema as config
 from diffalign.errors import UserError
 from diffalign.models import comfyui as export
 from diffalign.models import lora as adapters

@@ -9,11 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from diffalign import config
 from diffalign.cli import app
-from diffalign.config import schema as config
 from diffalign.errors import UserError
 from diffalign.models import comfyui as export
 from diffalign.planning import architectures, cost
+from diffalign.prompts import book
 from diffalign.types import Plan
 from tests.backends.test_hub_configs import CONFIGS, HUB
 from tests.families import FAMILIES
@@ -78,9 +79,8 @@ def test_guidance_takes_the_rows_that_the_pipeline_takes(model):
 
 
 def one():
-    from diffalign.prompts import files as prompts
 
-    return prompts.fixed([{"prompt": "two stars"}], 1, 0)
+    return book.fixed([{"prompt": "two stars"}], 1, 0)
 
 
 def quiet(steps: int):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from diffalign.config import schema as config
+from diffalign import config
 from diffalign.errors import UserError
 from diffalign.ops.geneval import Detection, official
 from diffalign.prompts import files as prompts
@@ -189,7 +189,7 @@ def test_pick_a_pic_has_splits_and_each_caption_once(tmp_path, monkeypatch):
     settings = config.load(
         "flow_grpo/shapes-sd3", [f"prompts.source={source}", "rewards={jpeg_compressibility: 1}", "eval_rewards=[]"]
     )
-    assert [len(settings.training_prompts()), len(settings.evaluation_prompts())] == [3, 1]  # nothing more is held out
+    assert [len(settings.book.training), len(settings.book.evaluation)] == [3, 1]  # nothing more is held out
     with pytest.raises(UserError, match=r"expected Pick-a-Pic's folder.*it has no validation_unique-\*.parquet"):
         prompts.read(source, (), "validation")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -6,10 +6,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from diffalign.config import schema as config
+from diffalign import config
 from diffalign.errors import Fault, UserError
-from diffalign.prompts import files as prompts
-from diffalign.prompts import stage_writer as stages
+from diffalign.prompts import book, stage_writer, stages
 from diffalign.shapes import captions
 from tests.kit.helpers import tiny_config
 
@@ -33,6 +32,10 @@ def test_shapes_come_first_and_colours_later():
             assert (middle, fine) == (prompt, prompt)
 
 
+def read(source, entries):
+    return stages.of(stages.table(source), entries, source)
+
+
 def file(tmp_path, *lines):
     path = tmp_path / "stages.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines))
@@ -41,12 +44,12 @@ def file(tmp_path, *lines):
 
 def test_a_file_tells_each_prompt_its_stages(tmp_path):
     lines = [{"prompt": entry["prompt"], "stages": [f"{k} {entry['prompt']}" for k in range(2)]} for entry in ENTRIES]
-    found = prompts.read_stages(file(tmp_path, *lines), ENTRIES)
-    drawn = prompts.draw(ENTRIES, 2, 2, 0, 0, found)
+    found = read(file(tmp_path, *lines), ENTRIES)
+    drawn = book.draw(ENTRIES, 2, 2, 0, 0, found)
     assert drawn.stages == [(f"0 {text}", f"1 {text}") for text in drawn.text]
     assert drawn.told(1).text == [f"1 {text}" for text in drawn.text]
     assert drawn.select([3, 0]).stages == [drawn.stages[3], drawn.stages[0]]
-    assert prompts.fixed(ENTRIES, 1, 0).told(0).text == [entry["prompt"] for entry in ENTRIES]
+    assert book.fixed(ENTRIES, 1, 0).told(0).text == [entry["prompt"] for entry in ENTRIES]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_a_file_tells_each_prompt_its_stages(tmp_path):
 )
 def test_what_a_file_lacks_is_named(tmp_path, lines, expected):
     with pytest.raises(UserError, match=expected):
-        prompts.read_stages(file(tmp_path, *lines), ENTRIES)
+        read(file(tmp_path, *lines), ENTRIES)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +88,10 @@ def test_settings_that_do_not_fit_are_named(tmp_path, overrides, expected):
 
 
 def test_stretches_are_even_unless_given(tmp_path):
-    assert tiny_config(tmp_path).stretches() == (0,)
-    assert tiny_config(tmp_path, "prompts.stages=shapes", "sampler.steps=10").stretches() == (0, 3, 6)
+    assert tiny_config(tmp_path).book.stretches == (0,)
+    assert tiny_config(tmp_path, "prompts.stages=shapes", "sampler.steps=10").book.stretches == (0, 3, 6)
     given = tiny_config(tmp_path, "prompts.stages=shapes", "sampler.steps=10", "prompts.stretches=[0, 1, 9]")
-    assert given.stretches() == (0, 1, 9)
+    assert given.book.stretches == (0, 1, 9)
 
 
 # -- an endpoint
@@ -121,7 +124,7 @@ class Endpoint:
 
 @pytest.fixture
 def serve(monkeypatch):
-    monkeypatch.setattr(stages, "PAUSE", 0.0)
+    monkeypatch.setattr(stage_writer, "PAUSE", 0.0)
     servers = []
 
     def start(*answers):
@@ -138,13 +141,13 @@ GOOD = 'Here you are:\n```json\n["one", "two", "three"]\n```'
 
 
 def ask(endpoint, path, key=None, count=3):
-    return stages.write(ENTRIES, path, endpoint.url, "some-model", key, count, lambda line: None)
+    return stage_writer.write(ENTRIES, path, endpoint.url, "some-model", key, count, lambda line: None)
 
 
 def test_answers_become_a_file_that_a_config_takes(serve, tmp_path):
     endpoint, path = serve((200, GOOD)), tmp_path / "s.jsonl"
     assert ask(endpoint, path, key="secret") == 2
-    assert prompts.read_stages(str(path), ENTRIES)["a photo of a cat"] == ("one", "two", "three")
+    assert read(str(path), ENTRIES)["a photo of a cat"] == ("one", "two", "three")
     (where, body), *_ = endpoint.asked
     assert where == "/v1/chat/completions"
     assert body["model"] == "some-model"
@@ -159,7 +162,7 @@ def test_what_is_written_is_not_asked_for_again(serve, tmp_path):
         ask(broken, path)
     whole = serve((200, GOOD))
     assert ask(whole, path) == 1
-    assert len(prompts.read_stages(str(path), ENTRIES)) == 2
+    assert len(read(str(path), ENTRIES)) == 2
 
 
 def test_a_passing_failure_is_tried_again(serve, tmp_path):
@@ -178,7 +181,7 @@ def test_a_refusal_and_a_wrong_file_are_the_users(serve, tmp_path):
     with pytest.raises(UserError, match="refused \\(401\\)"):
         ask(serve((401, "")), tmp_path / "s.jsonl")
     with pytest.raises(UserError, match="--endpoint"):
-        stages.write(ENTRIES, tmp_path / "s.jsonl", "nowhere", "m", None, 3, print)
+        stage_writer.write(ENTRIES, tmp_path / "s.jsonl", "nowhere", "m", None, 3, print)
     other = tmp_path / "other.txt"
     other.write_text("a text\n")
     with pytest.raises(UserError, match="line 1 is no stage prompt"):
@@ -190,9 +193,9 @@ def test_a_refusal_and_a_wrong_file_are_the_users(serve, tmp_path):
 
 
 def test_a_dead_endpoint_is_a_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "PAUSE", 0.0)
+    monkeypatch.setattr(stage_writer, "PAUSE", 0.0)
     with pytest.raises(Fault, match="ConnectError"):
-        stages.write(ENTRIES, tmp_path / "s.jsonl", "http://127.0.0.1:9", "m", None, 3, print)
+        stage_writer.write(ENTRIES, tmp_path / "s.jsonl", "http://127.0.0.1:9", "m", None, 3, print)
 
 
 def test_the_config_command_shows_the_keys():
@@ -203,4 +206,4 @@ def test_a_prompt_has_one_set_of_stages(tmp_path):
     path = tmp_path / "stages.jsonl"
     path.write_text('{"prompt": "a", "stages": ["b", "c"]}\n{"prompt": "a", "stages": ["b", "d"]}\n')
     with pytest.raises(UserError, match="has 'a' twice, with different stages"):
-        prompts.read_stages(str(path), [{"prompt": "a"}])
+        read(str(path), [{"prompt": "a"}])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.config import schema as config
+from diffalign import config
 from diffalign.errors import UserError
 from diffalign.rewards.frames import PerFrame, chosen
 from diffalign.rewards.load import load

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.config import schema as config
+from diffalign import config
 from diffalign.errors import Fault, UserError
 from diffalign.rewards import catalog, remote
 from diffalign.rewards.base import Background, begin, to_uint8

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.config import schema as config
+from diffalign import config
 from diffalign.errors import Fault, UserError
 from diffalign.rewards import remote
 from diffalign.rewards.load import load

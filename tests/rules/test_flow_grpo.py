@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffalign import config
 from diffalign.backends.toy import ToyPolicy
-from diffalign.config import schema as config
 from diffalign.errors import Fault, UserError
 from diffalign.rules import FlowGRPO
 from diffalign.types import Scores, Term, Tree

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffalign.config import schema as config
+from diffalign import config
 from diffalign.errors import UserError
 from diffalign.rules import RULES
 from diffalign.rules._merging import MergeSettings

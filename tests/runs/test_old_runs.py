@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign.config import schema as config
+from diffalign import config
 from diffalign.runs import session
 
 OLD = Path(__file__).parent / "old_runs"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign.config import schema as configs
+from diffalign import config as configs
 from diffalign.evaluation import fixed as evaluate
 from diffalign.planning import cost
 from diffalign.runs import checkpoint, session
@@ -173,7 +173,7 @@ def test_a_run_leaves_everything_a_user_needs(whole):
     assert learned
     assert all(keys <= row.keys() and row["ratio"] == 1.0 for row in learned)
     last = [row for row in rows if "eval/shapes_geneval_gain_lo" in row][-1]
-    assert last["eval/n"] == len(tiny_config("x").evaluation_prompts())
+    assert last["eval/n"] == len(tiny_config("x").book.evaluation)
     assert (
         last["eval/shapes_geneval_gain_lo"] <= last["eval/shapes_geneval_gain"] <= last["eval/shapes_geneval_gain_hi"]
     )
@@ -584,7 +584,7 @@ def test_with_a_cache_the_encoders_leave_and_a_resumed_run_is_the_same(tmp_path)
     expected = finish(made)
     count = len(list((tmp_path / "encoded").glob("*.safetensors")))
     # every counting caption of training and test, and the negative text's
-    assert count == len({*made.fixed.text, *(entry["prompt"] for entry in made.config.training_prompts())})
+    assert count == len({*made.fixed.text, *(entry["prompt"] for entry in made.config.book.training)})
     made = start(tmp_path / "cut", "updates=1", *cached)
     finish(made)
     assert same(finish(start(tmp_path / "cut", "updates=2", *cached)), expected)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign.config import schema as configs
+from diffalign import config as configs
 from diffalign.runs import session
 from diffalign.runs.folder import read_rows
 from diffalign.runtime.distributed import World

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffalign.runtime.extras import PARTS
+
 Entry = dict[str, Any]
 STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPDv2's benchmark, a file each
 LAYOUTS = {
@@ -71,7 +73,7 @@ def pickapic(place: Path, split: str) -> list[Entry]:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError("it is read with pyarrow; pip install 'diffalign[prompts]'") from error
+        raise ImportError(f"it is read with pyarrow; {PARTS['pyarrow'].install}") from error
     name = {"train": "train"}.get(split, f"{split}_unique")
     files = sorted(path for folder in (place, place / "data") for path in folder.glob(f"{name}-*.parquet"))
     if not files:

@@ -1,0 +1,208 @@
+"""Everything that can be checked without torch, all mistakes together."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from diffalign.config.messages import explain, near
+from diffalign.config.schema import LARGEST, Config
+from diffalign.errors import UserError
+from diffalign.models.notes import LORA, lora_folder, lora_notes
+from diffalign.processes import PROCESSES
+from diffalign.prompts.book import Book
+from diffalign.prompts.sets import Entry
+from diffalign.rewards import catalog
+from diffalign.rules import RULES
+from diffalign.runtime.extras import missing
+from diffalign.runtime.files import HUB_ID, is_file
+from diffalign.shapes import models
+
+
+def validate(raw: dict[str, Any], problems: list[str] | None = None, book: Book | None = None) -> Config:
+    """A config from plain data; `problems` were found before, `book` holds its prompts if they were read.
+
+    Raises:
+        UserError: with every mistake found.
+    """
+    found = list(problems or [])
+    rule = raw.get("rule")
+    before = len(found)
+    settings = _check_rule(rule, found)
+    whole = len(found) == before
+    try:
+        config = Config(**raw)
+    except ValidationError as error:
+        own = [item for item in error.errors() if item["loc"][0] != "rule" or rule is None]
+        found += [explain(item, Config) for item in own]
+        # Look at the rest with the broken keys at their defaults, so that all mistakes come at once.
+        try:
+            config = Config(**_without(raw, [item["loc"] for item in error.errors()]))
+        except ValidationError:
+            raise UserError(*found) from None
+    if settings is not None:
+        found += _check_together(config, settings)
+        if whole and hasattr(settings, "problems"):  # with keys left out, what it says about them is not so
+            found += settings.problems(config.sampler.steps)
+    found += _check_names(config, book)
+    if found:
+        raise UserError(*found)
+    return config
+
+
+def _check_rule(rule: Any, found: list[str]) -> BaseModel | None:
+    if not isinstance(rule, dict):
+        if rule is not None:
+            found.append(f"rule: got {rule!r}, expected a mapping with a name, such as {{name: flow_grpo}}")
+        return None
+    name = rule.get("name")
+    if not isinstance(name, str) or name not in RULES:
+        found.append(f"rule.name: got {name!r}, allowed are {', '.join(RULES)}{near(str(name), RULES)}")
+        return None
+    settings = RULES[name].Settings
+    given = {str(k): v for k, v in rule.items() if k != "name"}
+    try:
+        return settings(**given)
+    except ValidationError as error:
+        found += [explain(item, settings, "rule.") for item in error.errors()]
+        return settings(**_without(given, [item["loc"] for item in error.errors()]))
+
+
+def _without(raw: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
+    """A copy of nested data that lacks the values at some places."""
+    copied = copy.deepcopy(raw)
+    for location in locations:
+        # One wrong entry spoils its whole list.
+        names = list(itertools.takewhile(lambda part: isinstance(part, str), location))
+        place: Any = copied
+        for part in names[:-1]:
+            place = place.get(part) if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place.pop(names[-1], None)
+    return copied
+
+
+def _check_model(name: str) -> list[str]:
+    """An embedded name, a folder that diffusers wrote, or something that can be a hub id."""
+    if models.path(name) or is_file(Path(name) / "model_index.json") or HUB_ID.fullmatch(name):
+        return []
+    if is_file(Path(name)):
+        return [
+            f"model: got {name!r}, a single file; allowed is the hub id or folder of the model it was made from, and weights: {name}"
+        ]
+    known = ", ".join(models.names())
+    allowed = f"allowed are embedded pipelines ({known}), folders with a model_index.json, hub ids (owner/name)"
+    return [f"model: got {name!r}, {allowed}{near(name, models.names())}"]
+
+
+def _check_names(config: Config, book: Book | None) -> list[str]:
+    """What the config names is there; the prompts are read here, unless they were before."""
+    problems = _check_model(config.model)
+    if config.revision is not None and (models.path(config.model) or Path(config.model).exists()):
+        problems.append(
+            f"revision: got {config.revision!r}, only models on the hub have one; {config.model} is a folder"
+        )
+    prompts: list[Entry] = []
+    try:
+        config._book = book or Book.read(config.prompts, config.evaluation, config.sampler.steps)
+        prompts = [*config.book.training, *config.book.evaluation]
+    except UserError as error:
+        problems += error.problems
+    if config.weights is not None and not is_file(Path(config.weights)):
+        problems.append(f"weights: got {config.weights!r}, no file there; allowed is a .safetensors or .ckpt file")
+    problems += _check_start(config)
+    problems += _check_rewards(config, prompts)
+    if config.attention == "xformers" and (mend := missing("xformers")):
+        problems.append(f"attention: xformers is not installed; {mend}, or allowed is native")
+    problems += [
+        f"output.trackers: {name} is not installed; {mend}"
+        for name in config.output.trackers
+        if (mend := missing(name))
+    ]
+    if config.rewards and not any(config.rewards.values()):
+        problems.append(f"rewards: got only zero weights {config.rewards}, allowed is at least one other")
+    return problems
+
+
+def _check_start(config: Config) -> list[str]:
+    """An adapter to go on from that is there, whole, and of the same model."""
+    if config.lora.start is None:
+        return []
+    folder = lora_folder(config.lora.start)
+    if folder is None:
+        return [f"lora.start: got {config.lora.start!r}, no {LORA} there; allowed is a run's or adapter's folder"]
+    try:
+        base = lora_notes(folder).get("base_model", config.model)
+    except ValueError as error:
+        return [f"lora.start: {error}"]
+    return (
+        [] if base == config.model else [f"lora.start: {folder} belongs to {base}, the run's model is {config.model}"]
+    )
+
+
+def _check_rewards(config: Config, prompts: list[Entry]) -> list[str]:
+    """Rewards that are there, with what they import, for prompts that have what they need."""
+    problems: list[str] = []
+    for section, names in (("rewards", list(config.rewards)), ("eval_rewards", config.eval_rewards)):
+        for name in names:
+            found, unfit = catalog.problems(name, prompts)
+            suits = "shapes-motion" if "motion" in unfit else "shapes"
+            problems += [f"{section}: {name}{problem}" for problem in found]
+            problems += [f"{section}: {name}{unfit}; prompts.source: {suits} suits it"] if unfit else []
+    return problems
+
+
+def _check_together(config: Config, settings: Any) -> list[str]:
+    """Combinations that cannot work, each with the way out."""
+    problems: list[str] = []
+    sampler, name = config.sampler, config.rule["name"]
+    needs = RULES[name](settings).needs
+    stochastic = ", ".join(key for key, process in PROCESSES.items() if process.stochastic)
+    if sampler.process not in PROCESSES:
+        hint = near(sampler.process, PROCESSES)
+        problems.append(f"sampler.process: got {sampler.process!r}, allowed are {', '.join(PROCESSES)}{hint}")
+    elif needs.stochastic_sampler and not (PROCESSES[sampler.process].stochastic and sampler.noise_level > 0):
+        given = f"{sampler.process} with noise_level {sampler.noise_level:g}"
+        problems.append(
+            f"sampler.process: {name} needs a stochastic sampler, {given} has no noise; "
+            f"allowed are {stochastic} with noise_level > 0"
+        )
+    elif sampler.noise_level > (highest := PROCESSES[sampler.process].highest):
+        problems.append(f"sampler.noise_level: got {sampler.noise_level:g}, {sampler.process} allows 0 to {highest:g}")
+    if config.samples_per_update > LARGEST:
+        problems.append(
+            f"prompts.group_size: got {config.samples_per_update} samples per update, allowed are {LARGEST} at most"
+        )
+    elif config.samples_per_update % config.optimizer.micro_batch:
+        problems.append(
+            f"optimizer.micro_batch: got {config.optimizer.micro_batch}, allowed are divisors of "
+            f"prompts.groups * prompts.group_size = {config.samples_per_update}, so that replay and rollout agree"
+        )
+    if unknown := [name for name in getattr(settings, "gate", ()) if name not in config.rewards]:
+        problems.append(f"rule.gate: got {unknown[0]!r}, allowed are rewards of this run: {', '.join(config.rewards)}")
+    if config.prompts.group_size < 2 and needs.groups:
+        problems.append("prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more")
+    if config.prompts.groups % needs.bundle:
+        problems.append(
+            f"prompts.groups: got {config.prompts.groups}, allowed are multiples of rule.risk.bundle ({needs.bundle})"
+        )
+    if needs.differentiable_reward:
+        problems += _differentiable(config)
+    return problems
+
+
+def _differentiable(config: Config) -> list[str]:
+    able = ", ".join(name for name, entry in catalog.builtin().items() if entry.differentiable) or "none that ship"
+    rule, problems = config.rule["name"], []
+    for name in config.rewards:
+        with suppress(LookupError):  # `_check_names` reports it
+            if not catalog.find(name).differentiable:
+                problems.append(
+                    f"rewards: {rule} needs a differentiable reward, {name} is not; differentiable here: {able}"
+                )
+    return problems

@@ -1,0 +1,105 @@
+"""From a name and `key=value` to a checked config."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffalign.config.checks import validate
+from diffalign.config.schema import Config
+from diffalign.errors import UserError, one_line
+from diffalign.runtime.files import is_file
+
+
+def folders() -> list[Path]:
+    """Where configs are looked for by name: the checkout's, then the installed package's."""
+    package = Path(__file__).parent.parent
+    return [package.parent / "configs", package / "_configs"]
+
+
+def find(name: str) -> Path:
+    """The file of a config given as a path or as a name such as `flow_grpo/shapes-sd3`.
+
+    Raises:
+        UserError: with the nearest name there is.
+    """
+    inside = name.removeprefix("configs/").removesuffix(".yaml") + ".yaml"
+    for path in (Path(name), *(folder / inside for folder in folders())):
+        if is_file(path):
+            return path
+    known = sorted(str(p.relative_to(f).with_suffix("")) for f in folders() for p in f.rglob("*.yaml"))
+    near = difflib.get_close_matches(inside.removesuffix(".yaml"), known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}, or a path to a YAML file"
+    raise UserError(f"config: no file {name!r}; {hint}")
+
+
+def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a config, apply `key=value` overrides and check everything that can be checked without torch.
+
+    Raises:
+        UserError: with every mistake found.
+    """
+    raw = _read(name)
+    problems = [problem for override in overrides if (problem := _override(raw, override))]
+    return validate(raw, problems)
+
+
+def rule_of(name: str, settings: list[str]) -> dict[str, Any]:
+    """The rule of a config with some settings changed by `key=value`, not yet checked.
+
+    Raises:
+        UserError: if the config has none, or a setting is not `key=value`.
+    """
+    raw = _read(name)
+    problems = [problem for setting in settings if (problem := _override(raw, f"rule.{setting}"))]
+    if not isinstance(raw.get("rule"), dict):
+        problems.append(f"config: {name} has no rule")
+    if problems:
+        raise UserError(*problems)
+    return raw["rule"]
+
+
+def _read(name: str) -> dict[str, Any]:
+    """A config file as plain data."""
+    path = find(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config: cannot read {path}: {one_line(error)}") from error
+    raw = _parse(text, str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"config: {path} holds {type(raw).__name__}, expected keys and values")
+    if strange := [key for key in raw if not isinstance(key, str)]:
+        raise UserError(f"config: {path}: keys must be words, got {', '.join(map(repr, strange))}")
+    raw.setdefault("run_dir", f"runs/{path.parent.name}/{path.stem}")
+    return raw
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"config: {where}{line}: not YAML ({getattr(error, 'problem', error)})") from error
+
+
+def _override(raw: dict[str, Any], text: str) -> str | None:
+    """Apply one `section.key=value`; a mapping replaces, it does not merge."""
+    name, equals, value = text.partition("=")
+    if not equals or not all(name.split(".")):
+        return f"override: got {text!r}, expected key=value"
+    *sections, last = name.split(".")
+    place = raw
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            return f"override: {name}: {section} is not a section"
+    try:
+        place[last] = _parse(value, f"override {name}")
+    except UserError as error:
+        return error.problems[0]  # beside the other mistakes
+    return None

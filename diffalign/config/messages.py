@@ -1,0 +1,87 @@
+"""Mistakes as lines, and a config as text."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any, get_args
+
+import yaml
+
+from diffalign.config.schema import Config
+from diffalign.rules import RULES
+
+
+def near(name: str, known: Any) -> str:
+    """A hint at the nearest known name, empty if none is near."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _fields(model: Any, location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section an error points into."""
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        sections = [
+            kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")
+        ]  # or X | None
+        if not sections:
+            break
+        model = sections[0]
+    return list(model.model_fields)
+
+
+def explain(item: Any, model: Any, prefix: str = "") -> str:
+    """One of pydantic's errors as `field: what was given, what is allowed`."""
+    location = tuple(item["loc"])
+    where = prefix + ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        fields = _fields(model, location[:-1])
+        return f"{where}: unknown key{near(str(location[-1]), fields) or '; known are ' + ', '.join(fields)}"
+    if item["type"] == "missing":
+        return f"{where}: missing"
+    if item["type"] == "tuple_type":
+        return f"{where}: got {item['input']!r}, allowed is a list such as [0, 3]"
+    if item["type"] == "too_short":
+        return f"{where}: got {item['input']!r}, allowed is at least {item['ctx']['min_length']} entry"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{where}: got {item['input']!r}, {message.replace('input should be', 'allowed is')}"
+
+
+def explained(config: Config) -> list[str]:
+    """The resolved config as lines of YAML, each key with what it means."""
+    values = config.model_dump(mode="json")
+    rule = RULES[config.rule["name"]]
+    values["rule"] = {"name": config.rule["name"], **config.make_rule().settings.model_dump(mode="json")}  # type: ignore[attr-defined]
+    return _lines(values, Config, {"rule": rule.Settings}, "")
+
+
+def _lines(values: dict[str, Any], model: Any, models: dict[str, Any], indent: str) -> list[str]:
+    lines = []
+    for key, value in values.items():
+        field = model.model_fields.get(key)
+        inner = models.get(key, getattr(field, "annotation", None))
+        if isinstance(value, dict) and hasattr(inner, "model_fields"):
+            lines += [f"{indent}{key}:", *_lines(value, inner, {}, indent + "  ")]
+            continue
+        about = getattr(field, "description", None)
+        lines.append(f"{indent}{key}: {json.dumps(value, ensure_ascii=False)}" + (f"  # {about}" if about else ""))
+    return lines
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every key that differs."""
+    lines: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
