@@ -1,55 +1,57 @@
-"""A file imports from lower layers only, imports inside functions included."""
+"""The house: rooms, the floor each is on, what may be imported where. Imports inside functions count."""
 
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from tests.kit import ROOT
 
-# Lowest first; a file may import from its own line and those above it.
-LAYERS = [
-    {"types", "files", "_version"},
-    {"ops", "randomness", "memory", "distributed"},
-    {"processes"},
-    {"rules"},
-    {"shapes.world", "shapes.captions", "shapes.detector", "shapes.motion", "shapes.models", "shapes.preference"},
-    {"rewards", "reward_models"},
-    {"backends"},
-    {"shapes.pretrain", "prompts", "prompt_sets"},
-    {"config", "evaluate", "figures", "trainer"},
-    {"checkpoint", "runfolder", "trackers", "progress", "build", "measure", "architectures"},
-    {"card", "benchmark", "cost", "doctor", "sampling", "stages", "gradients", "preview", "export"},
-    {"session"},
+# Lowest first: a room imports from floors below its own. A room is a folder or a file at the top of the package.
+FLOORS = [
+    {"errors", "types"},
+    {"runtime", "ops", "processes"},
+    {"shapes", "report", "rules"},
+    {"prompts", "rewards", "models"},
+    {"reward_models", "backends", "config"},
+    {"training", "sampling"},
+    {"evaluation"},
+    {"runs"},
+    {"planning", "gradients", "doctor"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "train", "sample"},
 ]
-HEAVY = {"diffusers", "transformers", "peft", "accelerate", "tokenizers"}
-MAY_IMPORT_HEAVY = {"backends", "shapes.pretrain", "reward_models", "trackers", "cost", "architectures"}
-
-
-def layer(module: str) -> int | None:
-    name = module.removeprefix("diffalign.") if module != "diffalign" else ""
-    for height, names in enumerate(LAYERS):
-        if any(name == entry or name.startswith(entry + ".") for entry in names):
-            return height
-    return None
+MOST_ROOMS, MOST_ARROWS = 28, 130
+HEAVY = {"diffusers", "transformers", "peft", "tokenizers"}
+MAY_IMPORT_HEAVY = ("diffalign.backends", "diffalign.models", "diffalign.shapes.pretrain", "reward_models")
+LONGEST_FILE, LONGEST_CLASS, LONGEST_FUNCTION = 300, 200, 60
 
 
 def modules() -> dict[str, Path]:
-    found = {}
+    """Every module of the package, of the rewards and of the two scripts, by name."""
+    found = {name: ROOT / f"{name}.py" for name in ("train", "sample")}
     for top in ("diffalign", "reward_models"):
         for path in (ROOT / top).rglob("*.py"):
-            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            found[name] = path
+            found[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
     return found
 
 
-def imports(path: Path) -> list[tuple[int, str]]:
+MODULES = modules()
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def room(module: str) -> str:
+    """The room of a module; the package's own face belongs to none."""
+    first, _, rest = module.partition(".")
+    return rest.partition(".")[0] if first == "diffalign" else first
+
+
+def imports(tree: ast.Module) -> list[tuple[int, str]]:
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -57,47 +59,70 @@ def imports(path: Path) -> list[tuple[int, str]]:
     return found
 
 
-def violations() -> list[str]:
-    found = []
-    for name, path in modules().items():
-        own = layer(name)
-        for line, target in imports(path):
-            where = f"{path.relative_to(ROOT)}:{line}: imports {target}"
-            if target.split(".")[0] in HEAVY and not any(
-                name.removeprefix("diffalign.").startswith(allowed) for allowed in MAY_IMPORT_HEAVY
-            ):
-                found.append(where)
-            other = layer(target) if target.split(".")[0] in ("diffalign", "reward_models") else None
-            if own is not None and other is not None and other > own:
-                found.append(f"{where}, which lies above")
-    return found
+def arrows() -> dict[tuple[str, str], list[str]]:
+    """(room, room it imports from) -> where."""
+    found = defaultdict(list)
+    for name, tree in TREES.items():
+        for line, target in imports(tree):
+            inside = target.split(".")[0] in ("diffalign", "reward_models")
+            if inside and room(target) and room(name) and room(target) != room(name):
+                found[room(name), room(target)].append(f"{name} line {line} imports {target}")
+    return {pair: where for pair, where in found.items() if pair[1] in set().union(*FLOORS)}
 
 
-def test_imports_point_downwards():
-    assert not violations()
+def floor(name: str) -> int:
+    return next(height for height, rooms in enumerate(FLOORS) if name in rooms)
 
 
-def test_every_module_has_a_layer():
-    missing = [name for name in modules() if layer(name) is None and name not in ("diffalign", "diffalign.shapes")]
-    assert not missing
+def test_every_room_has_a_floor_and_there_are_few():
+    rooms = {room(name) for name in MODULES} - {""}
+    assert rooms == set().union(*FLOORS)
+    assert len(rooms) <= MOST_ROOMS
+    assert len(arrows()) <= MOST_ARROWS
+
+
+def test_arrows_point_downwards():
+    """No room imports from its own floor or above: so there is no circle either."""
+    up = [where for (start, end), where in arrows().items() if floor(end) >= floor(start) and start != "types"]
+    assert not up
+
+
+def test_only_four_rooms_know_the_libraries_of_models():
+    found = [
+        f"{name} line {line} imports {target}"
+        for name, tree in TREES.items()
+        for line, target in imports(tree)
+        if target.split(".")[0] in HEAVY and not name.startswith(MAY_IMPORT_HEAVY)
+    ]
+    assert not found
+
+
+def test_files_classes_and_functions_are_small():
+    large = []
+    for name, tree in TREES.items():
+        length = len(MODULES[name].read_text().splitlines())
+        large += [f"{name}: {length} lines"] if length > LONGEST_FILE else []
+        for node in ast.walk(tree):
+            kinds = {ast.ClassDef: LONGEST_CLASS, ast.FunctionDef: LONGEST_FUNCTION}
+            if type(node) in kinds and (lines := node.end_lineno - node.lineno + 1) > kinds[type(node)]:
+                large.append(f"{name}.{node.name}: {lines} lines")
+    assert not large
 
 
 def test_only_the_command_line_and_the_launchers_side_read_the_environment():
-    allowed = ("diffalign.cli", "diffalign.distributed", "diffalign.rewards.remote")  # the last: a token, no setting
-    readers = [
-        name
-        for name, path in modules().items()
-        if "environ" in path.read_text().replace("Environment", "") and name not in allowed
-    ]
+    allowed = ("diffalign.cli", "diffalign.runtime.distributed", "diffalign.rewards.remote")  # the last: a token
+    readers = [name for name, tree in TREES.items() if "environ" in ast.unparse(tree) and name not in allowed]
     assert not readers
 
 
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
+        ("diffalign", "torch"),
         ("diffalign.rules", "diffusers"),
         ("diffalign.rules", "torch"),
         ("diffalign.config", "torch"),
+        ("diffalign.prompts.book", "torch"),
         ("diffalign.cli", "torch"),
     ],
 )
@@ -108,8 +133,9 @@ def test_light_modules_stay_light(module, absent):
 
 def test_the_backend_names_no_model_family():
     families = ("flux", "sd3", "sdxl", "stable_diffusion", "stablediffusion", "qwen", "hunyuan", "cogview", "ltx")
-    for path in (ROOT / "diffalign" / "backends").glob("*.py"):
-        tree = ast.parse(path.read_text())
+    for name, tree in TREES.items():
+        if room(name) != "backends":
+            continue
         words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         words |= {
@@ -119,4 +145,10 @@ def test_the_backend_names_no_model_family():
         }
         assert not [
             word for word in words for family in families if family in word.lower() or word.lower().startswith("wan2")
-        ], path.name
+        ], name
+
+
+if __name__ == "__main__":  # python -m tests.test_layers
+    print(f"{len({room(name) for name in MODULES} - {''})} rooms, {len(arrows())} arrows")
+    for (start, end), where in sorted(arrows().items()):
+        print(f"{start} -> {end}: {len(where)}")

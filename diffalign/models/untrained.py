@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffalign.errors import UserError
+from diffalign.models.lora import quiet
 
 LARGEST = 200_000_000  # parameters that are built to be counted
 
@@ -61,3 +64,22 @@ def _check_size(module: Any, folder: Path) -> None:
         raise UserError(
             f"model: {folder} has {n / 1e6:.0f} M parameters; plan builds components of at most {LARGEST / 1e6:.0f} M"
         )
+
+
+@contextmanager
+def meta(precision: str) -> Iterator[None]:
+    """Make what is made on the meta device, where it takes no memory, and in a precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, precision))
+    try:
+        with torch.device("meta"), quiet():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def component(kind: str, settings: dict[str, Any]) -> Any:
+    """A model of one of diffusers' classes, frozen, from the settings of its config."""
+    import diffusers
+
+    return getattr(diffusers, kind)(**settings).requires_grad_(False)

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from diffalign.config import Config
 from diffalign.errors import UserError
 from diffalign.models import lora as adapters
+from diffalign.models import untrained
 
 Sizes = dict[str, int]
 
@@ -71,11 +72,9 @@ def predictions(config: Config) -> int:
 
 def denoisers(config: Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The denoisers on the meta device with their LoRA, and its parameters."""
-    import diffusers
-
-    with _meta(config):
+    with untrained.meta(config.precision):
         modules = {
-            name: getattr(diffusers, kind)(**settings).requires_grad_(False)
+            name: untrained.component(kind, settings)
             for name, (kind, settings) in known()[config.model]["denoisers"].items()
         }
         lora = config.lora
@@ -145,28 +144,14 @@ def _fused_attention() -> Iterator[None]:
 
 def decoder(config: Config) -> tuple[Row, int] | None:
     """What decoding one sample takes, and the autoencoder's parameters; None where it is not known."""
-    import diffusers
-
     if "decoder" not in known()[config.model]:
         return None
     kind, settings, shape = known()[config.model]["decoder"]
-    with _meta(config):
-        module = getattr(diffusers, kind)(**settings).requires_grad_(False)
+    with untrained.meta(config.precision):
+        module = untrained.component(kind, settings)
         latent = torch.ones(dimension(shape, sizes(config)), requires_grad=True)
     row = _row(lambda: module.decode(latent, return_dict=False)[0], module.parameters())
     return row, sum(p.numel() for p in module.parameters())
-
-
-@contextmanager
-def _meta(config: Config) -> Iterator[None]:
-    """Make what is made on the meta device and in the config's precision."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, config.precision))
-    try:
-        with torch.device("meta"), adapters.quiet():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def row(config: Config, module: torch.nn.Module) -> Row:
@@ -180,7 +165,7 @@ def row(config: Config, module: torch.nn.Module) -> Row:
             return dimension(spec["value"], given)
         return [made(spec["list"])] if "list" in spec else {key: made(value) for key, value in spec.items()}
 
-    with _meta(config):
+    with untrained.meta(config.precision):
         inputs = {key: made(spec) for key, spec in known()[config.model]["inputs"].items()}
 
     def run() -> torch.Tensor:
