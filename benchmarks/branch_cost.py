@@ -42,11 +42,9 @@ def made(rule: str, size: int, micro_batch: int) -> Trainer:
     return Trainer(
         settings.make_rule(),
         parts.policy,
-        parts.rewards,
-        settings.rewards,
+        parts.scorer,
         torch.optim.AdamW(parts.policy.parameters.values(), lr=0.0),
         lambda update: book.draw(entries, 4, size, 0, update),
-        micro_batch=micro_batch,
     )
 
 
@@ -56,7 +54,7 @@ def main(out: Path) -> None:
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
     for update in range(REPEATS + 1):
         for name, trainer in trainers.items():
-            rows[name].append(trainer.update(update))
+            rows[name].append(trainer.update(update).metrics)
     keys = ("nfe", "nfe_backward", "seconds/sample", "seconds/train", "seconds/total")
     found = {name: {key: float(np.median([r[key] for r in found[1:]])) for key in keys} for name, found in rows.items()}
     ratios = {key: found["flat"][key] / found["branch"][key] for key in keys}

@@ -24,7 +24,8 @@ from diffalign.rules import _policy_gradient as policy_gradient
 from diffalign.rules.grpo_guard import normalised
 from diffalign.runs import parts as build
 from diffalign.runtime.randomness import numpy_generator
-from diffalign.training.trainer import Clock, Trainer
+from diffalign.training.scoring import Clock
+from diffalign.training.trainer import Trainer
 
 UPDATES, SAMPLES = 4, 64
 
@@ -34,15 +35,14 @@ def main(out: Path, picture: Path) -> None:
     settings = config.load("flow_grpo/shapes-sd3", [f"rule={{name: flow_grpo, inner_updates: {UPDATES}, clip: 1.0}}"])
     parts = build.build(settings)
     policy, rule = parts.policy, settings.make_rule()
+    policy.micro_batch = SAMPLES
     entries = settings.book.training
     trainer = Trainer(
         rule,
         policy,
-        parts.rewards,
-        settings.rewards,
+        parts.scorer,
         torch.optim.AdamW(policy.parameters.values(), lr=1e-3),
         lambda update: book.draw(entries, 4, SAMPLES // 4, 0, update),
-        micro_batch=SAMPLES,
     )
     for update in range(3):  # away from the fresh adapter, where half of the parameters have no gradient
         trainer.update(update)
@@ -51,11 +51,11 @@ def main(out: Path, picture: Path) -> None:
     )  # stores means
     drawn = trainer.draw(3)
     rollout = policy.rollout(drawn, plan)
-    credit = rule.credit(rollout.tree, trainer.score(rollout, Clock(torch.device("cpu"))), drawn)
+    credit = rule.credit(rollout.tree, trainer.sampling.score(rollout, Clock(torch.device("cpu"))), drawn)
     rows = []
     for inner in range(UPDATES):
         trainer.optimizer.zero_grad()
-        trainer.accumulate(plan.updates[0], rollout, credit, first=inner == 0)
+        trainer.backward.accumulate(plan.updates[0], rollout, credit, first=inner == 0)
         trainer._step()
         rows.append([_measure(policy, rollout, term.start, credit) for term in plan.updates[0]])
     found = {kind: _summary(rows, kind) for kind in ("plain", "guard")}

@@ -34,7 +34,7 @@ def captured_call(session: Session) -> tuple[Any, dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     handle = module.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
     prompts = session.trainer.draw(0)
-    plan = session.rule.plan(session.policy.schedule, 0, np.random.default_rng(0))
+    plan = session.trainer.rule.plan(session.policy.schedule, 0, np.random.default_rng(0))
     session.policy.rollout(prompts, plan)
     handle.remove()
     return module, seen[-1]
@@ -48,12 +48,13 @@ def main() -> None:
     session = Session(settings, open_run(settings, True), Reporter(quiet=True))
     module, call = captured_call(session)
     size = settings.optimizer.micro_batch
-    counts = session.trainer.update(0)
+    counts = session.trainer.update(0).metrics
     forward, backward = (int(counts[key]) // size for key in ("nfe", "nfe_backward"))
     rows: list[dict[str, float]] = []
     for index in range(1, ROUNDS + 1):
-        metrics = session.trainer.update(index)
-        if metrics.get("skipped_flat"):
+        update = session.trainer.update(index)
+        metrics = update.metrics
+        if update.flat:
             continue
         started = time.perf_counter()
         with torch.no_grad():

@@ -13,6 +13,7 @@ import click
 import diffalign
 from diffalign.errors import Fault, UserError
 from diffalign.models.notes import LORA
+from diffalign.runtime import keys, launcher
 
 
 class Number(click.FloatRange):
@@ -40,19 +41,18 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
     from diffalign.runs.folder import open_run
 
     settings = configs.load(config, overrides)
-    if os.environ.get("RANK", "0") == "0":
-        open_run(settings, fresh).close()  # refused before torch is imported
+    folder = open_run(settings, fresh) if launcher.leads() else None  # refused before torch is imported
     from diffalign.runs import session
 
     try:
-        summary = session.train(settings, fresh=fresh, quiet=quiet)
+        summary = session.train(settings, fresh=fresh, quiet=quiet, folder=folder)
     except session.Interrupted as error:
         fail(error.code, str(error))
-    if os.environ.get("RANK", "0") != "0":
+    if not launcher.leads():
         return  # the first process says it
-    for name in (k for k in summary if k.endswith("_gain")):
-        low, high = summary[f"{name}_lo"], summary[f"{name}_hi"]
-        click.echo(f"{name.removesuffix('_gain')}: gain {summary[name]:+.3f}, 95 % [{low:+.3f}, {high:+.3f}]")
+    for name, judged in summary.rewards.items():
+        if (gain := judged.gain) is not None:
+            click.echo(f"{keys.evaluated(name)}: gain {gain.value:+.3f}, 95 % [{gain.low:+.3f}, {gain.high:+.3f}]")
     click.echo(f"{Path(settings.run_dir) / 'adapter' / LORA}")
 
 
@@ -144,11 +144,12 @@ def evaluate(
     out: Path,
 ) -> None:
     """Judge models and adapters on a suite of prompts, all from the same noises, with intervals, grids and a page."""
-    from diffalign.evaluation import suite as benchmark
+    from diffalign.evaluation import suite as suites
+    from diffalign.evaluation.task import task_of
 
-    task = benchmark.task_of(suite, prompts, rewards, split, count, seed, batch, drift)
-    models = benchmark.sources(targets, options, steps, guidance)
-    benchmark.run(task, models, out, fresh, click.echo)
+    task = task_of(suite, prompts, rewards, split, count, seed, batch, drift)
+    models = suites.sources(targets, options, steps, guidance)
+    suites.run(task, models, out, fresh, click.echo)
 
 
 @app.command()
@@ -337,7 +338,7 @@ def fail(code: int, *lines: str) -> NoReturn:
 def _leave(code: int) -> NoReturn:
     """End with a code. One of several processes ends at once: with everything done, gloo's threads sometimes abort an interpreter that
     takes itself apart (seen in about 1 of 10 runs of torch 2.15.0), and the launcher takes that for a failure."""
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+    if launcher.several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""The data that flow through one update, and the protocols between its parts. Needs no torch to import.
+"""The data that flow through one update. Needs no torch to import.
 
 Prompts -> Plan -> Rollout -> Media -> Scores -> Credit -> Loss per Term -> optimiser step.
 
@@ -9,10 +9,9 @@ at level T index scores. A chain is a forest that never branches: N_t = N everyw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -201,7 +200,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled trajectories up to level `plan.stop`.
+    """Sampled trajectories up to level `plan.stop`, drawn `micro_batch` roots at a time.
 
     x[t] (N_t, D...) latents; eps[t] (N_{t+1}, D...) the noise injected at step t, None where off; mean[t] (N_t, D...) if the
     plan keeps it; std[t] the noise's standard deviation; log_prob[t] (N_{t+1},) log density of x[t+1], averaged over latent
@@ -211,6 +210,7 @@ class Rollout:
     prompts: Prompts
     plan: Plan
     tree: Tree
+    micro_batch: int
     x: list[Tensor]
     eps: list[Tensor | None]
     mean: list[Tensor | None]
@@ -265,135 +265,32 @@ class Scores:
 Credit = list[Floats]  # per step t, (N_{t+1},): how much better than expected each edge was
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A scalar to minimise and detached numbers for the log; `gap` is how far a replay is from the rollout where it
-    ought to be equal: max |log-ratio|, or max |difference| of latents."""
-
-    value: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    gap: Tensor | None = None
+Span = tuple[int, int]  # steps [start, stop)
 
 
 @dataclass(frozen=True)
-class Transition:
-    """One step at stored latents: prediction and mean (N_t, D...), the noise's standard deviation."""
+class Update:
+    """What one update did.
 
-    prediction: Tensor
-    mean: Tensor
-    std: float
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A replayed span: x after it, mean and std of its last step (x = mean + std * eps), and the clean sample x_0 that its
-    last prediction implies."""
-
-    x: Tensor
-    mean: Tensor
-    std: float
-    clean: Tensor
-
-
-@dataclass(frozen=True)
-class GraphBytes:
-    """What one micro-batch keeps for the gradient, in bytes: per replayed step, and for decoder and reward; `stored` is what
-    a step keeps without a graph, its latent and its noise."""
-
-    step: int
-    reward: int
-    stored: int
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a rule cannot do without; checked before any weight is loaded.
-
-    groups: several samples a prompt, to compare; bundle: prompts an update must have a multiple of; term_norms: the gradient norm
-    of every term, `term_norm/<start>-<stop>` of `after_update`'s metrics; log_probs: those of the rollout's edges in `Scores`;
-    graph_bytes: a call of `fit` before the first plan; shadows: name -> decay per update.
+    scored, unscored: samples with and without a score, of all processes, both 0 where nothing was scored beforehand; judged: those
+    samples and their scores; flat: nothing was to be learnt from them; steps, nonfinite: optimiser steps, and those skipped since their
+    gradient was not finite; term_norms: of each term's own gradient by its steps, where the rule needs them; metrics: numbers to log.
     """
 
-    groups: bool = False
-    bundle: int = 1
-    differentiable_reward: bool = False
-    stochastic_sampler: bool = False
-    reference: bool = False
-    term_norms: bool = False
-    log_probs: bool = False
-    graph_bytes: bool = False
-    shadows: dict[str, float] = field(default_factory=dict)
+    scored: int = 0
+    unscored: int = 0
+    flat: bool = False
+    steps: int = 0
+    nonfinite: int = 0
+    judged: tuple[Prompts, Scores] | None = None
+    term_norms: dict[Span, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
-
-class Policy(Protocol):
-    """A sampler with trainable parameters: all that a rule may call. Gradients reach the parameters unless in a context."""
-
-    schedule: Schedule
-
-    def rollout(self, prompts: Prompts, plan: Plan, each: Callable[[Rollout], None] | None = None) -> Rollout: ...
-    def transition(self, part: Rollout, step: int) -> Transition: ...
-    def replay(
-        self, part: Rollout, start: int, stop: int, steps: Collection[int] | None = None, detached: bool = False
-    ) -> Replay: ...
-    def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor: ...
-    def decode(self, part: Rollout, x: Tensor) -> Media: ...
-    def reference(self) -> AbstractContextManager[None]: ...
-    def shadow(self, name: str) -> AbstractContextManager[None]: ...
-    def shifted(self, draw: int, steps: Collection[int], scale: float) -> AbstractContextManager[None]: ...
-    def along(self, draw: int, steps: Collection[int]) -> Tensor: ...
-
-
-class TrainablePolicy(Policy, Protocol):
-    """What the trainer needs besides."""
-
-    parameters: dict[str, Tensor]
-    shadows: dict[str, dict[str, Tensor]]
-    micro_batch: int
-    rows_forward: int
-    rows_backward: int
-
-    @property
-    def exact(self) -> bool: ...
-
-    def recomputed(self, rollout: Rollout) -> Rollout: ...
-    def add_shadows(self, decays: dict[str, float]) -> None: ...
-    def follow(self, decays: dict[str, float]) -> None: ...
-
-
-RewardFunction = Callable[[Media], "Tensor"]
-
-
-class UpdateRule(Protocol):
-    """Three hooks. A rule that learns on the way also has `after_update`, `state_dict` and `load_state_dict`; one that fits
-    its terms into memory has `fit`.
-
-    Noise a loss needs is drawn with `randomness.normal(part.prompts.seed, shape, ...)`, so that it depends on the sample
-    and the update alone, not on how a batch is cut.
-    """
-
-    name: ClassVar[str]
-
-    @property
-    def needs(self) -> Needs: ...
-    def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan: ...
-    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit | None: ...
-    def loss(
-        self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction
-    ) -> Loss: ...
-
-
-class FittingRule(UpdateRule, Protocol):
-    """A rule that chooses how much graph to hold at once: told before the first plan, of what a run of `steps` steps takes."""
-
-    def fit(self, measured: GraphBytes, steps: int) -> None: ...
-
-
-class StatefulRule(UpdateRule, Protocol):
-    """A rule with state that is checkpointed: JSON-serialisable."""
-
-    def after_update(self, metrics: dict[str, float]) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def row(self) -> dict[str, float]:
+        """What is logged."""
+        norms = {f"term_norm/{start}-{stop}": norm for (start, stop), norm in self.term_norms.items()}
+        flags = {"skipped_flat": 1.0} if self.flat else {}
+        return {**self.metrics, **norms, **flags}
 
 
 def chunks(count: int, size: int) -> Iterator[range]:

@@ -180,7 +180,7 @@ def missing(name: str, repo: str, what: str = "a folder as the hub lays it out")
     return f"{repo} is not in the hub's cache and cannot be fetched; give {what} as {name}@PLACE"
 
 
-class Scorer:
+class Towers:
     """CLIP of transformers, frozen, on the device of what it scores."""
 
     def __init__(self, name: str, repo: str, place: str | None = None) -> None:

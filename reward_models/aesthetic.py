@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffalign.rewards.base import Reward
 from diffalign.types import Media, Prompts
 from reward_models import _clip
 
@@ -27,7 +28,7 @@ CLIP, HEAD = "openai/clip-vit-large-patch14", ("trl-lib/ddpo-aesthetic-predictor
 FILES = ("sac+logos+ava1-l14-linearMSE.pth", HEAD[1])  # as its authors and as the hub name the same weights
 
 
-class Aesthetic(_clip.Scorer):
+class Aesthetic(_clip.Towers, Reward):
     """Scores (N,) with gradient to the pixels. PLACE is a folder with a CLIP as the hub lays it out and one of `FILES`."""
 
     def __init__(self, place: str | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from diffalign.rewards.base import Reward
 from diffalign.types import Media, Prompts
 from reward_models import _clip
 
@@ -24,7 +25,7 @@ REWARDS = {
 REPO = str(REWARDS["clipscore"]["weights"])
 
 
-class CLIPScore(_clip.Scorer):
+class CLIPScore(_clip.Towers, Reward):
     """Scores (N,) with gradient to the pixels."""
 
     def __init__(self, place: str | None = None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffalign.ops import geneval
 from diffalign.ops.geneval import Detection
-from diffalign.rewards.base import to_uint8
+from diffalign.rewards.base import Reward, to_uint8
 from diffalign.types import Media, Prompts
 from reward_models import _clip
 
@@ -56,7 +56,7 @@ CONFIDENT, COUNTED = 0.3, 0.9  # a detection counts above; the second where obje
 GREY = 0x99  # what colours are judged against
 
 
-class Official:
+class Official(Reward):
     """Scores (N,) of first frames, 0 or 1. PLACE is a folder with the detector in `mask2former` and the CLIP in `clip`."""
 
     def __init__(self, place: str | None = None) -> None:
@@ -70,7 +70,7 @@ class Official:
             self.processor = AutoImageProcessor.from_pretrained(source)
         except OSError as error:
             raise FileNotFoundError(_clip.missing("geneval_like", source)) from error
-        self.clip = _clip.Scorer("geneval_like", CLIP, own["clip"])
+        self.clip = _clip.Towers("geneval_like", CLIP, own["clip"])
 
     def __call__(self, media: Media, prompts: Prompts) -> list[float]:
         device = media.pixels.device

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffalign.rewards.base import Reward
 from diffalign.types import Media, Prompts
 from reward_models import _clip
 
@@ -45,7 +46,7 @@ REWARDS = {
 REPO = str(REWARDS["hpsv2"]["weights"])
 
 
-class HPSv2:
+class HPSv2(Reward):
     """Scores (N,) with gradient to the pixels."""
 
     name: ClassVar[str] = "hpsv2"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.rewards.base import Reward
 from diffalign.types import Media, Prompts
 from reward_models import _clip
 
@@ -49,7 +50,7 @@ NAMES = (
 Weights = dict[str, Tensor]
 
 
-class ImageReward:
+class ImageReward(Reward):
     """Scores (N,) with gradient to the pixels. PLACE is a folder with `ImageReward.pt` and BERT's `vocab.txt`."""
 
     def __init__(self, place: str | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diffalign.rewards.base import to_uint8
+from diffalign.rewards.base import Reward, to_uint8
 from diffalign.runtime.extras import PARTS
 from diffalign.types import Media, Prompts
 
@@ -80,7 +80,7 @@ def credit(found: str, wanted: str, exact: bool) -> float:
     return 1 - min(near, len(wanted)) / len(wanted)
 
 
-class OCR:
+class OCR(Reward):
     """Scores (N,) of first frames."""
 
     exact = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from diffalign.rewards.base import Reward
 from diffalign.types import Media, Prompts
 from reward_models import _clip
 
@@ -24,7 +25,7 @@ REWARDS = {
 REPO = str(REWARDS["pickscore"]["weights"])
 
 
-class PickScore(_clip.Scorer):
+class PickScore(_clip.Towers, Reward):
     """Scores (N,) with gradient to the pixels.
 
     Divided by 26 as Flow-GRPO does, which brings scores near 1; published scores are 26 times these.

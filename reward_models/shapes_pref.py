@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from diffalign.rewards.base import Reward
 from diffalign.shapes import preference
 from diffalign.types import Media, Prompts
 
@@ -18,7 +19,7 @@ REWARDS = {
         "tolerance": 0.001,
     },
     "shapes_judge": {
-        "object": "Judge",
+        "object": "ShapesJudge",
         "differentiable": True,
         "modality": "image",
         "needs": ["include"],
@@ -29,7 +30,7 @@ REWARDS = {
 }
 
 
-class Preference:
+class Preference(Reward):
     """Scores (N,) of first frames of 64 x 64 pixels, with gradient to the pixels."""
 
     name = "shapes_pref"
@@ -47,7 +48,7 @@ class Preference:
         return self.net.to(pixels.device, pixels.dtype)(pixels, wanted)
 
 
-class Judge(Preference):
+class ShapesJudge(Preference):
     """The same from the held-out network."""
 
     name = "shapes_judge"

@@ -12,7 +12,7 @@ import base64
 import io
 import math
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from diffalign.errors import Fault
-from diffalign.rewards.base import to_uint8
-from diffalign.rewards.remote import Patient, openai_key
+from diffalign.rewards.base import Reward, to_uint8
+from diffalign.runtime.http import Patient, openai_key
 from diffalign.types import Media, Prompts
 
 REWARDS = {
@@ -59,7 +59,7 @@ FRAMES = 4  # of a video that are shown
 AT_ONCE = 8  # requests on their way
 
 
-class _Judge(ABC):
+class _Judge(Reward):
     """Asks about every sample; NaN where there was no answer in time or none that is a score."""
 
     name: ClassVar[str]

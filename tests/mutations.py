@@ -66,8 +66,8 @@ MUTATIONS = [
     Mutation(
         "perturbed the same way everywhere",
         CHAIN,
-        "normal([draw], p.shape, 16, step, index",
-        "normal([draw], p.shape, 16, index",
+        "normal([draw], p.shape, Purpose.DIRECTION, step, index",
+        "normal([draw], p.shape, Purpose.DIRECTION, index",
     ),
     Mutation("parameter noise sign", RLR, "slope = (ends[0] - ends[1])", "slope = (ends[1] - ends[0])"),
     Mutation("parameter noise scale", RLR, "/ (2 * self.settings.perturbation)", "/ self.settings.perturbation"),

@@ -16,4 +16,4 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_shipped_config_raises_its_reward(name, tmp_path):
     summary = session.train(config.load(name, [f"run_dir={tmp_path / 'run'}"]), quiet=True)
-    assert summary[f"eval/{RUNS[name]}_gain_lo"] > 0  # the 95 % interval of the paired gain
+    assert summary.rewards[RUNS[name]].gain.low > 0  # the 95 % interval of the paired gain

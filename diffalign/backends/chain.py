@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from diffalign.ops import gaussian
 from diffalign.processes import Levels, Process, Table, dpm_solver
-from diffalign.runtime.randomness import key, normal
-from diffalign.types import Media, Plan, Prompts, Replay, Rollout, Schedule, Transition, Tree, chunks
+from diffalign.protocols import Replay, Transition
+from diffalign.runtime.randomness import SHARED, Purpose, key, normal
+from diffalign.types import Media, Plan, Prompts, Rollout, Schedule, Tree, chunks
 
 OnStep = Callable[[int, Tensor, Tensor], Tensor]  # (step, prediction, latent as the network saw it) -> next latent
 Advance = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (step, latent, prediction, mean) -> next latents
@@ -124,7 +125,7 @@ class ChainPolicy(ABC):
         tree = Tree.grow(len(prompts), plan.branch)
         starts = prompts.group_seed if plan.shared_start else prompts.seed
         x = wide(self.start(prompts, [int(seed) for seed in starts]))
-        record = Rollout(prompts, plan, tree, [x], [], [], [], [])
+        record = Rollout(prompts, plan, tree, self.micro_batch, [x], [], [], [], [])
 
         def advance(step: int, x: Tensor, prediction: Tensor, mean: Tensor) -> Tensor:
             std, levels = self.table(plan, step)[2], arrival(plan, step) - step
@@ -160,7 +161,7 @@ class ChainPolicy(ABC):
         own = normal(child_seeds(seeds, count), like.shape[1:], step, like=like)
         if count == 1 or plan.correlation == 0:
             return own
-        shared = normal(seeds, like.shape[1:], step, 1, like=like).repeat_interleave(count, 0)
+        shared = normal(seeds, like.shape[1:], step, SHARED, like=like).repeat_interleave(count, 0)
         # eps = sqrt(c) shared + sqrt(1 - c) own (BranchGRPO, arXiv 2509.06040, with c = 1 / (1 + s^2))
         return plan.correlation**0.5 * shared + (1 - plan.correlation) ** 0.5 * own
 
@@ -287,7 +288,7 @@ class ChainPolicy(ABC):
                 child = now.mean[part.tree.parent[step]]
                 log_prob[step] = gaussian.log_prob(part.x[step + 1], child, now.std, reduce="mean")
                 mean[step] = now.mean if part.plan.keep_mean else None
-            parts.append(replace(part, mean=mean, log_prob=log_prob))
+            parts.append(replace(part, micro_batch=self.micro_batch, mean=mean, log_prob=log_prob))
         return concatenate(parts, rollout.prompts)
 
     def decode(self, part: Rollout, x: Tensor) -> Media:
@@ -299,7 +300,7 @@ class ChainPolicy(ABC):
     def _direction(self, draw: int, step: int) -> dict[str, Tensor]:
         """Standard normal noise of the parameters' shapes, a function of draw and step alone."""
         return {
-            k: normal([draw], p.shape, 16, step, index, like=p)[0]
+            k: normal([draw], p.shape, Purpose.DIRECTION, step, index, like=p)[0]
             for index, (k, p) in enumerate(self.parameters.items())
         }
 
@@ -342,9 +343,9 @@ class ChainPolicy(ABC):
 
     # -- shadows: slow copies of the parameters
 
-    def add_shadows(self, decays: dict[str, float]) -> None:
+    def add_shadows(self, names: Iterable[str]) -> None:
         """Start a shadow per name at the current parameters."""
-        for name in decays:
+        for name in names:
             self.shadows.setdefault(name, {k: p.detach().clone() for k, p in self.parameters.items()})
 
     @torch.no_grad()
@@ -382,4 +383,14 @@ def concatenate(parts: list[Rollout], prompts: Prompts) -> Rollout:
         return [None if column[0] is None else torch.cat(column) for column in columns]
 
     tree = Tree.grow(len(prompts), first.plan.branch)
-    return Rollout(prompts, first.plan, tree, joined("x"), joined("eps"), joined("mean"), first.std, joined("log_prob"))
+    return Rollout(
+        prompts,
+        first.plan,
+        tree,
+        first.micro_batch,
+        joined("x"),
+        joined("eps"),
+        joined("mean"),
+        first.std,
+        joined("log_prob"),
+    )

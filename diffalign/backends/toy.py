@@ -17,7 +17,7 @@ from torch import Tensor
 from diffalign.backends.chain import ChainPolicy, OnStep
 from diffalign.processes import PROCESSES, Levels
 from diffalign.processes.table import Kind
-from diffalign.runtime.randomness import normal
+from diffalign.runtime.randomness import Purpose, normal
 from diffalign.types import Media, Prompts, Rollout
 
 WEIGHT = (1.0, -0.5, 0.25)
@@ -65,7 +65,7 @@ class ToyPolicy(ChainPolicy):
         return features @ (self.base + self.delta).T
 
     def start(self, prompts: Prompts, seeds: Sequence[int]) -> Tensor:
-        return normal(seeds, (self.dim,), 1 << 40, like=self.base)
+        return normal(seeds, (self.dim,), Purpose.TOY, like=self.base)
 
     def drive(self, prompts: Prompts, x: Tensor, steps: Sequence[int], on_step: OnStep) -> None:
         for step in steps:

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from diffalign.prompts.book import Book
-from diffalign.rules import RULES
+from diffalign.rules import RULES, Rule
 from diffalign.shapes.captions import SPLITS, TASKS
-from diffalign.types import UpdateRule
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 Split = Literal["train", "validation", "test"]
@@ -170,7 +169,7 @@ class Config(_Section):
     def samples_per_update(self) -> int:
         return self.prompts.groups * self.prompts.group_size
 
-    def make_rule(self) -> UpdateRule:
+    def make_rule(self) -> Rule:
         """The rule with its settings."""
         kind: Any = RULES[self.rule["name"]]
         return kind(kind.Settings(**{k: v for k, v in self.rule.items() if k != "name"}))

@@ -1,78 +1,85 @@
-"""Fixed prompts and seeds, deterministic sampling, scores per image, and intervals that respect prompts."""
+"""A run's evaluation: fixed prompts and noises, sampled deterministically, judged, kept as files."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffalign.errors import Fault, Unscored, one_line
-from diffalign.evaluation.intervals import interval
+from diffalign.errors import Unscored
+from diffalign.evaluation.results import Evaluation, Summary
+from diffalign.protocols import Policy
 from diffalign.report.pictures import strips
-from diffalign.rewards.base import Background, Reward, begin, check_media, to_uint8, unscored
-from diffalign.runtime.files import write_text
-from diffalign.types import Floats, Integers, Plan, Policy, Prompts, Rows, chunks
+from diffalign.rewards.base import to_uint8
+from diffalign.rewards.scorer import Scorer
+from diffalign.types import Floats, Plan, Prompts, Rollout, Rows, chunks
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores (n,) by reward after `update` updates, and which prompt each image belongs to (n,)."""
+@dataclass
+class FixedSet:
+    """What a run is evaluated on, before and after and on the way, and what was found.
 
-    update: int
-    scores: dict[str, Floats]
-    group: Integers
+    prompts: what is sampled; scorer: its first reward decides what is best; folder: of the files, one an evaluation; max_invalid: share of
+    the images that may be without a score.
+    """
 
-    def summary(self, before: Evaluation | None = None) -> dict[str, float]:
-        """`eval/<name>` with `_lo`, `_hi`; against another evaluation of the same images also the paired `_gain`."""
-        row: dict[str, float] = {"eval/n": float(len(self.group))}
-        for name, values in self.scores.items():
-            pairs = [("", values)]
-            if before is not None:
-                pairs.append(("_gain", values - before.scores[name]))
-            for suffix, numbers in pairs:
-                found = interval(numbers, self.group)
-                row[f"eval/{name}{suffix}"] = found.mean
-                row[f"eval/{name}{suffix}_lo"], row[f"eval/{name}{suffix}_hi"] = found.low, found.high
-        return row
+    prompts: Prompts
+    scorer: Scorer
+    folder: Path
+    seed: int
+    max_invalid: float = 1.0
 
-    def save(self, path: Path, **facts: Any) -> None:
-        data = {"update": self.update, "group": self.group.tolist(), **facts}
-        data["scores"] = {name: values.tolist() for name, values in self.scores.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(data) + "\n")
+    def path(self, update: int) -> Path:
+        """The file of the evaluation after `update` updates."""
+        return self.folder / f"update_{update:06d}.json"
 
-    @classmethod
-    def read(cls, path: Path) -> Evaluation:
-        """Read what `save` wrote.
+    def read(self, update: int) -> Evaluation | None:
+        """An evaluation that was made; None if there is none.
 
         Raises:
-            Fault: if the file is damaged.
+            Fault: if its file is damaged.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            scores = {name: np.asarray(values, np.float64) for name, values in data["scores"].items()}
-            return cls(data["update"], scores, np.asarray(data["group"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Fault(f"{path}: damaged ({one_line(error)}); delete it to go on without it") from error
+        return Evaluation.read(self.path(update)) if self.path(update).is_file() else None
 
+    def summary(self, update: int) -> Summary | None:
+        """What an evaluation found, with gains over the one before training if that is still there; None if none was made."""
+        made = self.read(update)
+        return None if made is None else made.summary(self.read(0) if update else None)
 
-def judged(keys: Iterable[str]) -> list[str]:
-    """The `eval/<name>` keys among those of a summary: those with an interval that are no gain."""
-    present = list(keys)
-    return [key for key in present if f"{key}_lo" in present and not key.endswith("_gain")]
+    def keep(self, parts: Sequence[tuple[Rows, dict[str, Floats]]], update: int) -> Summary:
+        """Keep an evaluation from parts: which images, and their scores by reward.
+
+        Raises:
+            Unscored: if too many images have no score, or none has.
+        """
+        made = joined(parts, self.prompts, update, self.scorer, self.max_invalid)
+        made.save(self.path(update), seed=self.seed, prompts=self.prompts.text)
+        return made.summary(self.read(0) if update else None)
+
+    def best(self) -> int | None:
+        """The update whose evaluation has the highest mean of the first reward; None before the second evaluation."""
+        name = next(iter(self.scorer.rewards))
+        means: dict[int, float] = {}
+        for path in sorted(self.folder.glob("update_*.json")):
+            made = Evaluation.read(path)
+            if made.update > 0 and np.isfinite(made.scores[name]).any():
+                means[made.update] = float(np.nanmean(made.scores[name]))
+        return max(means, key=lambda update: (means[update], -update)) if means else None
+
+    def shown(self, count: int) -> NDArray[np.int64]:
+        """Indices of so many images, spread over the prompts: those that grids show."""
+        return np.linspace(0, len(self.prompts) - 1, min(count, len(self.prompts))).astype(np.int64)
 
 
 def joined(
-    found: Sequence[tuple[Rows, dict[str, Floats]]],
+    parts: Sequence[tuple[Rows, dict[str, Floats]]],
     prompts: Prompts,
     update: int,
-    rewards: Mapping[str, Reward],
+    scorer: Scorer,
     max_invalid: float = 1.0,
 ) -> Evaluation:
     """An evaluation from parts: which prompts, and their scores by reward.
@@ -80,36 +87,34 @@ def joined(
     Raises:
         Unscored: if a reward gave no score at all, or none for more than `max_invalid` of the samples.
     """
-    whole = {name: np.empty(len(prompts)) for name in found[0][1]}
-    for rows, columns in found:
+    whole = {name: np.empty(len(prompts)) for name in parts[0][1]}
+    for rows, columns in parts:
         for name, values in columns.items():
             whole[name][np.asarray(rows, dtype=np.int64)] = values
     share = {name: float(np.isfinite(values).mean()) for name, values in whole.items()}
     if any(1 - given > max_invalid or not given for given in share.values()):
-        raise Unscored(f"evaluation after update {update}: samples without a score, {unscored(whole, rewards)}")
+        raise Unscored(f"evaluation after update {update}: samples without a score, {scorer.unscored(whole)}")
     return Evaluation(update, whole, prompts.group)
 
 
 @torch.no_grad()
-def scores(policy: Policy, rewards: dict[str, Reward], prompts: Prompts, micro_batch: int) -> dict[str, Floats]:
+def scores(policy: Policy, scorer: Scorer, prompts: Prompts) -> dict[str, Floats]:
     """Scores (n,) by reward of deterministic samples, in the order of the prompts."""
-    plan = Plan.deterministic(policy.schedule.steps)
-    weights = dict.fromkeys(rewards, 1.0)
-    background, begun = Background(), []
-    for rows in chunks(len(prompts), micro_batch):
-        part = policy.rollout(prompts.select(rows), plan)
-        media = check_media(policy.decode(part, part.x[-1]))
-        begun.append(begin(rewards, weights, media, part.prompts, background))
+    begun = []
+    for part in _rollouts(policy, prompts):
+        begun.append(scorer.begin(policy.decode(part, part.x[-1]), part.prompts))
     parts = [answer() for answer in begun]
-    return {name: np.concatenate([np.empty(0), *(part.by_name[name] for part in parts)]) for name in rewards}
+    return {name: np.concatenate([np.empty(0), *(part.by_name[name] for part in parts)]) for name in scorer.rewards}
 
 
 @torch.no_grad()
-def pictures(policy: Policy, prompts: Prompts, micro_batch: int) -> NDArray[np.uint8]:
+def pictures(policy: Policy, prompts: Prompts) -> NDArray[np.uint8]:
     """Deterministic samples (n, H, W, 3); of videos five frames side by side."""
+    return np.concatenate([strips(to_uint8(policy.decode(part, part.x[-1]))) for part in _rollouts(policy, prompts)])
+
+
+def _rollouts(policy: Policy, prompts: Prompts) -> Iterator[Rollout]:
+    """Deterministic samples, a micro-batch at a time."""
     plan = Plan.deterministic(policy.schedule.steps)
-    shots = []
-    for rows in chunks(len(prompts), micro_batch):
-        part = policy.rollout(prompts.select(rows), plan)
-        shots.append(strips(to_uint8(policy.decode(part, part.x[-1]))))
-    return np.concatenate(shots)
+    for rows in chunks(len(prompts), policy.micro_batch):
+        yield policy.rollout(prompts.select(rows), plan)

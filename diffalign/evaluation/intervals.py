@@ -105,11 +105,15 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval."""
+    """A number with its 95 % interval."""
 
-    mean: float
+    value: float
     low: float
     high: float
+
+    def facts(self) -> dict[str, float]:
+        """As JSON files have it."""
+        return {"mean": self.value, "low": self.low, "high": self.high}
 
 
 def interval(values: Floats, group: Integers, seed: int = 0) -> Interval:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from PIL import Image
 from diffalign import __version__
 from diffalign.evaluation import intervals as statistics
 from diffalign.evaluation import samples
-from diffalign.evaluation.intervals import Interval, interval
+from diffalign.evaluation.intervals import interval
 from diffalign.evaluation.samples import Drawn
 from diffalign.prompts.book import same_text
 from diffalign.report import pictures
@@ -23,7 +22,7 @@ from diffalign.runtime.files import write_text
 from diffalign.sampling import pictures as sampling
 
 if TYPE_CHECKING:
-    from diffalign.evaluation.suite import Task
+    from diffalign.evaluation.task import Task
 
 PAGE = Path(__file__).parent / "page.html"
 SHOWN = 6  # prompts, and samples of each, in the grid
@@ -93,17 +92,17 @@ def _row(task: Task, label: str, model: sampling.Source, own: Drawn, base: Drawn
             scores[name] = {"unscored": len(values)}
             continue
         found: dict[str, Any] = {
-            "mean": asdict(statistics.mean(values, prompt)),
+            "mean": statistics.mean(values, prompt).facts(),
             "unscored": int((~np.isfinite(values)).sum()),
         }
         if len(names) > 1:
-            parts = {n: asdict(statistics.mean(values[tag == k], prompt[tag == k])) for k, n in enumerate(names)}
-            found |= {"tasks": parts, "mean_of_tasks": asdict(statistics.mean_of_means(values, prompt, tag))}
+            parts = {n: statistics.mean(values[tag == k], prompt[tag == k]).facts() for k, n in enumerate(names)}
+            found |= {"tasks": parts, "mean_of_tasks": statistics.mean_of_means(values, prompt, tag).facts()}
         if base is not None:
             gains = values - base.scores[name]
-            found["gain"] = asdict(interval(gains, prompt))
+            found["gain"] = interval(gains, prompt).facts()
             if len(names) > 1 and np.isfinite(gains).any():
-                found["gain_of_tasks"] = asdict(statistics.mean_of_means(gains, prompt, tag))
+                found["gain_of_tasks"] = statistics.mean_of_means(gains, prompt, tag).facts()
         scores[name] = found
     pictures = _thumbnails(task, own)
     row = {
@@ -114,12 +113,13 @@ def _row(task: Task, label: str, model: sampling.Source, own: Drawn, base: Drawn
         "scores": scores,
     }
     if task.samples > 1:
-        row["diversity"] = asdict(interval(statistics.diversity(pictures, prompt), prompt))
+        row["diversity"] = interval(statistics.diversity(pictures, prompt), prompt).facts()
     if base is not None:
-        row["drift"] = asdict(interval(statistics.drift(pictures, _thumbnails(task, base)), prompt))
+        apart = statistics.drift(pictures, _thumbnails(task, base))
+        row["drift"] = interval(apart, prompt).facts()
         apart = np.array([samples.drift(own.folder, k) for k in range(task.total)])
         if np.isfinite(apart).any():
-            row["prediction_drift"] = asdict(interval(apart, prompt))
+            row["prediction_drift"] = interval(apart, prompt).facts()
     return row
 
 
@@ -155,11 +155,10 @@ def _grid(task: Task, drawn: Sequence[Drawn]) -> Image.Image:
 def _page(task: Task, report: dict[str, Any], labels: Sequence[str], drawn: Sequence[Drawn], path: Path) -> None:
     from jinja2 import Environment
 
-    def told(found: Any) -> str:
+    def shown(found: Any) -> str:
         if not isinstance(found, dict):  # a base model has no gain
             return ""
-        one = Interval(**found)
-        return f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]"
+        return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
     groups_shown = [
         {
@@ -175,7 +174,7 @@ def _page(task: Task, report: dict[str, Any], labels: Sequence[str], drawn: Sequ
         for part in _shown(task)
     ]
     engine = Environment(autoescape=True)
-    engine.filters["told"] = told
+    engine.filters["shown"] = shown
     template = engine.from_string(PAGE.read_text(encoding="utf-8"))
     write_text(path, template.render(report=report, groups=groups_shown, command="diffalign evaluate"))
 

@@ -17,7 +17,7 @@ from diffalign.sampling import pictures as sampling
 from diffalign.types import chunks
 
 if TYPE_CHECKING:
-    from diffalign.evaluation.suite import Task
+    from diffalign.evaluation.task import Task
 
 
 @dataclass(frozen=True)

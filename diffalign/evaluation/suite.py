@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,106 +22,20 @@ from diffalign.errors import Fault, UserError, one_line
 from diffalign.evaluation import report, samples
 from diffalign.evaluation import score_cache as cache
 from diffalign.evaluation.samples import Drawn
+from diffalign.evaluation.task import Task
 from diffalign.models.notes import LORA
 from diffalign.prompts import files as prompt_files
-from diffalign.prompts.sets import has_splits
 from diffalign.rewards import catalog
-from diffalign.rewards.base import Reward, greet, unscored
-from diffalign.rewards.base import evaluate as score
+from diffalign.rewards.base import Reward
 from diffalign.rewards.load import load as load_reward
+from diffalign.rewards.scorer import Scorer
 from diffalign.runtime.distributed import World
-from diffalign.runtime.files import is_file, make_folder, write_text
-from diffalign.runtime.randomness import key
+from diffalign.runtime.files import make_folder, write_text
 from diffalign.sampling import pictures as sampling
 from diffalign.types import Media, Prompts, chunks
 
 MANIFEST = "manifest.json"
 MOST_UNSCORED = 0.05  # share of a model's samples
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Prompts ("": the user's), and the rewards that judge what is made of them; the first is the one that counts."""
-
-    source: str
-    rewards: tuple[str, ...]
-
-
-SUITES = {
-    "shapes": Suite("shapes", ("shapes_geneval", "shapes_geneval_strict")),
-    "shapes-motion": Suite("shapes-motion", ("shapes_motion", "shapes_motion_partial")),
-    "geneval": Suite("geneval-like", ("geneval_like",)),
-    "pickscore": Suite("", ("pickscore", "clipscore", "hpsv2.1", "aesthetic")),
-}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be evaluated: `samples` pictures or videos of every prompt with each model's own call; `drift`: whether the predictions
-    of adapters are compared with the base model's."""
-
-    source: str
-    split: str
-    entries: list[prompt_files.Entry]
-    rewards: tuple[str, ...]
-    samples: int
-    seed: int
-    batch: int
-    drift: bool = True
-
-    @property
-    def total(self) -> int:
-        return len(self.entries) * self.samples
-
-    def seed_of(self, row: int) -> int:
-        """The generator's seed of a sample: the same for every model."""
-        return key(self.seed, 17, row) % 2**63
-
-    def digest(self) -> str:
-        """A name for the prompts."""
-        return hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()
-
-
-def task_of(
-    suite: str,
-    prompts: str | None,
-    rewards: Sequence[str],
-    split: str,
-    count: int,
-    seed: int,
-    batch: int,
-    drift: bool = True,
-) -> Task:
-    """What a command line asks for.
-
-    Raises:
-        UserError: for an unknown suite, unreadable prompts, an unknown reward, or one that these prompts have nothing for.
-    """
-    known = SUITES.get(suite)
-    if not suite or prompts == "":
-        raise UserError(f"{'--prompts' if suite else '--suite'}: got '', allowed are {', '.join(SUITES)}, or a file")
-    if not known and not has_splits(suite) and "@" not in suite and not is_file(Path(suite)):
-        raise UserError(
-            f"--suite: got {suite!r}, which is no file; allowed are {', '.join(SUITES)}, a file of prompts, or a set of them by name "
-            "with --reward NAME"
-        )
-    source = prompts or (known.source if known else suite)
-    if not source:
-        raise UserError(f"--prompts: the suite {suite} needs some, such as partiprompts@FILE, drawbench@FILE or a file")
-    entries = prompt_files.read(source, (), split, "--suite" if prompts is None else "--prompts")
-    names = tuple(rewards) or (known.rewards if known else ())
-    if not names:
-        allowed = ", ".join(SUITES)
-        raise UserError(
-            f"--reward: none given; a file of prompts needs one at least, the suites with their own are {allowed}"
-        )
-    problems = []
-    for name in names:
-        found, unfit = catalog.problems(name, entries)
-        problems += [f"--reward: {name}{problem}" for problem in (*found, unfit) if problem]
-    if problems:
-        raise UserError(*problems)
-    return Task(source, split, entries, names, count, seed, batch, drift)
 
 
 def sources(
@@ -150,31 +64,31 @@ def run(task: Task, models: list[sampling.Source], out: Path, fresh: bool, say: 
     tell = say if world.leads else lambda line: None
     try:
         world.lead(lambda: _open(task, models, out, fresh))
-        rewards = world.together(lambda: _rewards(task))
-        drawn = [_one(task, model, out / label, rewards, world, tell) for label, model in labels(models).items()]
+        scorer = world.together(lambda: _scorer(task))
+        drawn = [_one(task, model, out / label, scorer, world, tell) for label, model in labels(models).items()]
         page = world.lead(lambda: report.write(task, list(labels(models)), models, drawn, out))
         tell(str(page))
-        world.lead(lambda: _complete(drawn, rewards))
+        world.lead(lambda: _complete(drawn, scorer))
         return page
     finally:
         world.leave()
 
 
-def _rewards(task: Task) -> dict[str, Reward]:
+def _scorer(task: Task) -> Scorer:
     try:
-        found = {name: load_reward(name) for name in task.rewards}
-        greet(found)
+        scorer = Scorer({name: load_reward(name) for name in task.rewards})
+        scorer.greet()
     except UserError as error:
         raise UserError(*(line.replace("rewards: ", "--reward: ", 1) for line in error.problems)) from error
-    return found
+    return scorer
 
 
-def _complete(drawn: Sequence[Drawn | None], rewards: dict[str, Reward]) -> None:
+def _complete(drawn: Sequence[Drawn | None], scorer: Scorer) -> None:
     """Refuse to call an evaluation done whose means are of too few samples."""
     for one in filter(None, drawn):
         if any((~np.isfinite(values)).mean() > MOST_UNSCORED for values in one.scores.values()):
             raise Fault(
-                f"{one.folder.name}: samples without a score, {unscored(one.scores, rewards)}; allowed are {MOST_UNSCORED:.0%}. "
+                f"{one.folder.name}: samples without a score, {scorer.unscored(one.scores)}; allowed are {MOST_UNSCORED:.0%}. "
                 "The report is of the others, and the same command asks again for those"
             )
 
@@ -251,7 +165,7 @@ def _one(
     task: Task,
     model: sampling.Source,
     folder: Path,
-    rewards: dict[str, Reward],
+    scorer: Scorer,
     world: World,
     say: Callable[[str], None],
 ) -> Drawn | None:
@@ -268,10 +182,10 @@ def _one(
         world.together(lambda: samples.draw(task, model, folder, rows, missing, say))
     else:
         world.together(lambda: None)
-    scores = world.gather((rows, world.together(lambda: _judged(task, folder, rows, rewards))))
+    scores = world.gather((rows, world.together(lambda: _judged(task, folder, rows, scorer))))
     if not world.leads:
         return None
-    whole = {name: np.full(task.total, np.nan) for name in rewards}
+    whole = {name: np.full(task.total, np.nan) for name in scorer.rewards}
     for own, found in scores:
         for name, values in found.items():
             whole[name][own] = values
@@ -289,15 +203,15 @@ def _scores(out: Path) -> Iterator[cache.ScoreCache]:
         kept.close()
 
 
-def _judged(task: Task, folder: Path, rows: Sequence[int], rewards: dict[str, Reward]) -> dict[str, np.ndarray]:
+def _judged(task: Task, folder: Path, rows: Sequence[int], scorer: Scorer) -> dict[str, np.ndarray]:
     """Scores of some samples by reward, from the cache where they are there."""
-    found = {name: np.full(len(rows), np.nan) for name in rewards}
-    versions = {name: cache.version(catalog.find(name)) for name in rewards}
+    found = {name: np.full(len(rows), np.nan) for name in scorer.rewards}
+    versions = {name: cache.version(catalog.find(name)) for name in scorer.rewards}
     with _scores(folder.parent) as kept:
         for part in chunks(len(rows), task.batch):
             frames = _stacked(folder, [rows[k] for k in part])
             entries = [task.entries[rows[k] // task.samples] for k in part]
-            for name, reward in rewards.items():
+            for name, reward in scorer.rewards.items():
                 found[name][list(part)] = _scored(name, reward, frames, entries, versions[name], kept)
     return found
 
@@ -328,7 +242,7 @@ def _scored(
         pixels = torch.from_numpy(frames[new]).to(device).permute(0, 1, 4, 2, 3).float() / 255
         numbers = np.arange(len(new))
         told = Prompts([entries[k]["prompt"] for k in new], numbers, numbers, numbers, [entries[k] for k in new])
-        values = score({name: reward}, {name: 1.0}, Media(pixels), told).by_name[name].tolist()
+        values = Scorer({name: reward}).scores(Media(pixels), told).by_name[name].tolist()
         if version is not None:
             kept.write([keys[k] for k in new], values)
         for k, value in zip(new, values, strict=True):

@@ -17,43 +17,31 @@ from diffalign.backends.toy import ToyPolicy, toy_reward
 from diffalign.config import Config
 from diffalign.gradients import statistics
 from diffalign.prompts.book import Book
-from diffalign.rewards.base import Reward
+from diffalign.protocols import Loss, Needs, Policy, RewardFunction, TrainablePolicy
+from diffalign.rewards.scorer import Scorer
+from diffalign.rules import Rule
 from diffalign.runs import parts as build
-from diffalign.training.fitting import Saved, fit
+from diffalign.runtime.memory import Saved
+from diffalign.training.fitting import fit
 from diffalign.training.trainer import Trainer
-from diffalign.types import (
-    Credit,
-    Floats,
-    Loss,
-    Needs,
-    Plan,
-    Policy,
-    Prompts,
-    RewardFunction,
-    Rollout,
-    Schedule,
-    Scores,
-    Term,
-    TrainablePolicy,
-    Tree,
-    UpdateRule,
-)
+from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Schedule, Term
 
 
-class FullBackpropagation:
+class FullBackpropagation(Rule):
     """The reward's gradient through steps [start, T), with the noise of a rule's plan: all of it at start 0."""
 
     name: ClassVar[str] = "full backpropagation"
-    needs = Needs(differentiable_reward=True)
 
     def __init__(self, noise: tuple[bool, ...], start: int = 0) -> None:
+        super().__init__()
         self.noise, self.start = noise, start
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         return Plan(self.start, self.noise, ((Term(self.start, schedule.steps, "reward"),),))
 
-    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit | None:
-        return None
+    @property
+    def needs(self) -> Needs:
+        return Needs(differentiable_reward=True)
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         return Loss(-reward(policy.decode(part, policy.replay(part, term.start, term.stop).x)).mean())
@@ -115,7 +103,7 @@ class Laboratory:
 
     def __init__(self, config: Config, batches: int, chain: bool) -> None:
         self.config, self.batches = config, batches
-        self.policy, self.rewards, self.weights = _chain(config) if chain else _pipeline(config)
+        self.policy, self.scorer = _chain(config) if chain else _pipeline(config)
         book = Book([{"prompt": "a"}]) if chain else config.book
         groups, size = config.prompts.groups, config.prompts.group_size
         self.draw: Callable[[int], Prompts] = functools.partial(book.draw, groups, size, config.seed)
@@ -124,7 +112,7 @@ class Laboratory:
     def measure(self, label: str, config: Config) -> Found:
         """Everything about one config's rule."""
         rule = config.make_rule()
-        fit(rule, self.policy, self.rewards, self._batch(0).select(range(config.optimizer.micro_batch)))
+        fit(rule, self.policy, self.scorer, self._batch(0).select(range(config.optimizer.micro_batch)))
         found = self._sample(rule)
         noise = rule.plan(self.policy.schedule, 0, np.random.default_rng(0)).noise
         products = statistics.Products.of(found.gradients, self.reference(noise).gradients)
@@ -178,15 +166,13 @@ class Laboratory:
         first, drawn = self.draw(0), self.draw(update)
         return replace(first, seed=drawn.seed, group_seed=drawn.group_seed)
 
-    def _trainer(self, rule: UpdateRule) -> Trainer:
+    def _trainer(self, rule: Rule) -> Trainer:
         return Trainer(
             rule,
             self.policy,
-            self.rewards,
-            self.weights,
+            self.scorer,
             torch.optim.SGD(self.policy.parameters.values(), lr=0.0),
             self._batch,
-            micro_batch=self.config.optimizer.micro_batch,
             seed=self.config.seed,
             term_norms=True,
         )
@@ -198,7 +184,7 @@ class Laboratory:
     def _reference(self, noise: tuple[bool, ...]) -> Sample:
         return self._sample(FullBackpropagation(noise))
 
-    def _sample(self, rule: UpdateRule) -> Sample:
+    def _sample(self, rule: Rule) -> Sample:
         """M gradients of a rule whose parameters never move; what it learns on the way it does learn."""
         trainer, policy = self._trainer(rule), self.policy
         cuda = next(iter(policy.parameters.values())).is_cuda
@@ -211,16 +197,13 @@ class Laboratory:
         gradients, seconds = [], []
         for index in range(self.batches):
             started = time.perf_counter()
-            metrics = trainer.gradient(index)
+            update = trainer.gradient(index)
             gradients.append(self._gradient().numpy())
             seconds.append(time.perf_counter() - started)
-            if hasattr(rule, "after_update"):
-                rule.after_update(metrics)
-            for name, norm in metrics.items():
-                if name.startswith("term_norm/"):
-                    start, stop = map(int, name.removeprefix("term_norm/").split("-"))
-                    for step in range(start, stop):
-                        norms[step].append(norm)
+            rule.after_update(update)
+            for (start, stop), norm in update.term_norms.items():
+                for step in range(start, stop):
+                    norms[step].append(norm)
         return Sample(
             np.stack(gradients),
             (policy.rows_forward - forward) / self.batches,
@@ -232,15 +215,16 @@ class Laboratory:
         )
 
 
-def _pipeline(config: Config) -> tuple[TrainablePolicy, dict[str, Reward], dict[str, float]]:
+def _pipeline(config: Config) -> tuple[TrainablePolicy, Scorer]:
     parts = build.build(config)
-    return parts.policy, parts.rewards, config.rewards
+    return parts.policy, parts.scorer
 
 
-def _chain(config: Config) -> tuple[TrainablePolicy, dict[str, Reward], dict[str, float]]:
+def _chain(config: Config) -> tuple[TrainablePolicy, Scorer]:
     """The Gaussian chain with the config's sampler, away from its reference model, so that nothing vanishes by symmetry."""
     sampler = config.sampler
-    policy = ToyPolicy(steps=sampler.steps, process=sampler.process, noise_level=sampler.noise_level)
+    size = config.optimizer.micro_batch
+    policy = ToyPolicy(steps=sampler.steps, process=sampler.process, noise_level=sampler.noise_level, micro_batch=size)
     with torch.no_grad():
         policy.delta.add_(0.1)
-    return policy, {"toy": toy_reward}, {"toy": 1.0}
+    return policy, Scorer({"toy": toy_reward})

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from scipy import stats
 
+from diffalign.evaluation.intervals import Interval
 from diffalign.types import Floats
 
 
@@ -38,15 +39,6 @@ class Products:
     def without(self, k: int) -> Products:
         """All but the k-th of both."""
         return Products(*(np.delete(np.delete(getattr(self, f.name), k, 0), k, 1) for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def off_diagonal_mean(matrix: Floats) -> float:

@@ -23,12 +23,14 @@ from diffalign.models.untrained import random_pipeline
 from diffalign.planning import architectures
 from diffalign.processes import PROCESSES, Levels
 from diffalign.prompts import book
+from diffalign.rewards.scorer import Scorer
+from diffalign.rules import Rule
 from diffalign.runs import parts as build
-from diffalign.runtime.randomness import numpy_generator
+from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.shapes import models
-from diffalign.training import fitting as measure
+from diffalign.training.fitting import fit
 from diffalign.training.trainer import Trainer
-from diffalign.types import Media, Plan, Prompts, Schedule, UpdateRule
+from diffalign.types import Media, Plan, Prompts, Schedule
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 
@@ -115,7 +117,7 @@ def count(config: Config) -> Cost:
     rule = config.make_rule()
     batch = book.fixed([{"prompt": "a"}], config.optimizer.micro_batch, 0)
     notes = []
-    if measure.fit(rule, policy, {"toy": _toy_reward}, batch):
+    if fit(rule, policy, Scorer({"toy": _toy_reward}), batch):
         notes.append("what is auto was fitted without the reward's own graph, which a run counts")
     network = _network(policy, *_sizes(adapters.denoisers(pipe), trained))
     return _cost(config, rule, policy.levels, policy.schedule, network, notes)
@@ -147,7 +149,7 @@ def _outline(config: Config) -> Cost:
     if rule.needs.graph_bytes:
         raise UserError("rule.memory_gib: plan cannot fit depth and span into memory without the model's folder")
     found = _cost(config, rule, toy.levels, toy.schedule, network, notes)
-    copies = 4 + len(rule.needs.shadows) + (config.optimizer.ema is not None)
+    copies = 4 + len(rule.decays(0)) + (config.optimizer.ema is not None)
     memory = {
         "denoiser": found.parameters * WIDTH[config.precision],
         "autoencoder": (decoder[1] if decoder else 0) * WIDTH[config.precision],
@@ -169,11 +171,9 @@ def _graph(config: Config, plan: Plan, step: float, decode: float) -> float:
     return held * config.optimizer.micro_batch
 
 
-def _cost(
-    config: Config, rule: UpdateRule, levels: Levels, schedule: Schedule, network: Network, notes: list[str]
-) -> Cost:
+def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, network: Network, notes: list[str]) -> Cost:
     """An update of a rule from what one row of its network costs."""
-    plans = [rule.plan(schedule, k, numpy_generator(config.seed, 15, k)) for k in range(20)]
+    plans = [rule.plan(schedule, k, numpy_generator(config.seed, Purpose.PLAN, k)) for k in range(20)]
     if any(other != plans[0] for other in plans):
         notes = [*notes, "the plan is drawn anew for every update; this is the first one's"]
     plan = plans[0]
@@ -202,7 +202,7 @@ def _toy_reward(media: Media, given: Prompts) -> torch.Tensor:
     return media.pixels.flatten(1).sum(1)
 
 
-def _rows(config: Config, rule: UpdateRule, levels: Levels) -> tuple[int, int]:
+def _rows(config: Config, rule: Rule, levels: Levels) -> tuple[int, int]:
     """Rows of one update without guidance, (forward, with backward), counted on a toy chain with the same levels."""
     sampler = config.sampler
     toy = ToyPolicy(
@@ -215,11 +215,9 @@ def _rows(config: Config, rule: UpdateRule, levels: Levels) -> tuple[int, int]:
     trainer = Trainer(
         rule,
         toy,
-        dict.fromkeys(config.rewards, _toy_reward),
-        config.rewards,
+        Scorer(dict.fromkeys(config.rewards, _toy_reward), config.rewards),
         torch.optim.SGD(toy.parameters.values(), lr=0.0),
         lambda update: book.draw(entries, config.prompts.groups, config.prompts.group_size, config.seed, update),
-        micro_batch=config.optimizer.micro_batch,
         seed=config.seed,
     )
     trainer.update(0)

@@ -11,10 +11,10 @@ from diffalign.config import Config
 from diffalign.errors import UserError
 from diffalign.report import pictures
 from diffalign.report.pictures import strips
-from diffalign.rewards.base import check_media, evaluate, to_uint8
+from diffalign.rewards.base import check_media, to_uint8
 from diffalign.runs import parts as build
 from diffalign.runtime.files import make_folder
-from diffalign.runtime.randomness import numpy_generator
+from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.types import Plan
 
 PICTURES = 6
@@ -31,7 +31,7 @@ def write(config: Config, path: Path) -> list[str]:
         raise UserError(f"--preview: got {str(path)!r}, allowed is a .png or .jpg file")
     make_folder(path.parent, "--preview")
     parts = build.build(config)
-    plan = config.make_rule().plan(parts.policy.schedule, 0, numpy_generator(config.seed, 15, 0))
+    plan = config.make_rule().plan(parts.policy.schedule, 0, numpy_generator(config.seed, Purpose.PLAN, 0))
     drawn = config.book.draw(PICTURES, 1, config.seed, 0)
     steps = parts.policy.schedule.steps
     noisy = Plan(steps, plan.noise, (), branch=(1,) * steps)
@@ -40,7 +40,7 @@ def write(config: Config, path: Path) -> list[str]:
         part = parts.policy.rollout(drawn, chosen)
         media = check_media(parts.policy.decode(part, part.x[-1]))
         rows.append(strips(to_uint8(media)))
-        scores = evaluate(parts.rewards, config.rewards, media, drawn)
+        scores = parts.scorer.scores(media, drawn)
         means = ", ".join(f"{reward} {np.nanmean(values):.3f}" for reward, values in scores.by_name.items())
         lines.append(f"{name:14} {means}")
     pictures.grid(np.concatenate(rows), columns=PICTURES).save(path)

@@ -16,7 +16,7 @@ from diffalign.errors import UserError
 from diffalign.prompts.files import Entry, read
 from diffalign.prompts.sets import has_splits
 from diffalign.prompts.stages import Stages, misfits, of, table
-from diffalign.runtime.randomness import key, numpy_generator
+from diffalign.runtime.randomness import Purpose, key, numpy_generator
 from diffalign.types import Prompts
 
 
@@ -124,7 +124,7 @@ def draw(
 ) -> Prompts:
     """`groups` prompts of one pass after another over shuffled entries, each `group_size` times, with keys for noise."""
     places = [divmod(position, len(entries)) for position in range(update * groups, (update + 1) * groups)]
-    orders = {lap: numpy_generator(seed, 11, lap).permutation(len(entries)) for lap, _ in places}
+    orders = {lap: numpy_generator(seed, Purpose.ORDER, lap).permutation(len(entries)) for lap, _ in places}
     picks = [int(orders[lap][place]) for lap, place in places]
     count = groups * group_size
     group = np.repeat(np.arange(groups), group_size)
@@ -132,8 +132,8 @@ def draw(
     return Prompts(
         text=[entry["prompt"] for entry in chosen],
         group=group,
-        seed=np.array([key(seed, 12, update, k) for k in range(count)]),
-        group_seed=np.array([key(seed, 13, update, int(g)) for g in group]),
+        seed=np.array([key(seed, Purpose.SAMPLE, update, k) for k in range(count)]),
+        group_seed=np.array([key(seed, Purpose.GROUP, update, int(g)) for g in group]),
         metadata=chosen,
         stages=_told(chosen, stages),
     )
@@ -152,7 +152,7 @@ def same_text(entries: Sequence[Entry]) -> NDArray[np.int64]:
 def fixed(entries: list[Entry], images_per_prompt: int, seed: int, stages: Stages | None = None) -> Prompts:
     """Every entry `images_per_prompt` times with fixed seeds, whatever the update: for evaluation."""
     places = np.repeat(np.arange(len(entries)), images_per_prompt)
-    seeds = np.array([key(seed, 14, k) for k in range(len(places))])
+    seeds = np.array([key(seed, Purpose.FIXED, k) for k in range(len(places))])
     chosen = [entries[k] for k in places]
     group = same_text(entries)[places]
     texts = [entry["prompt"] for entry in chosen]

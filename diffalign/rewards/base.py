@@ -1,23 +1,84 @@
-"""What a reward is: `reward(media, prompts)` gives one number a sample. Needs torch."""
+"""What a reward is, and what pictures it may expect. Needs torch."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from diffalign.errors import Fault, one_line
-from diffalign.runtime.memory import out_of_memory
-from diffalign.types import Media, Prompts, Scores
+from diffalign.errors import Fault
+from diffalign.types import Media, Prompts
 
-Scored = np.ndarray[Any, np.dtype[np.float64]]  # (N,), NaN where there is no score
-LARGEST = float(np.finfo(np.float32).max)
-Reward = Callable[[Media, Prompts], "Tensor | Sequence[float]"]
+
+class Reward(ABC):
+    """One number a sample; NaN where there is none, never a stand-in.
+
+    background: whether it may score in a thread of its own while sampling goes on.
+    """
+
+    background: bool = False
+
+    @property
+    def said(self) -> str:
+        """Why it last gave no score, as far as it knows."""
+        return ""
+
+    @abstractmethod
+    def __call__(self, media: Media, prompts: Prompts) -> Tensor | Sequence[float]:
+        """Scores (N,) of media; with a gradient to the pixels if its entry promises one."""
+
+    def greet(self) -> None:
+        """Find out before anything is begun whether it will answer.
+
+        Raises:
+            UserError: if an address is wrong.
+            Fault: if nobody answers there.
+        """
+
+    def checkpoint(self) -> None:
+        """From now on keep only the inputs of its layers for the gradient."""
+
+    def problems(self) -> list[str]:
+        """What looks wrong with its weights."""
+        return []
+
+
+class Wrapped(Reward):
+    """A function, or an object of a class of its own, as a reward."""
+
+    def __init__(self, function: Callable[[Media, Prompts], Any], background: bool = False) -> None:
+        self.function = function
+        self.background = background or getattr(function, "background", False)
+
+    def __call__(self, media: Media, prompts: Prompts) -> Any:
+        return self.function(media, prompts)
+
+    @property
+    def said(self) -> str:
+        return getattr(self.function, "said", "")
+
+    def greet(self) -> None:
+        getattr(self.function, "greet", _nothing)()
+
+    def checkpoint(self) -> None:
+        getattr(self.function, "checkpoint", _nothing)()
+
+    def problems(self) -> list[str]:
+        return getattr(self.function, "problems", list)()
+
+
+def _nothing() -> None:
+    pass
+
+
+def as_reward(given: Reward | Callable[[Media, Prompts], Any]) -> Reward:
+    """A reward as it is, anything else that can be called wrapped."""
+    return given if isinstance(given, Reward) else Wrapped(given)
 
 
 def check_media(media: Media) -> Media:
@@ -35,90 +96,7 @@ def check_media(media: Media) -> Media:
     return media
 
 
-def to_uint8(media: Media) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def to_uint8(media: Media) -> NDArray[np.uint8]:
     """Pixels (N, F, 3, H, W) as (N, F, H, W, 3) uint8, rounded."""
     pixels = media.pixels.detach().clamp(0, 1).mul(255).round().to(torch.uint8)
     return pixels.permute(0, 1, 3, 4, 2).cpu().numpy()
-
-
-class Background:
-    """One thread for each reward that says `background`: remote ones, and those on the CPU, score while sampling goes on."""
-
-    def __init__(self) -> None:
-        self._threads: dict[str, ThreadPoolExecutor] = {}
-
-    def submit(self, name: str, work: Callable[[], Scored]) -> Callable[[], Scored]:
-        """Begin some work; the answer waits for it."""
-        thread = self._threads.setdefault(name, ThreadPoolExecutor(1, thread_name_prefix=f"reward {name}"))
-        return thread.submit(work).result
-
-
-def begin(
-    rewards: dict[str, Reward], weights: dict[str, float], media: Media, prompts: Prompts, background: Background
-) -> Callable[[], Scores]:
-    """Begin to score media with every reward; the answer waits for those in the background and adds up by weight.
-
-    A score that is not finite makes its sample invalid.
-
-    Raises:
-        Fault: (the answer too) if a reward returns the wrong number of scores, or fails.
-    """
-    aside = any(getattr(reward, "background", False) for reward in rewards.values())
-    copy = Media(media.pixels.detach().cpu(), media.fps) if aside else media
-    found: dict[str, Callable[[], Scored]] = {}
-    for name, reward in rewards.items():
-        if getattr(reward, "background", False):
-            found[name] = background.submit(name, functools.partial(_scored, name, reward, copy, prompts))
-        else:
-            values = _scored(name, reward, media, prompts)
-            found[name] = functools.partial(lambda values: values, values)
-
-    def finish() -> Scores:
-        by_name = {name: answer() for name, answer in found.items()}
-        total = sum((weights[name] * values for name, values in by_name.items()), np.zeros(len(prompts)))
-        valid = np.isfinite(total)
-        return Scores(by_name, np.where(valid, total, 0.0), valid, weights)
-
-    return finish
-
-
-def evaluate(rewards: dict[str, Reward], weights: dict[str, float], media: Media, prompts: Prompts) -> Scores:
-    """Score media with every reward and wait for all; see `begin`."""
-    return begin(rewards, weights, media, prompts, Background())()
-
-
-@torch.no_grad()
-def _scored(name: str, reward: Reward, media: Media, prompts: Prompts) -> Scored:
-    """One reward's scores (N,)."""
-    try:
-        output = reward(media, prompts)
-        values = output.detach().cpu().double().numpy() if isinstance(output, Tensor) else np.asarray(output, float)
-    except (Exception, SystemExit) as error:  # whatever a user's function does
-        if out_of_memory(error):
-            raise  # the trainer answers it
-        raise Fault(f"reward {name}: {error if isinstance(error, Fault) else one_line(error)}") from error
-    if values.shape != (len(prompts),):
-        raise Fault(f"reward {name}: returned shape {values.shape} for {len(prompts)} samples")
-    return np.where(np.abs(values) <= LARGEST, values, np.nan)  # sums of larger ones would not be finite
-
-
-def greet(rewards: Mapping[str, Reward]) -> None:
-    """Let rewards behind servers find out whether they will answer, before anything is begun.
-
-    Raises:
-        UserError: if an address is wrong.
-        Fault: if nobody answers there.
-    """
-    for reward in rewards.values():
-        if hasattr(reward, "greet"):
-            reward.greet()
-
-
-def unscored(by_name: Mapping[str, Scored], rewards: Mapping[str, Reward]) -> str:
-    """Which rewards have samples without a finite score, how many, and what is known of why; empty if none."""
-    found = []
-    for name, values in by_name.items():
-        if missing := int((~np.isfinite(values)).sum()):
-            why = getattr(rewards.get(name), "said", "")
-            found.append(f"{name}: {missing} of {len(values)}" + (f" ({why})" if why else ""))
-    return ", ".join(found)

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from diffalign.errors import Fault
-from diffalign.rewards.base import Reward, evaluate
+from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import Entry, find
 from diffalign.rewards.load import load
+from diffalign.rewards.scorer import Scorer
 from diffalign.shapes import motion
 from diffalign.shapes.captions import Combination, caption
 from diffalign.shapes.world import Object, render
@@ -34,14 +35,14 @@ def check(name: str) -> list[str]:
     keys = np.arange(3)
     prompts = Prompts([wanted["prompt"]] * 3, keys, keys, keys, [wanted] * 3)
     reward = load(name)
-    scores = evaluate({name: reward}, {name: 1.0}, Media(pixels), prompts)
+    scores = Scorer({name: reward}).scores(Media(pixels), prompts)
     values = scores.by_name[name]
     if not scores.valid.all():
         raise Fault(f"reward {name}: gave {values.tolist()} for three samples, a score is not finite")
     if np.ptp(values) == 0:
         raise Fault(f"reward {name}: gave {values[0]:g} for three different samples, it cannot tell them apart")
     _check_known(entry, values)
-    for problem in getattr(reward, "problems", list)():
+    for problem in reward.problems():
         raise Fault(f"reward {name}: {problem}")
     if entry.differentiable:
         _check_gradient(name, reward, Media(pixels.float().requires_grad_()), prompts)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import Reward
+from diffalign.rewards.base import Reward, Wrapped
 from diffalign.types import Integers, Media, Prompts
 
 POLICY = re.compile(r"first|middle|all|uniform:([1-9]\d*)")
@@ -30,19 +29,12 @@ def chosen(policy: str, count: int) -> Integers:
     return {"first": np.arange(1), "middle": np.array([count // 2]), "all": np.arange(count)}[policy]
 
 
-@dataclass
-class PerFrame:
+class PerFrame(Wrapped):
     """A reward for pictures that takes videos: `frames` is a policy, `reduce` mean or min over the frames seen."""
 
-    reward: Reward
-    frames: str = "all"
-    reduce: str = "mean"
-
-    def __post_init__(self) -> None:
-        self.background = getattr(self.reward, "background", False)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.reward, name)
+    def __init__(self, reward: Reward, frames: str = "all", reduce: str = "mean") -> None:
+        super().__init__(reward)
+        self.reward, self.frames, self.reduce = reward, frames, reduce
 
     def __call__(self, media: Media, prompts: Prompts) -> Any:
         count = media.pixels.shape[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError, one_line
-from diffalign.rewards.base import Reward
+from diffalign.rewards.base import Reward, Wrapped
 from diffalign.rewards.catalog import Entry, find
 from diffalign.rewards.frames import PerFrame
 from diffalign.rewards.remote import Remote
@@ -37,9 +37,9 @@ def load(name: str, deadline: float = 300.0, batch: int = 16, frames: str = "all
     found = getattr(module, entry.attribute, None)
     if not callable(found):
         raise UserError(f"rewards: {name}: {entry.source} has no function {entry.attribute!r}")
-    reward = _made(entry, found) if inspect.isclass(found) else found
-    if entry.background:
-        reward.background = True
+    made = _made(entry, found) if inspect.isclass(found) else found
+    reward = made if isinstance(made, Reward) else Wrapped(made, entry.background)
+    reward.background = reward.background or entry.background
     return PerFrame(reward, frames, reduce) if entry.modality == "image" else reward
 
 

@@ -16,14 +16,15 @@ from diffalign.errors import Fault, UserError, one_line
 from diffalign.rewards.base import check_media
 from diffalign.rewards.catalog import Entry, find
 from diffalign.rewards.load import load
-from diffalign.rewards.remote import checked_token, unpacked
+from diffalign.rewards.wire import unpacked
 from diffalign.runtime.extras import missing
+from diffalign.runtime.http import checked_token
 from diffalign.types import Media, Prompts
 
 Answer = tuple[int, dict[str, Any]]  # status, content
 
 
-class Judge:
+class Served:
     """A reward that answers requests, one at a time: rewards need not stand two threads."""
 
     def __init__(self, name: str) -> None:
@@ -90,7 +91,7 @@ class Judge:
         return media, Prompts(texts, keys, keys, keys, told)
 
 
-def application(judge: Judge, token: str | None = None, most_bytes: int = 2**28) -> Any:
+def application(served: Served, token: str | None = None, most_bytes: int = 2**28) -> Any:
     """The FastAPI application of a reward: POST /score and GET /health."""
     import fastapi
     from fastapi.concurrency import run_in_threadpool
@@ -107,11 +108,11 @@ def application(judge: Judge, token: str | None = None, most_bytes: int = 2**28)
             body += piece
             if len(body) > most_bytes:
                 return JSONResponse({"error": f"more than {most_bytes} bytes; send fewer samples"}, 413)
-        status, content = await run_in_threadpool(judge.answer, bytes(body))
+        status, content = await run_in_threadpool(served.answer, bytes(body))
         return JSONResponse(content, status)
 
     async def health(request: Any) -> Any:
-        return JSONResponse(judge.health())
+        return JSONResponse(served.health())
 
     app.add_route("/score", score, methods=["POST"])
     app.add_route("/health", health, methods=["GET"])
@@ -136,7 +137,7 @@ def serve(name: str, host: str, port: int, token: str | None, most_bytes: int) -
         raise UserError(
             f"--host: got {host}, which others can reach; set a token (--token or DIFFALIGN_REWARD_TOKEN), or allowed is 127.0.0.1"
         )
-    app = application(Judge(name), token, most_bytes)
+    app = application(Served(name), token, most_bytes)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

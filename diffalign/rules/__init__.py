@@ -5,6 +5,7 @@ Importing this needs neither torch nor diffusers: settings are checked before ei
 
 from __future__ import annotations
 
+from diffalign.rules._rule import Rule
 from diffalign.rules.awm import AWM
 from diffalign.rules.branch_grpo import BranchGRPO
 from diffalign.rules.ddpo import DDPO
@@ -14,6 +15,8 @@ from diffalign.rules.nft import NFT
 from diffalign.rules.rlr import RLR
 from diffalign.rules.truncated_bp import TruncatedBP
 
-RULES = {rule.name: rule for rule in (FlowGRPO, GRPOGuard, BranchGRPO, DDPO, TruncatedBP, RLR, AWM, NFT)}
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (FlowGRPO, GRPOGuard, BranchGRPO, DDPO, TruncatedBP, RLR, AWM, NFT)
+}
 
-__all__ = ["AWM", "DDPO", "NFT", "RLR", "RULES", "BranchGRPO", "FlowGRPO", "GRPOGuard", "TruncatedBP"]
+__all__ = ["AWM", "DDPO", "NFT", "RLR", "RULES", "BranchGRPO", "FlowGRPO", "GRPOGuard", "Rule", "TruncatedBP"]

@@ -7,15 +7,18 @@ term, and AWM's is A |e|^2 + 2 A <d, e> + A |d|^2: where the network is the old 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
 from diffalign import ops
 from diffalign.errors import UserError
+from diffalign.protocols import Policy
 from diffalign.rules._merging import MergeSettings, merged
-from diffalign.types import Credit, Floats, Plan, Policy, Prompts, Rollout, Schedule, Scores, Term, Tree
+from diffalign.rules._rule import Rule
+from diffalign.runtime.randomness import Purpose, normal
+from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,11 +92,15 @@ class Noised:
         return ops.matching.clean(self.x, predicted, self.alpha, self.sigma, self.prediction)
 
 
-class ForwardRule:
-    """What AWM and NFT share: credit, the divergence from the base model, and a count of updates, which decays follow."""
+def rising(update: int, highest: float) -> float:
+    """A decay that a shadow reaches from 0 in steps of 0.001 an update."""
+    return min(highest, 0.001 * update)
+
+
+class ForwardRule(Rule):
+    """What AWM and NFT share: credit, and the divergence from the base model."""
 
     settings: ForwardSettings
-    updates: int
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """A / limit in [-1, 1], A the group-relative advantage."""
@@ -115,28 +122,17 @@ class ForwardRule:
         metrics["kl"] = kl.detach()
         return value + self.settings.kl * kl
 
-    def after_update(self, metrics: dict[str, float]) -> None:
-        self.updates += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]
-
 
 def noised(term: Term, policy: Policy, part: Rollout) -> Noised:
     """The part's finished samples with the term's noise, in the place of the latents of its level."""
     schedule, step = policy.schedule, term.start
-    there, noise = renoised(part, schedule, step, 18, term.draw)
+    there, noise = renoised(part, schedule, step, Purpose.FORWARD, term.draw)
     alpha, sigma = float(schedule.alpha[step]), float(schedule.sigma[step])
     return Noised(there, part.x[-1], noise, step, alpha, sigma, schedule.prediction)
 
 
-def renoised(part: Rollout, schedule: Schedule, step: int, purpose: int, draw: int) -> tuple[Rollout, Tensor]:
+def renoised(part: Rollout, schedule: Schedule, step: int, purpose: Purpose, draw: int) -> tuple[Rollout, Tensor]:
     """The part with its finished latents noised forward to a step's level, in the place of those it came from; and the noise."""
-    from diffalign.runtime.randomness import normal
-
     x0 = part.x[-1]
     noise = normal([int(seed) for seed in part.prompts.seed], x0.shape[1:], purpose, draw, like=x0)
     x = ops.matching.noised(x0, noise, float(schedule.alpha[step]), float(schedule.sigma[step]))

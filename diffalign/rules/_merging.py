@@ -10,11 +10,11 @@ from pydantic import Field
 
 from diffalign import ops
 from diffalign.errors import UserError
-from diffalign.rules._rule import Settings
+from diffalign.rules._rule import RuleSettings
 from diffalign.types import Floats, Integers, Scores
 
 
-class MergeSettings(Settings):
+class MergeSettings(RuleSettings):
     """Keys of rules that learn from scores."""
 
     combine: Literal["sum", "normalised"] = Field(
@@ -24,12 +24,8 @@ class MergeSettings(Settings):
     advantage_limit: float = Field(5.0, gt=0, description="advantages are clipped to +- this")
 
 
-def merged(
-    scores: Scores, group: Integers, settings: MergeSettings, of: Callable[[str, Floats], list[Floats]]
-) -> list[Floats]:
-    """Advantages of scores whose samples' prompts are `group` (N,): of the weighted sum, or the weighted sum of those of every reward.
-
-    of: a reward's name ("total" for the sum) and values (N,), anything where invalid, to advantages, any number of arrays.
+def columns(scores: Scores, group: Integers, settings: MergeSettings) -> dict[str, Floats]:
+    """What is turned into advantages, by name: the gated rewards (N,) of samples whose prompts are `group`, or "total", their weighted sum.
 
     Raises:
         UserError: if `gate` names a reward that the run does not have.
@@ -38,8 +34,21 @@ def merged(
         raise UserError(f"rule.gate: got {unknown[0]!r}, allowed are this run's rewards: {', '.join(scores.by_name)}")
     scores = ops.advantages.gated(scores, group, settings.gate)
     if settings.combine == "sum":
-        return of("total", scores.total)
+        return {"total": scores.total}
+    return {name: scores.by_name[name] for name in scores.weights}
+
+
+def merged(
+    scores: Scores, group: Integers, settings: MergeSettings, of: Callable[[str, Floats], list[Floats]]
+) -> list[Floats]:
+    """Advantages of scores whose samples' prompts are `group` (N,): of the weighted sum, or the weighted sum of those of every reward.
+
+    of: a column's name and values (N,), anything where invalid, to advantages, any number of arrays.
+    """
+    found = {name: of(name, values) for name, values in columns(scores, group, settings).items()}
+    if settings.combine == "sum":
+        return found["total"]
     # sum_k w_k A(r_k), clipped as A is
-    parts = [[weight * part for part in of(name, scores.by_name[name])] for name, weight in scores.weights.items()]
+    parts = [[weight * part for part in found[name]] for name, weight in scores.weights.items()]
     limit = settings.advantage_limit
     return [np.clip(np.sum(level, 0), -limit, limit) for level in zip(*parts, strict=True)]

@@ -11,23 +11,10 @@ from pydantic import Field
 
 from diffalign import ops
 from diffalign.errors import UserError
+from diffalign.protocols import Needs, Policy, Transition
 from diffalign.rules._merging import MergeSettings, merged
-from diffalign.rules._rule import Settings
-from diffalign.types import (
-    Credit,
-    Floats,
-    Integers,
-    Needs,
-    Plan,
-    Policy,
-    Prompts,
-    Rollout,
-    Schedule,
-    Scores,
-    Term,
-    Transition,
-    Tree,
-)
+from diffalign.rules._rule import Rule, RuleSettings
+from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +80,7 @@ class SurrogateSettings(PolicyGradientSettings):
         return found if self.kl > 0 else [*found, *self.idle(("kl_space",), "rule.kl")]
 
 
-class Risk(Settings):
+class Risk(RuleSettings):
     """Keys of `risk:`."""
 
     low: float = Field(0.2, gt=0, lt=1, description="the share of worst bundles that counts most")
@@ -232,7 +219,7 @@ def clipped(step: Step, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
     return value, {**step.metrics, "clip_low": low, "clip_high": high}
 
 
-class SurrogateRule:
+class SurrogateRule(Rule):
     """What rules with a clipped surrogate share."""
 
     settings: SurrogateSettings

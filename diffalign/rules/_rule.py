@@ -1,18 +1,80 @@
-"""What the settings of every rule have in common."""
+"""What every rule is: settings, three hooks, and defaults for what only some rules do."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from diffalign.protocols import GraphBytes, Loss, Needs, Policy, RewardFunction
+from diffalign.types import Credit, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree, Update
 
-class Settings(BaseModel):
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class RuleSettings(BaseModel):
     """A rule's settings: the keys of `rule:` in a config besides `name`. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def problems(self, steps: int) -> list[str]:
+        """What is wrong with these settings for a sampler of `steps` steps."""
+        return []
 
     def idle(self, names: Iterable[str], without: str) -> list[str]:
         """A problem for every key that was changed though nothing uses it."""
         changed = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
         return [f"rule.{name}: got {getattr(self, name)}, has no effect without {without}" for name in changed]
+
+
+class Rule(ABC):
+    """An update rule: `plan` says how far to sample, where noise goes and which terms make up each optimiser step, `credit` turns scores
+    into a number per edge, `loss` is one term on one part of the rollout.
+
+    Noise that a loss needs is drawn with `randomness.normal(part.prompts.seed, shape, ...)`, so that it depends on the sample and the
+    update alone, not on how a batch is cut.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[RuleSettings]] = RuleSettings
+    settings: RuleSettings
+
+    def __init__(self, settings: Any = None) -> None:
+        self.settings = settings or self.Settings()
+
+    @property
+    def needs(self) -> Needs:
+        """What it cannot do without."""
+        return Needs()
+
+    @abstractmethod
+    def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
+        """What update number `update` does; draws come from `rng`, which is the update's own."""
+
+    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit | None:
+        """How much better than expected every edge was; None: the rule learns without. Changes nothing."""
+        return None
+
+    @abstractmethod
+    def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
+        """One term on one part of the rollout, averaged over the part's samples or edges."""
+
+    def decays(self, update: int) -> dict[str, float]:
+        """The shadows it keeps of the parameters, and how slowly each follows after update number `update`: 0 copies, 1 freezes."""
+        return {}
+
+    def fit(self, measured: GraphBytes, steps: int) -> None:
+        """Choose how much graph to hold at once, before the first plan of a run of `steps` steps; where `needs.graph_bytes`."""
+
+    def after_update(self, update: Update) -> None:
+        """Learn from what an update did."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be kept to go on, JSON-serialisable."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""

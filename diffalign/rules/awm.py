@@ -8,18 +8,9 @@ import numpy as np
 from pydantic import Field
 
 from diffalign import ops
+from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _forward as forward
-from diffalign.types import (
-    Credit,
-    Loss,
-    Needs,
-    Plan,
-    Policy,
-    RewardFunction,
-    Rollout,
-    Schedule,
-    Term,
-)
+from diffalign.types import Credit, Plan, Rollout, Schedule, Term
 
 
 class AWM(forward.ForwardRule):
@@ -46,17 +37,15 @@ class AWM(forward.ForwardRule):
 
     settings: Settings
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or self.Settings()
-        self.updates = 0
-
     @property
     def needs(self) -> Needs:
         s = self.settings
-        shadows = {"anchor": min(s.anchor_decay, 0.001 * self.updates)} if s.anchor > 0 else {}
-        if s.inner_updates > 1:
-            shadows["old"] = 0.0  # the policy that samples
-        return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise, shadows=shadows)
+        return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise)
+
+    def decays(self, update: int) -> dict[str, float]:
+        s = self.settings
+        found = {"anchor": forward.rising(update, s.anchor_decay)} if s.anchor > 0 else {}
+        return {**found, "old": 0.0} if s.inner_updates > 1 else found  # old: the policy that samples
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         return forward.plan(schedule, self.settings, rng)

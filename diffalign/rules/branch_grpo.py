@@ -9,23 +9,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from diffalign import ops
+from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _policy_gradient as policy_gradient
 from diffalign.rules._merging import merged
-from diffalign.types import (
-    Credit,
-    Floats,
-    Loss,
-    Needs,
-    Plan,
-    Policy,
-    Prompts,
-    RewardFunction,
-    Rollout,
-    Schedule,
-    Scores,
-    Term,
-    Tree,
-)
+from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
 MOST_LEAVES = 4096  # of one sample
 
@@ -82,9 +69,6 @@ class BranchGRPO(policy_gradient.SurrogateRule):
             return found
 
     settings: Settings
-
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or self.Settings()
 
     @property
     def needs(self) -> Needs:

@@ -9,26 +9,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from diffalign import ops
+from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _policy_gradient as policy_gradient
-from diffalign.rules._merging import merged
-from diffalign.types import (
-    Credit,
-    Floats,
-    Loss,
-    Needs,
-    Plan,
-    Policy,
-    Prompts,
-    RewardFunction,
-    Rollout,
-    Schedule,
-    Scores,
-    Term,
-    Tree,
-)
+from diffalign.rules._merging import columns, merged
+from diffalign.rules._rule import Rule
+from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree, Update
 
 
-class DDPO:
+class DDPO(Rule):
     """Advantages against what a prompt's rewards were so far, on every noisy step.
 
     Log-probs average over latent dimensions, as in the authors' code: the clip range of 1e-4 belongs to that.
@@ -60,8 +48,10 @@ class DDPO:
                 )
             return found
 
+    settings: Settings
+
     def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or self.Settings()
+        super().__init__(settings)
         # The last `history` of each prompt, oldest first, by reward; "total" is their weighted sum.
         self.rewards: dict[str, dict[str, list[float]]] = {}
 
@@ -77,23 +67,29 @@ class DDPO:
         texts, group = [prompts.text[root] for root in tree.leaf_root], prompts.group[tree.leaf_root]
 
         def of(name: str, reward: Floats) -> list[Floats]:
-            return [self._standardised(self.rewards.setdefault(name, {}), texts, reward, scores.valid)]
+            return [self._standardised(self._joined(name, texts, reward, scores.valid), texts, reward, scores.valid)]
 
         (advantage,) = merged(scores, group, self.settings, of)
         return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
 
-    def _standardised(
-        self, past: dict[str, list[float]], texts: list[str], reward: Floats, valid: NDArray[np.bool_]
-    ) -> Floats:
-        """Advantages of rewards (N,); they join what is `past`, by prompt."""
-        s = self.settings
+    def _joined(self, name: str, texts: list[str], reward: Floats, valid: NDArray[np.bool_]) -> dict[str, list[float]]:
+        """The last rewards of each of some prompts, with these (N,) among them."""
+        before = self.rewards.get(name, {})
+        found = {text: list(before.get(text, ())) for text in dict.fromkeys(texts)}
         for text, value, given in zip(texts, reward, valid, strict=True):
             if given:
-                past[text] = [*past.get(text, []), float(value)][-s.history :]
+                found[text] = [*found[text], float(value)][-self.settings.history :]
+        return found
+
+    def _standardised(
+        self, history: dict[str, list[float]], texts: list[str], reward: Floats, valid: NDArray[np.bool_]
+    ) -> Floats:
+        """Advantages of rewards (N,) among their prompts' `history`."""
+        s = self.settings
         advantage = np.zeros(len(reward))
         for text in dict.fromkeys(texts):
             rows = np.array([t == text for t in texts]) & valid
-            own = np.asarray(past.get(text, []))
+            own = np.asarray(history[text])
             compared = own if len(own) >= s.history_least else reward[valid]
             advantage[rows] = ops.advantages.standardised(reward[rows], compared, limit=s.advantage_limit)
         return advantage
@@ -106,8 +102,14 @@ class DDPO:
         value, metrics = policy_gradient.clipped(step, self.settings.clip)
         return Loss(value, metrics, gap=step.gap)
 
-    def after_update(self, metrics: dict[str, float]) -> None:
-        """Statistics move in `credit`."""
+    def after_update(self, update: Update) -> None:
+        """The update's rewards join their prompts' history."""
+        if update.judged is None:
+            return
+        prompts, scores = update.judged
+        for name, reward in columns(scores, prompts.group, self.settings).items():
+            joined = self._joined(name, prompts.text, reward, scores.valid)
+            self.rewards.setdefault(name, {}).update({text: last for text, last in joined.items() if last})
 
     def state_dict(self) -> dict[str, Any]:
         return {"rewards": self.rewards}

@@ -15,17 +15,9 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from diffalign.protocols import Loss, Policy, RewardFunction
 from diffalign.rules import _policy_gradient as policy_gradient
-from diffalign.types import (
-    Credit,
-    Loss,
-    Plan,
-    Policy,
-    RewardFunction,
-    Rollout,
-    Schedule,
-    Term,
-)
+from diffalign.types import Credit, Plan, Rollout, Schedule, Term
 
 
 class FlowGRPO(policy_gradient.GroupRule):
@@ -41,9 +33,6 @@ class FlowGRPO(policy_gradient.GroupRule):
         )
 
     settings: Settings
-
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or self.Settings()
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         return policy_gradient.plan(

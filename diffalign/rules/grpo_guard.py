@@ -13,17 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from diffalign.protocols import Loss, Policy, RewardFunction
 from diffalign.rules import _policy_gradient as policy_gradient
-from diffalign.types import (
-    Credit,
-    Loss,
-    Plan,
-    Policy,
-    RewardFunction,
-    Rollout,
-    Schedule,
-    Term,
-)
+from diffalign.types import Credit, Plan, Rollout, Schedule, Term, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +47,7 @@ class GRPOGuard(policy_gradient.GroupRule):
     settings: Settings
 
     def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or self.Settings()
+        super().__init__(settings)
         self.spread: float | None = None  # running std of the normalised log-ratio
 
     @property
@@ -86,9 +78,9 @@ class GRPOGuard(policy_gradient.GroupRule):
             metrics["log_ratio_std"] = spread
         return Loss(value, metrics, gap=plain.gap)
 
-    def after_update(self, metrics: dict[str, float]) -> None:
+    def after_update(self, update: Update) -> None:
         """Keep the running spread of log-ratios."""
-        found = metrics.get("log_ratio_std")
+        found = update.metrics.get("log_ratio_std")
         if found is not None and np.isfinite(found):
             self.spread = found if self.spread is None else DECAY * self.spread + (1 - DECAY) * found
 

@@ -8,18 +8,9 @@ import numpy as np
 from pydantic import Field
 
 from diffalign import ops
+from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _forward as forward
-from diffalign.types import (
-    Credit,
-    Loss,
-    Needs,
-    Plan,
-    Policy,
-    RewardFunction,
-    Rollout,
-    Schedule,
-    Term,
-)
+from diffalign.types import Credit, Plan, Rollout, Schedule, Term
 
 LEAST_ERROR = 1e-5  # of the self-normalised loss
 
@@ -48,15 +39,13 @@ class NFT(forward.ForwardRule):
 
     settings: Settings
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or self.Settings()
-        self.updates = 0
-
     @property
     def needs(self) -> Needs:
         s = self.settings
-        shadows = {"old": min(s.old_decay, 0.001 * self.updates)}
-        return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise, shadows=shadows)
+        return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise)
+
+    def decays(self, update: int) -> dict[str, float]:
+        return {"old": forward.rising(update, self.settings.old_decay)}
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         return forward.plan(schedule, self.settings, rng, sampled_by="old")

@@ -22,26 +22,12 @@ from pydantic import BeforeValidator, Field
 
 from diffalign import ops
 from diffalign.errors import UserError
-from diffalign.rules._rule import Settings
-from diffalign.types import (
-    Credit,
-    GraphBytes,
-    Loss,
-    Needs,
-    Plan,
-    Policy,
-    Prompts,
-    RewardFunction,
-    Rollout,
-    Schedule,
-    Scores,
-    Term,
-    Tree,
-)
+from diffalign.protocols import GraphBytes, Loss, Needs, Policy, RewardFunction
+from diffalign.rules._rule import Rule, RuleSettings
+from diffalign.types import Credit, Plan, Prompts, Rollout, Schedule, Scores, Span, Term, Tree, Update
 
 DECAY = 0.9  # of running gradient norms, per update
 GIB = 2**30
-Span = tuple[int, int]  # steps [start, stop)
 
 
 def _count(least: int) -> BeforeValidator:
@@ -55,7 +41,93 @@ def _count(least: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class RLR:
+class RLRSettings(RuleSettings):
+    """Keys of `rule:` for rlr."""
+
+    depth: Annotated[int | Literal["auto"], _count(0)] = Field(
+        1, description="K: last steps with the reward's gradient; 0: none, REINFORCE; auto: as memory_gib allows"
+    )
+    span: Annotated[int | Literal["auto"], _count(1)] = Field(
+        2, description="h: noisy steps in the span that borrows its last one's noise; auto: as memory_gib allows"
+    )
+    cover: Literal["lr", "zo", "is", "none"] = Field(
+        "lr",
+        description="the other steps: lr: spans of one noisy step each; zo: antithetic noise on the parameters, as in the "
+        "paper; is: only the drawn block of `span`, weighing 1 / p; none: left out, biased",
+    )
+    noise: list[int] | None = Field(None, min_length=1, description="noisy steps; null: all before the last K")
+    start: Literal["uniform", "norms"] = Field(
+        "uniform", description="norms: spans are drawn in proportion to their gradients' running norms"
+    )
+    between: tuple[int, int] | None = Field(None, description="steps [first, stop) the span lies in; null: anywhere")
+    least_std: float = Field(0.02, ge=0, description="the span's last step is drawn among those with this std or more")
+    perturbation: float = Field(0.01, gt=0, description="std of zo's noise on each parameter")
+    pairs: int = Field(1, ge=1, description="antithetic pairs of zo per update")
+    memory_gib: float | None = Field(
+        None, gt=0, description="for the gradient's graph of a micro-batch, weights not counted; with auto"
+    )
+
+    def noisy(self, steps: int, depth: int) -> list[int]:
+        """The steps that inject noise."""
+        return list(range(steps - depth)) if self.noise is None else sorted(set(self.noise))
+
+    def problems(self, steps: int) -> list[str]:
+        """What is wrong with these settings for a sampler of `steps` steps."""
+        found = []
+        auto = [name for name in ("depth", "span") if getattr(self, name) == "auto"]
+        if bool(auto) != (self.memory_gib is not None):
+            given = f"got {self.memory_gib} with depth {self.depth} and span {self.span}"
+            wanted = "a number, which auto needs" if auto else "null, as neither is auto"
+            found.append(f"rule.memory_gib: {given}; allowed is {wanted}")
+        if self.depth == "auto" and self.noise is not None:
+            found.append("rule.depth: got auto with rule.noise; allowed is a number, or rule.noise null")
+        if self.cover == "is" and self.between is not None:
+            found.append("rule.between: got steps with cover is, which must be able to draw all; allowed is null")
+        if self.between is not None and not 0 <= self.between[0] < self.between[1] <= steps:
+            found.append(
+                f"rule.between: got {list(self.between)}, allowed is 0 <= first < stop <= sampler.steps ({steps})"
+            )
+        if self.cover != "zo":
+            found += self.idle(("pairs", "perturbation"), "cover zo")
+        return found if found or "auto" in (self.depth, self.span) else self._uncovered(steps)
+
+    def _uncovered(self, steps: int) -> list[str]:
+        assert isinstance(self.depth, int)
+        assert isinstance(self.span, int)
+        if self.depth >= steps:
+            return [
+                f"rule.depth: got {self.depth}, allowed is less than sampler.steps ({steps}); all of it is truncated_bp"
+            ]
+        found, noisy, last = [], self.noisy(steps, self.depth), steps - self.depth - 1
+        if noisy[0] < 0 or noisy[-1] >= steps or last not in noisy:
+            found.append(
+                f"rule.noise: got {noisy}, allowed are steps 0 to {steps - 1} with {last}, the one before the last rule.depth, "
+                "among them: what lies between two noisy steps is covered by the later one's noise"
+            )
+        elif self.span > (count := sum(k <= last for k in noisy)):
+            found.append(
+                f"rule.span: got {self.span}, allowed is 1 to the number of noisy steps before the last rule.depth ({count})"
+            )
+        elif self.between is not None and not self.spans(steps, self.depth, self.span):
+            found.append(f"rule.between: got {list(self.between)}, no span of {self.span} noisy steps lies in it")
+        return found
+
+    def stretches(self, steps: int, depth: int) -> list[Span]:
+        """The chain before the last `depth` steps, cut after every noisy step."""
+        noisy = [k for k in self.noisy(steps, depth) if k < steps - depth]
+        return list(zip([0, *(k + 1 for k in noisy)], (k + 1 for k in noisy), strict=False))
+
+    def spans(self, steps: int, depth: int, span: int) -> list[Span]:
+        """What can be drawn: every run of `span` stretches, or, for `is`, blocks that cover each stretch once."""
+        cut = self.stretches(steps, depth)
+        if self.cover == "is":
+            return [(cut[k][0], cut[min(k + span, len(cut)) - 1][1]) for k in range(0, len(cut), span)]
+        low, high = self.between or (0, steps)
+        runs = [(cut[k][0], cut[k + span - 1][1]) for k in range(len(cut) - span + 1)]
+        return [(a, b) for a, b in runs if low <= a and b <= high]
+
+
+class RLR(Rule):
     """The recursive likelihood ratio estimator with sums over latent dimensions and a leave-one-out baseline.
 
     The baseline belongs to the likelihood-ratio terms alone: in the pathwise one it would do nothing, and dividing advantages
@@ -64,99 +136,13 @@ class RLR:
 
     name: ClassVar[str] = "rlr"
 
-    class Settings(Settings):
-        """Keys of `rule:` for rlr."""
+    Settings = RLRSettings
+    settings: RLRSettings
 
-        depth: Annotated[int | Literal["auto"], _count(0)] = Field(
-            1, description="K: last steps with the reward's gradient; 0: none, REINFORCE; auto: as memory_gib allows"
-        )
-        span: Annotated[int | Literal["auto"], _count(1)] = Field(
-            2, description="h: noisy steps in the span that borrows its last one's noise; auto: as memory_gib allows"
-        )
-        cover: Literal["lr", "zo", "is", "none"] = Field(
-            "lr",
-            description="the other steps: lr: spans of one noisy step each; zo: antithetic noise on the parameters, as in the "
-            "paper; is: only the drawn block of `span`, weighing 1 / p; none: left out, biased",
-        )
-        noise: list[int] | None = Field(None, min_length=1, description="noisy steps; null: all before the last K")
-        start: Literal["uniform", "norms"] = Field(
-            "uniform", description="norms: spans are drawn in proportion to their gradients' running norms"
-        )
-        between: tuple[int, int] | None = Field(
-            None, description="steps [first, stop) the span lies in; null: anywhere"
-        )
-        least_std: float = Field(
-            0.02, ge=0, description="the span's last step is drawn among those with this std or more"
-        )
-        perturbation: float = Field(0.01, gt=0, description="std of zo's noise on each parameter")
-        pairs: int = Field(1, ge=1, description="antithetic pairs of zo per update")
-        memory_gib: float | None = Field(
-            None, gt=0, description="for the gradient's graph of a micro-batch, weights not counted; with auto"
-        )
-
-        def noisy(self, steps: int, depth: int) -> list[int]:
-            """The steps that inject noise."""
-            return list(range(steps - depth)) if self.noise is None else sorted(set(self.noise))
-
-        def problems(self, steps: int) -> list[str]:
-            """What is wrong with these settings for a sampler of `steps` steps."""
-            found = []
-            auto = [name for name in ("depth", "span") if getattr(self, name) == "auto"]
-            if bool(auto) != (self.memory_gib is not None):
-                given = f"got {self.memory_gib} with depth {self.depth} and span {self.span}"
-                wanted = "a number, which auto needs" if auto else "null, as neither is auto"
-                found.append(f"rule.memory_gib: {given}; allowed is {wanted}")
-            if self.depth == "auto" and self.noise is not None:
-                found.append("rule.depth: got auto with rule.noise; allowed is a number, or rule.noise null")
-            if self.cover == "is" and self.between is not None:
-                found.append("rule.between: got steps with cover is, which must be able to draw all; allowed is null")
-            if self.between is not None and not 0 <= self.between[0] < self.between[1] <= steps:
-                found.append(
-                    f"rule.between: got {list(self.between)}, allowed is 0 <= first < stop <= sampler.steps ({steps})"
-                )
-            if self.cover != "zo":
-                found += self.idle(("pairs", "perturbation"), "cover zo")
-            return found if found or "auto" in (self.depth, self.span) else self._uncovered(steps)
-
-        def _uncovered(self, steps: int) -> list[str]:
-            assert isinstance(self.depth, int)
-            assert isinstance(self.span, int)
-            if self.depth >= steps:
-                return [
-                    f"rule.depth: got {self.depth}, allowed is less than sampler.steps ({steps}); all of it is truncated_bp"
-                ]
-            found, noisy, last = [], self.noisy(steps, self.depth), steps - self.depth - 1
-            if noisy[0] < 0 or noisy[-1] >= steps or last not in noisy:
-                found.append(
-                    f"rule.noise: got {noisy}, allowed are steps 0 to {steps - 1} with {last}, the one before the last rule.depth, "
-                    "among them: what lies between two noisy steps is covered by the later one's noise"
-                )
-            elif self.span > (count := sum(k <= last for k in noisy)):
-                found.append(
-                    f"rule.span: got {self.span}, allowed is 1 to the number of noisy steps before the last rule.depth ({count})"
-                )
-            elif self.between is not None and not self.spans(steps, self.depth, self.span):
-                found.append(f"rule.between: got {list(self.between)}, no span of {self.span} noisy steps lies in it")
-            return found
-
-        def stretches(self, steps: int, depth: int) -> list[Span]:
-            """The chain before the last `depth` steps, cut after every noisy step."""
-            noisy = [k for k in self.noisy(steps, depth) if k < steps - depth]
-            return list(zip([0, *(k + 1 for k in noisy)], (k + 1 for k in noisy), strict=False))
-
-        def spans(self, steps: int, depth: int, span: int) -> list[Span]:
-            """What can be drawn: every run of `span` stretches, or, for `is`, blocks that cover each stretch once."""
-            cut = self.stretches(steps, depth)
-            if self.cover == "is":
-                return [(cut[k][0], cut[min(k + span, len(cut)) - 1][1]) for k in range(0, len(cut), span)]
-            low, high = self.between or (0, steps)
-            runs = [(cut[k][0], cut[k + span - 1][1]) for k in range(len(cut) - span + 1)]
-            return [(a, b) for a, b in runs if low <= a and b <= high]
-
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or self.Settings()
+    def __init__(self, settings: RLRSettings | None = None) -> None:
+        super().__init__(settings)
         self.depth, self.span = self.settings.depth, self.settings.span
-        self.norms: dict[str, float] = {}  # running gradient norm of a span, by "start-stop"
+        self.norms: dict[Span, float] = {}  # running gradient norms
 
     @property
     def needs(self) -> Needs:
@@ -230,10 +216,10 @@ class RLR:
 
     def _chances(self, spans: Sequence[Span]) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Equal, or in proportion to running norms; a span not yet seen counts as their mean."""
-        seen = [self.norms[key] for a, b in spans if (key := f"{a}-{b}") in self.norms]
+        seen = [self.norms[span] for span in spans if span in self.norms]
         if self.settings.start == "uniform" or not sum(seen) > 0:
             return np.full(len(spans), 1 / len(spans))
-        norms = np.array([self.norms.get(f"{a}-{b}", float(np.mean(seen))) for a, b in spans])
+        norms = np.array([self.norms.get(span, float(np.mean(seen))) for span in spans])
         return norms / norms.sum()
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
@@ -268,18 +254,20 @@ class RLR:
         slope = (ends[0] - ends[1]) / (2 * self.settings.perturbation)
         return Loss(-slope * policy.along(term.draw, term.steps), {"slope": slope})
 
-    def after_update(self, metrics: dict[str, float]) -> None:
+    def after_update(self, update: Update) -> None:
         """Keep running norms of the spans' gradients."""
-        for name, norm in metrics.items():
-            if name.startswith("term_norm/") and np.isfinite(norm):
-                span = name.removeprefix("term_norm/")
+        for span, norm in update.term_norms.items():
+            if np.isfinite(norm):
                 self.norms[span] = DECAY * self.norms.get(span, norm) + (1 - DECAY) * norm
 
     def state_dict(self) -> dict[str, Any]:
-        return {"norms": self.norms, "depth": self.depth, "span": self.span}
+        norms = {f"{start}-{stop}": norm for (start, stop), norm in self.norms.items()}
+        return {"norms": norms, "depth": self.depth, "span": self.span}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.norms, self.depth, self.span = dict(state["norms"]), state["depth"], state["span"]
+        spans = {key: key.split("-") for key in state["norms"]}
+        self.norms = {(int(start), int(stop)): state["norms"][key] for key, (start, stop) in spans.items()}
+        self.depth, self.span = state["depth"], state["span"]
 
 
 def fitting_steps(budget: float, measured: GraphBytes, steps: int) -> int:

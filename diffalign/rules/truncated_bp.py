@@ -18,22 +18,11 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field
 
+from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _forward as forward
-from diffalign.rules._rule import Settings
-from diffalign.types import (
-    Credit,
-    Loss,
-    Needs,
-    Plan,
-    Policy,
-    Prompts,
-    RewardFunction,
-    Rollout,
-    Schedule,
-    Scores,
-    Term,
-    Tree,
-)
+from diffalign.rules._rule import Rule, RuleSettings
+from diffalign.runtime.randomness import Purpose
+from diffalign.types import Credit, Plan, Rollout, Schedule, Term
 
 
 def _depth(value: object) -> object:
@@ -45,7 +34,7 @@ def _depth(value: object) -> object:
     raise ValueError("allowed are a whole number from 1, [low, high] of such, or all")
 
 
-class TruncatedBP:
+class TruncatedBP(Rule):
     """The reward's gradient through the decoder and the last K sampling steps; what came before is sampled without a graph.
 
     With `judged` the chain ends early, after that many steps, and the reward sees the clean sample implied there.
@@ -53,7 +42,7 @@ class TruncatedBP:
 
     name: ClassVar[str] = "truncated_bp"
 
-    class Settings(Settings):
+    class Settings(RuleSettings):
         """Keys of `rule:` for truncated_bp."""
 
         depth: Annotated[int | tuple[int, int] | Literal["all"], BeforeValidator(_depth)] = Field(
@@ -120,8 +109,7 @@ class TruncatedBP:
                 return steps, steps
             return (self.depth, self.depth) if isinstance(self.depth, int) else self.depth
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or self.Settings()
+    settings: Settings
 
     @property
     def needs(self) -> Needs:
@@ -142,15 +130,12 @@ class TruncatedBP:
         # Variants start from the finished latent.
         return Plan(steps if s.variants else first, noise, (terms,))
 
-    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit | None:
-        return None
-
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """-R(x_0), or max(0, target - R(x_0)), averaged over the part."""
         s = self.settings
         if term != part.plan.updates[0][0]:
             # x_1' = alpha_1 x_0 + sigma_1 e' (DRaFT-LV, arXiv 2309.17400, sec. 4)
-            part, _ = forward.renoised(part, policy.schedule, term.start, 17, term.draw)
+            part, _ = forward.renoised(part, policy.schedule, term.start, Purpose.VARIANT, term.draw)
         span = policy.replay(part, term.start, term.stop, term.steps, s.detached)
         media = policy.decode(part, span.x if term.stop == policy.schedule.steps else span.clean)
         value = reward(replace(media, pixels=media.pixels[:, _frames(s.frames, media.pixels.shape[1], term.draw)]))

@@ -11,7 +11,8 @@ from diffalign.models import lora as adapters, lora_files
 from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.models.loading import Place
 from diffalign.config import Config
-from diffalign.evaluation.fixed import judged
+from diffalign.evaluation.results import Summary
+from diffalign.runtime import keys
 from diffalign.models.notes import DDIM
 from diffalign.processes import PROCESSES, linear_sigmas
 from diffalign.runs.folder import RunFolder
@@ -66,7 +67,7 @@ def write_adapter(
     config: Config,
     policy: DiffusersPolicy,
     run: RunFolder,
-    summary: dict[str, float],
+    summary: Summary,
     name: str,
     update: int,
     place: Place,
@@ -101,16 +102,15 @@ def write_adapter(
     return folder
 
 
-def _card(config: Config, summary: dict[str, float], folder: Path, update: int) -> str:
+def _card(config: Config, summary: Summary, folder: Path, update: int) -> str:
     from diffalign.shapes import models
 
     lines = ["| evaluation | after | 95 % interval | paired gain | 95 % interval |", "|---|---|---|---|---|"]
-    for name in judged(summary):
-        cells = [f"{summary[name]:.3f}", f"{summary[name + '_lo']:.3f} to {summary[name + '_hi']:.3f}"]
-        if f"{name}_gain" in summary:
-            low, high = summary[f"{name}_gain_lo"], summary[f"{name}_gain_hi"]
-            cells += [f"{summary[name + '_gain']:+.3f}", f"{low:+.3f} to {high:+.3f}"]
-        lines.append(f"| {name} | " + " | ".join(cells + ["-"] * (4 - len(cells))) + " |")
+    for name, judged in summary.rewards.items():
+        value, gain = judged.value, judged.gain
+        cells = [f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}"]
+        cells += ["-", "-"] if gain is None else [f"{gain.value:+.3f}", f"{gain.low:+.3f} to {gain.high:+.3f}"]
+        lines.append(f"| {keys.evaluated(name)} | " + " | ".join(cells) + " |")
     arguments = "".join(f"{key}={value!r}, " for key, value in call_arguments(config).items() if key != "sigmas")
     if config.sampler.sigmas == "linear":
         steps = config.sampler.steps

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,50 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffalign.protocols import TrainablePolicy
+from diffalign.rules import Rule
+from diffalign.runs.budget import Spent
 from diffalign.runtime.files import sync, write_text
 from diffalign.errors import Fault, UserError, one_line
 
 STATE = "state.json"
-FORMAT = 2  # of the folder's content: grows when older ones cannot be read
+FORMAT = 3  # of `state.json`; a change needs a new number, an entry in `MIGRATE`, and stored runs in tests/runs/old_runs
 
 
 @dataclass(frozen=True)
-class State:
-    """All that a run needs to go on: `update` updates are done; notes are JSON-serialisable."""
+class RunState:
+    """All that a run needs to go on.
+
+    update: how many are done; rule: its `state_dict`; skipped: updates with a gradient that was not finite; prompts, weights: digests of what
+    the run was begun with; micro_batch: as large as memory sufficed for; spent: what the run took so far.
+    """
 
     update: int
     parameters: dict[str, Tensor]
     shadows: dict[str, dict[str, Tensor]]
     optimizer: dict[str, Any]
-    notes: dict[str, Any]
+    rule: dict[str, Any]
+    micro_batch: int
+    skipped: int = 0
+    prompts: str = ""
+    weights: str = ""
+    spent: Spent = Spent()
+
+    def facts(self) -> dict[str, Any]:
+        """What is no tensor, JSON-serialisable."""
+        tensors = {"parameters", "shadows", "optimizer"}
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
+        return found | {"spent": asdict(self.spent)}
+
+
+def _from_2(header: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 had `notes` without names of their own, and did not know what a run had taken."""
+    notes = header["notes"]
+    return {"update": header["update"], **notes, "spent": {"updates": header["update"]}}
+
+
+# format -> the facts of a header of that format, as the next one has them
+MIGRATE: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {2: _from_2}
 
 
 def _name(update: int) -> str:
@@ -45,7 +74,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def save(folder: Path, state: State, keep: int, best: int | None = None) -> Path:
+def save(folder: Path, state: RunState, keep: int, best: int | None = None) -> Path:
     """Write a checkpoint under `folder` and drop all but the newest `keep` and that of update `best`.
 
     Raises:
@@ -65,7 +94,7 @@ def save(folder: Path, state: State, keep: int, best: int | None = None) -> Path
         back = load_file(aside / "tensors.safetensors")
         if back.keys() != tensors.keys() or not all(torch.equal(back[k], v) for k, v in tensors.items()):
             raise Fault(f"checkpoint: {final} reads back differently from what was written")
-        header = {"format": FORMAT, "update": state.update, "files": files, "notes": state.notes}
+        header = {"format": FORMAT, "files": files, "state": state.facts()}
         write_text(aside / STATE, json.dumps(header))
         for path in (*sorted(aside.iterdir()), aside):
             sync(path)
@@ -94,17 +123,23 @@ def _whole(path: Path) -> bool:
         return False
 
 
-def load(path: Path) -> State:
-    """Read a whole checkpoint.
+def load(path: Path) -> RunState:
+    """Read a whole checkpoint of this format or an earlier one.
 
     Raises:
-        UserError: if another version of diffalign wrote it.
+        UserError: if a version of diffalign wrote it that this one cannot follow.
     """
     header = json.loads((path / STATE).read_text(encoding="utf-8"))
-    if header.get("format") != FORMAT:
+    written = header.get("format")
+    if written != FORMAT and written not in MIGRATE:
+        known = ", ".join(map(str, sorted([*MIGRATE, FORMAT])))
         raise UserError(
-            f"run_dir: {path} was written by another version of diffalign; choose another run_dir, or --fresh"
+            f"run_dir: {path} was written by another version of diffalign (format {written}, this one reads {known}); "
+            "use that version, choose another run_dir, or --fresh"
         )
+    facts = header["state"] if written == FORMAT else header
+    for older in range(written, FORMAT):
+        facts = MIGRATE[older](facts)
     parameters: dict[str, Tensor] = {}
     shadows: dict[str, dict[str, Tensor]] = {}
     for name, tensor in load_file(path / "tensors.safetensors").items():
@@ -115,4 +150,34 @@ def load(path: Path) -> State:
             shadow, _, key = rest.partition("/")
             shadows.setdefault(shadow, {})[key] = tensor
     optimizer = torch.load(path / "optimizer.pt", weights_only=True)
-    return State(header["update"], parameters, shadows, optimizer, header["notes"])
+    spent = Spent(**facts["spent"])
+    return RunState(parameters=parameters, shadows=shadows, optimizer=optimizer, **{**facts, "spent": spent})
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint; damaged ones are named and passed over. None if there never was one.
+
+    Raises:
+        UserError: if there are some and none is whole.
+    """
+    whole = complete(folder)
+    damaged = sorted(set(folder.glob("update_*")) - set(whole))
+    for path in damaged:
+        say(f"{path} is damaged and passed over")
+    if damaged and not whole:
+        raise UserError(
+            f"run_dir: no checkpoint of {folder.parent} is whole; choose another run_dir, or --fresh to start over"
+        )
+    return whole[-1] if whole else None
+
+
+@torch.no_grad()
+def restore(state: RunState, policy: TrainablePolicy, optimizer: torch.optim.Optimizer, rule: Rule) -> None:
+    """Put a state's tensors and the rule's memory back where they were."""
+    for name, parameter in policy.parameters.items():
+        parameter.copy_(state.parameters[name])
+    for name, shadow in state.shadows.items():
+        policy.shadows[name] = {k: v.to(policy.parameters[k].device) for k, v in shadow.items()}
+    policy.micro_batch = state.micro_batch
+    optimizer.load_state_dict(state.optimizer)
+    rule.load_state_dict(state.rule)

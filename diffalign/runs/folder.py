@@ -13,6 +13,7 @@ from typing import IO, Any
 import yaml
 
 from diffalign import config as configs
+from diffalign.runs.events import Evaluated, Listener, Updated
 from diffalign.runtime.files import write_text
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.types import Prompts, Scores
@@ -36,7 +37,7 @@ OURS = (
 )
 
 
-class RunFolder:
+class RunFolder(Listener):
     """`config.yaml`, `metrics.jsonl`, `scores.jsonl`, `checkpoints/`, `samples/`, `evaluation/`, `adapter/`,
     `best/`, `curves.png`.
 
@@ -59,6 +60,15 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
+    def updated(self, event: Updated) -> None:
+        """The update's metrics and, where it was scored, its scores."""
+        if event.update.judged is not None:
+            self.append_scores(event.number, *event.update.judged)
+        self.append({"update": event.number, **event.row})
+
+    def evaluated(self, event: Evaluated) -> None:
+        self.append({"update": event.number, **event.summary.row()})
+
     def append(self, row: dict[str, Any]) -> None:
         """Add one object to `metrics.jsonl`; numbers that are not finite have no place in JSON and are left out."""
         row = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
@@ -70,8 +80,7 @@ class RunFolder:
             name: [float(value) if math.isfinite(value) else None for value in values]
             for name, values in scores.by_name.items()
         }
-        told = {"prompt": prompts.text, "seed": prompts.seed.tolist(), "scores": by_name}
-        self._add(SCORES, {"update": update, **told})
+        self._add(SCORES, {"update": update, "prompt": prompts.text, "seed": prompts.seed.tolist(), "scores": by_name})
 
     def _add(self, name: str, row: dict[str, Any]) -> None:
         """One more line of a file, on the disk."""

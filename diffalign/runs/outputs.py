@@ -1,89 +1,117 @@
-"""Pictures a run leaves behind: grids, before and after, curves."""
+"""What a run draws and leaves behind: sample grids, curves, before and after, adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-from diffalign.report.pictures import Pixels
-from diffalign.evaluation.fixed import judged
+from diffalign.config import Config
+from diffalign.errors import Fault, one_line
+from diffalign.evaluation import fixed
+from diffalign.evaluation.fixed import FixedSet
+from diffalign.evaluation.results import Summary
+from diffalign.protocols import TrainablePolicy
+from diffalign.report import figures
+from diffalign.report.pictures import grid
+from diffalign.runs.card import write_adapter
+from diffalign.runs.folder import RunFolder
+from diffalign.runs.parts import Parts
+from diffalign.runtime import keys
+from diffalign.runtime.memory import fitting
 
-
-
-
-
-
-
-def before_after(
-    before: Pixels, after: Pixels, captions: Sequence[str], passed: tuple[Any, Any] | None, path: Path, title: str
-) -> None:
-    """The same prompts and seeds before and after training, side by side; a frame is green where the gold reward passes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shape = before.shape[1] / before.shape[2]
-    pairs_per_row = 4 if shape > 0.5 else 2  # strips of a video's frames are wide
-    rows = -(-len(captions) // pairs_per_row)
-    size = (10, rows * (5 / pairs_per_row * shape + 0.25 + 0.15 * (shape < 0.5)) + 0.5)
-    figure, axes = plt.subplots(rows, 2 * pairs_per_row, figsize=size, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for k, caption in enumerate(captions):
-        for side, (images, word) in enumerate(((before, "before"), (after, "after"))):
-            axis = axes[k // pairs_per_row, 2 * (k % pairs_per_row) + side]
-            axis.axis("on")
-            axis.imshow(images[k], interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_xlabel(word, fontsize=6, labelpad=1)
-            for spine in axis.spines.values():
-                good = passed is not None and passed[side][k] > 0.5
-                spine.set_color("grey" if passed is None else "tab:green" if good else "tab:red")
-                spine.set_linewidth(2)
-            if side == 0:
-                axis.set_title(caption.removeprefix("a photo of "), fontsize=7, loc="left", pad=2)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout(pad=0.4, rect=(0, 0, 1, 1 - 0.1 / rows))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+AVERAGES = "ema"  # the shadow that is evaluated and saved where the config asks for averaged weights
 
 
-def curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Training reward with a running mean, and evaluations with their intervals, over updates."""
-    import matplotlib
+def published(config: Config, policy: TrainablePolicy) -> AbstractContextManager[None]:
+    """The weights that are evaluated and saved."""
+    return nullcontext() if config.optimizer.ema is None else policy.shadow(AVERAGES)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    names = sorted({key for row in rows for key in row if key.startswith("reward/")} - {"reward/valid", "reward/total"})
-    evals = sorted({name for row in rows for name in judged(row)})
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for name in names:
-        x = np.array([row["update"] for row in rows if name in row])
-        y = np.array([row[name] for row in rows if name in row])
-        (line,) = axes[0].plot(x, y, alpha=0.3, linewidth=0.8)
-        width = min(10, len(y))
-        if width > 1:
-            smooth = np.convolve(y, np.ones(width) / width, "valid")
-            axes[0].plot(x[width - 1 :], smooth, color=line.get_color(), label=f"{name}, mean of {width}")
-    for name in evals:
-        found = [(row["update"], row[name], row[f"{name}_lo"], row[f"{name}_hi"]) for row in rows if name in row]
-        x, y, low, high = (np.array(column) for column in zip(*found, strict=True))
-        axes[1].errorbar(x, y, yerr=[y - low, high - y], capsize=3, marker="o", markersize=3, label=name)
-    for axis, what in zip(axes, ("training samples (noisy)", "held-out evaluation, 95 % intervals"), strict=True):
-        axis.set_xlabel("update")
-        axis.set_title(what, fontsize=9)
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=7)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+@dataclass
+class Outputs:
+    """Writes into a run's folder; `say` hears what a user should know."""
+
+    config: Config
+    parts: Parts
+    folder: RunFolder
+    judged: FixedSet
+    say: Callable[[str], None]
+
+    @property
+    def title(self) -> str:
+        """Of figures."""
+        return f"{self.config.rule['name']} on {self.config.model}, seed {self.config.seed}"
+
+    def _sample(self, update: int, ending: str) -> Path:
+        return self.folder / "samples" / f"update_{update:06d}.{ending}"
+
+    def samples(self, update: int) -> None:
+        """A grid of samples, and their pixels, after some updates."""
+        shown = self.judged.prompts.select(self.judged.shown(self.config.output.samples))
+        with published(self.config, self.parts.policy):
+            images = fitting(self.parts.policy, lambda: fixed.pictures(self.parts.policy, shown), self.say)
+        (self.folder / "samples").mkdir(exist_ok=True)
+        grid(images).save(self._sample(update, "png"))
+        np.savez_compressed(self._sample(update, "npz"), images=images)
+
+    def adapter(self, name: str, update: int, summary: Summary) -> None:
+        """The adapter after some updates, as a folder of the run, with a card that says what its evaluation found."""
+        self.curves()
+        with published(self.config, self.parts.policy):
+            write_adapter(self.config, self.parts.policy, self.folder, summary, name, update, self.parts.place)
+
+    def best(self, update: int) -> None:
+        """The adapter of the best evaluation so far, if that is the one after `update` updates."""
+        if self.judged.best() == update:
+            summary = self.judged.summary(update)
+            assert summary is not None, "it is among those that were read"
+            self.adapter("best", update, summary)
+
+    def leave(self, update: int, summary: Summary) -> None:
+        """Everything that a finished run has."""
+        self.before_after(update)
+        self.adapter("adapter", update, summary)
+        if self.config.evaluation.every and self.config.evaluation.enabled:
+            self.best(update)
+
+    def curves(self) -> None:
+        """The run so far, from its log."""
+        rewards: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        evaluations: dict[str, figures.Points] = defaultdict(list)
+        for row in self.folder.rows():
+            for key in keys.rewards(row):
+                rewards[key].append((row["update"], row[key]))
+            for name, judged in Summary.of_row(row).rewards.items():
+                value = judged.value
+                evaluations[keys.evaluated(name)].append((row["update"], value.value, value.low, value.high))
+        figures.curves(
+            dict(sorted(rewards.items())), dict(sorted(evaluations.items())), self.folder / "curves.png", self.title
+        )
+
+    def before_after(self, update: int) -> None:
+        """The same samples before training and after, if both are there."""
+        files = [self._sample(0, "npz"), self._sample(update, "npz")]
+        if not all(path.is_file() for path in files):
+            return
+        try:
+            before, after = (np.load(path)["images"] for path in files)
+        except (OSError, ValueError, KeyError) as error:
+            raise Fault(f"{files[0].parent}: damaged ({one_line(error)}); delete it to go on without it") from error
+        shown = self.judged.shown(self.config.output.samples)
+        captions = [self.judged.prompts.text[k] for k in shown]
+        path = self.folder / "before_after.png"
+        figures.before_after(before, after, captions, self._passed(update, shown), path, self.title)
+
+    def _passed(self, update: int, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """The first held-out reward's verdicts on the samples that are shown, before and after; None where it gives none."""
+        made = [self.judged.read(0), self.judged.read(update)]
+        if not self.config.eval_rewards:
+            return None
+        columns = [each.scores[self.config.eval_rewards[0]][shown] for each in made if each is not None]
+        verdicts = len(columns) == 2 and all(np.isin(column, (0, 1)).all() for column in columns)
+        return (columns[0], columns[1]) if verdicts else None

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffalign.models import lora as adapters, loading, lora_files
 from diffalign.backends import diffusers
 from diffalign.config import Config
+from diffalign.errors import Fault, UserError, one_line
+from diffalign.models import loading, lora, lora_files
 from diffalign.models.notes import lora_folder
 from diffalign.processes import PROCESSES
-from diffalign.rewards.base import Reward, greet
 from diffalign.rewards.load import load as load_reward
-from diffalign.errors import Fault, UserError, one_line
+from diffalign.rewards.scorer import Scorer
+from diffalign.runtime.distributed import World
+from diffalign.runtime.randomness import Purpose, numpy_generator
+from diffalign.training.fitting import fit
+from diffalign.training.trainer import Trainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
 class Parts:
-    """What a config describes: a policy around a pipeline with LoRA, and its rewards."""
+    """What a config describes: a policy around a pipeline with LoRA, what scores its samples, and what judges them in evaluations."""
 
     place: loading.Place
     policy: diffusers.DiffusersPolicy
-    rewards: dict[str, Reward]
-    eval_rewards: dict[str, Reward]
+    scorer: Scorer
+    judges: Scorer
 
     @property
     def pipe(self) -> Any:
@@ -52,29 +59,37 @@ def build(config: Config) -> Parts:
     pipe, place = loading.load(config.model, dtype, device(config), config.revision, config.weights)
     if config.attention == "xformers":
         loading.use_xformers(pipe)
-    lora = config.lora
-    parameters = adapters.attach(pipe, lora.rank, lora.alpha, lora.targets, config.seed)
-    if lora.start is not None:
-        folder = lora_folder(lora.start)
+    parameters = _lora(config, pipe)
+    scoring = config.scoring
+    names = dict.fromkeys([*config.rewards, *config.eval_rewards])
+    loaded = {
+        name: load_reward(name, scoring.deadline, scoring.batch, scoring.frames, scoring.reduce) for name in names
+    }
+    for reward in loaded.values():
+        reward.greet()
+        if config.optimizer.gradient_checkpointing:
+            reward.checkpoint()
+    judging = dict.fromkeys([*config.eval_rewards, *config.rewards])
+    return Parts(
+        place,
+        policy(config, pipe, parameters),
+        Scorer({name: loaded[name] for name in config.rewards}, config.rewards),
+        Scorer({name: loaded[name] for name in judging}),
+    )
+
+
+def _lora(config: Config, pipe: Any) -> dict[str, torch.Tensor]:
+    """Attach what is trained, with the effect of the adapter it starts from."""
+    settings = config.lora
+    parameters = lora.attach(pipe, settings.rank, settings.alpha, settings.targets, config.seed)
+    if settings.start is not None:
+        folder = lora_folder(settings.start)
         assert folder is not None, "the config was checked"
         try:
             lora_files.go_on_from(pipe, folder)
         except ValueError as error:
             raise UserError(f"lora.start: {folder} does not fit: {error}") from error
-    names = dict.fromkeys([*config.rewards, *config.eval_rewards])
-    asked = config.scoring
-    loaded = {name: load_reward(name, asked.deadline, asked.batch, asked.frames, asked.reduce) for name in names}
-    greet(loaded)
-    if config.optimizer.gradient_checkpointing:
-        for reward in loaded.values():
-            if hasattr(reward, "checkpoint"):
-                reward.checkpoint()
-    return Parts(
-        place=place,
-        policy=policy(config, pipe, parameters),
-        rewards={name: loaded[name] for name in config.rewards},
-        eval_rewards={name: loaded[name] for name in dict.fromkeys([*config.eval_rewards, *config.rewards])},
-    )
+    return parameters
 
 
 def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None = None) -> diffusers.DiffusersPolicy:
@@ -103,3 +118,64 @@ def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None
         raise UserError(f"sampler: {type(pipe).__name__} does not accept these settings: {one_line(error)}") from error
     except RuntimeError as error:
         raise Fault(f"{type(pipe).__name__} cannot sample with these settings: {one_line(error)}") from error
+
+
+def trainer(config: Config, parts: Parts, world: World, say: Callable[[str], None]) -> Trainer:
+    """What updates the parts, its rule fitted into memory if it asks for that.
+
+    Raises:
+        UserError: for settings that this sampler, or so many processes, cannot run.
+    """
+    optimizer = config.optimizer
+    if (most := config.samples_per_update // optimizer.micro_batch) < world.size:
+        raise UserError(
+            f"optimizer.micro_batch: got {optimizer.micro_batch}, {most} of them an update for {world.size} processes; "
+            "allowed is at least one each"
+        )
+    made = Trainer(
+        config.make_rule(),
+        parts.policy,
+        parts.scorer,
+        torch.optim.AdamW(
+            parts.policy.parameters.values(), lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay
+        ),
+        functools.partial(config.book.draw, config.prompts.groups, config.prompts.group_size, config.seed),
+        max_grad_norm=optimizer.max_grad_norm,
+        seed=config.seed,
+        world=world,
+        max_invalid=config.scoring.max_invalid,
+        notify=say,
+    )
+    batch = made.draw(0).select(range(parts.policy.micro_batch))
+    fitted = fit(made.rule, parts.policy, parts.scorer, batch)
+    plan = made.rule.plan(parts.policy.schedule, 0, numpy_generator(config.seed, Purpose.PLAN, 0))
+    if fitted:
+        say(f"fitted into memory: {', '.join(map(str, plan.updates[0]))}")
+    return made
+
+
+def introduce(config: Config, parts: Parts, say: Callable[[str], None]) -> None:
+    """Say what a user should know of what was loaded."""
+    place = parts.place
+    if config.evaluation.enabled and config.book.shared:
+        say("evaluating on prompts that are trained on: scores do not say what is true of others")
+    if place.commit is not None:
+        say(f"{config.model} at commit {place.commit}")
+    if place.file:
+        say(f"from {config.weights}: {place.file}")
+
+
+def store_prompts(config: Config, parts: Parts, world: World, say: Callable[[str], None]) -> None:
+    """Encode all prompts of the run beforehand and let the text encoders go, if the config has a cache for it."""
+    settings, held = config.prompts, parts.policy
+    if settings.cache is None:
+        return
+    texts = config.book.texts
+    folder, budget = Path(settings.cache).expanduser(), settings.cache_gib * 2**30
+    say(f"encoding {len(texts)} prompts, or finding them in {folder}")
+    mine = texts[world.rank :: world.size]
+    answers = world.gather(world.together(lambda: held.store_prompts(folder, budget, texts, mine)))
+    if why_not := next(filter(None, answers), ""):
+        say(f"text encoders stay: {why_not}")
+    else:
+        say(f"text encoders leave memory: {held.leave_encoders() / 2**20:.0f} MiB")

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diffalign.evaluation.fixed import judged
+from diffalign.runs.events import Ended, Evaluated, Listener, Updated
+from diffalign.runtime import keys
 
 LINES = 20  # lines a run prints where there is no terminal
 
 
-class Reporter:
+class Reporter(Listener):
     """Says what happens, on standard error."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: Any = None
+        self.place: Any = ""  # the run's folder, for the last line
         self._seconds: list[float] = []
         self._rewards: list[float] = []
 
@@ -34,29 +33,38 @@ class Reporter:
             self._bar.stop()
             self._bar = None
 
-    @contextmanager
-    def update(self, index: int, total: int) -> Iterator[dict[str, float]]:
-        """One training update: the caller fills the yielded dict with its metrics."""
-        metrics: dict[str, float] = {}
-        started = time.perf_counter()
-        yield metrics
-        self._seconds.append(time.perf_counter() - started)
-        self._rewards.append(metrics.get("reward/total", metrics.get("reward", float("nan"))))
+    def updated(self, event: Updated) -> None:
+        """The bar moves, or now and then there is a line."""
+        row, total = event.row, event.total
+        self._seconds.append(row["seconds/total"])
+        self._rewards.append(row.get(keys.TOTAL, float("nan")))
         recent = [value for value in self._rewards[-10:] if value == value]
         reward = f"{sum(recent) / len(recent):.3f}" if recent else "-"
         if self.console.is_terminal:
-            self._advance(index, total, reward)
-        elif index == 0 or (index + 1) % max(1, total // LINES) == 0 or index + 1 == total:
+            self._advance(event.number, total, reward)
+        elif len(self._seconds) == 1 or event.number % max(1, total // LINES) == 0 or event.number == total:
             pace = sum(self._seconds[-20:]) / len(self._seconds[-20:])
-            left = pace * (total - index - 1)
+            left = pace * (total - event.number)
             phases = ", ".join(
                 f"{key.removeprefix('seconds/')} {value:.2f}"
-                for key, value in metrics.items()
+                for key, value in row.items()
                 if key.startswith("seconds/") and key != "seconds/total"
             )
-            self.say(f"update {index + 1}/{total}  reward {reward}  {pace:.2f} s/update ({phases})  {left:.0f} s left")
+            self.say(f"update {event.number}/{total}  reward {reward}  {pace:.2f} s/update ({phases})  {left:.0f} s left")
+        self._remark(event)
 
-    def _advance(self, index: int, total: int, reward: str) -> None:
+    def _remark(self, event: Updated) -> None:
+        """What a user should know of an update."""
+        update = event.update
+        if update.unscored:
+            self.say(f"update {event.number}: {update.unscored} samples have no score and carry no weight")
+        if update.flat:
+            self.say(f"update {event.number}: every group has equal rewards, nothing to learn; skipped")
+        if update.nonfinite:
+            so_far = int(event.row["skipped"])
+            self.say(f"update {event.number}: the gradient is not finite; skipped ({so_far} so far)")
+
+    def _advance(self, number: int, total: int, reward: str) -> None:
         if self._bar is None:
             columns = (
                 TextColumn("{task.description}"),
@@ -67,14 +75,17 @@ class Reporter:
             clock = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
             self._bar = Progress(*columns, *clock, console=self.console)
             self._bar.start()
-            self._task = self._bar.add_task("training", total=total, completed=index, note="")
-        self._bar.update(self._task, completed=index + 1, note=f"reward {reward}")
+            self._task = self._bar.add_task("training", total=total, completed=number - 1, note="")
+        self._bar.update(self._task, completed=number, note=f"reward {reward}")
 
-    def evaluated(self, update: int, summary: dict[str, float]) -> None:
+    def evaluated(self, event: Evaluated) -> None:
         """One line a reward, with intervals and, after the first, the paired gain."""
-        for name in judged(summary):
-            line = f"update {update}  {name} {summary[name]:.3f} [{summary[name + '_lo']:.3f}, {summary[name + '_hi']:.3f}]"
-            if f"{name}_gain" in summary:
-                gain, low, high = (summary[f"{name}_gain{end}"] for end in ("", "_lo", "_hi"))
-                line += f"  gain {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+        for name, judged in event.summary.rewards.items():
+            value, gain = judged.value, judged.gain
+            line = f"update {event.number}  {keys.evaluated(name)} {value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+            if gain is not None:
+                line += f"  gain {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
             self.say(line)
+
+    def ended(self, event: Ended) -> None:
+        self.say(f"done: {event.number} updates, {event.seconds:.0f} s, {self.place}")

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from diffalign.runs.events import Evaluated, Listener, Updated
 
-class Trackers:
-    """Forwards numbers to the configured trackers; the config's check has seen that they are installed."""
 
-    def __init__(self, names: list[str], folder: Path) -> None:
-        self._trackers: list[Any] = []
-        if not names:
-            return
+class Trackers(Listener):
+    """Forwards numbers to the configured trackers; the config's check has seen that they are installed.
+
+    They are opened at the first number: before, the folder may not be the run's own yet.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path) -> None:
+        self._names, self._folder = list(names), folder
+
+    def updated(self, event: Updated) -> None:
+        self._log(event.row, event.number)
+
+    def evaluated(self, event: Evaluated) -> None:
+        self._log(event.summary.row(), event.number)
+
+    def _log(self, values: dict[str, float], update: int) -> None:
+        for tracker in self._opened:
+            tracker.log(values, step=update)
+
+    @cached_property
+    def _opened(self) -> list[Any]:
+        if not self._names:
+            return []
         from accelerate import PartialState, tracking
 
         PartialState(cpu=True)
         kinds: dict[str, Any] = {"tensorboard": tracking.TensorBoardTracker, "wandb": tracking.WandBTracker}
-        for name in names:
+        opened, folder = [], self._folder
+        for name in self._names:
             kind = kinds[name]
             folder.mkdir(parents=True, exist_ok=True)
             tracker = kind("diffalign", folder) if name == "tensorboard" else kind("diffalign", dir=str(folder))
             if hasattr(tracker, "start"):
                 tracker.start()
-            self._trackers.append(tracker)
-
-    def log(self, values: dict[str, float], update: int) -> None:
-        for tracker in self._trackers:
-            tracker.log(values, step=update)
+            opened.append(tracker)
+        return opened

@@ -9,16 +9,18 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from diffalign.errors import Fault, one_line
+from diffalign.runtime.launcher import several
 from diffalign.types import chunks
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class World:
     @classmethod
     def join(cls) -> World:
         """Meet the processes that a launcher started, if one did: it says who and where in the environment."""
-        if not dist.is_available() or os.environ.get("WORLD_SIZE", "1") in ("", "0", "1"):
+        if not dist.is_available() or not several():
             return cls()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -83,6 +85,10 @@ class World:
                 raise Fault(f"process {rank}: {problem}")
         return result  # type: ignore[return-value]
 
+    def led(self, target: T) -> T:
+        """An object whose methods the first process runs, with everybody getting their results; its other attributes are not for use."""
+        return cast("T", target if self.size == 1 else _Led(self, target))
+
     def lead(self, work: Callable[[], T]) -> T:
         """Let the first process do some work, and give everybody its result."""
         return self.gather(self.together(lambda: work() if self.leads else None))[0]  # type: ignore[return-value]
@@ -96,8 +102,8 @@ class World:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def average(self, metrics: dict[str, float], weight: float) -> dict[str, float]:
-        """Metrics averaged over the processes that have them, by weight."""
+    def average(self, metrics: dict[K, float], weight: float) -> dict[K, float]:
+        """Numbers averaged over the processes that have them, by weight."""
         if self.size == 1:
             return metrics
         found = self.gather((metrics, weight))
@@ -121,6 +127,17 @@ class World:
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         if len(digests := set(self.gather(digest.hexdigest()))) > 1:
             raise Fault(f"{where}: the processes hold {len(digests)} different adapters; they must be equal")
+
+
+class _Led:
+    """Hands every method call to the first process."""
+
+    def __init__(self, world: World, target: Any) -> None:
+        self._world, self._target = world, target
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._target, name)
+        return lambda *args, **kwargs: self._world.lead(lambda: method(*args, **kwargs))
 
 
 ALONE = World()

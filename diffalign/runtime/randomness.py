@@ -6,6 +6,7 @@ So a resumed, re-sharded or re-batched run draws the same numbers, and nothing a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum, unique
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MASK = (1 << 64) - 1
+
+
+@unique
+class Purpose(IntEnum):
+    """What a draw is for: the second part of its key, after a seed. Numbers are for ever: another one is another run."""
+
+    ORDER = 11  # of prompts in a pass over them
+    SAMPLE = 12  # the seeds of an update's samples
+    GROUP = 13  # the seeds that an update's groups share
+    FIXED = 14  # the seeds of a run's evaluation
+    PLAN = 15  # a rule's draws for an update
+    DIRECTION = 16  # noise on parameters
+    SUITE = 17  # the seeds of an evaluation by a suite
+    FORWARD = 18  # noise on finished samples, to learn from
+    VARIANT = 19  # noise on finished samples, to go on from (DRaFT-LV)
+    TOY = 1 << 40  # the start of the Gaussian chain
+
+
+SHARED = 1  # after a sampler's step: the part of siblings' noise that they share
 
 
 def key(*parts: int) -> int:

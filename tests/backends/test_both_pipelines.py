@@ -15,7 +15,9 @@ from diffalign.models import lora as adapters
 from diffalign.ops import gaussian
 from diffalign.processes import PROCESSES
 from diffalign.prompts import book
+from diffalign.rewards.scorer import Scorer
 from diffalign.rules import RLR, TruncatedBP
+from diffalign.runtime import memory
 from diffalign.training import fitting as measure
 from diffalign.training.trainer import Trainer
 from diffalign.types import Plan, Prompts
@@ -231,7 +233,7 @@ def saved_bytes(name: str, depth: int, steps: int, **kwargs) -> int:
     rule = TruncatedBP(TruncatedBP.Settings(depth=depth))
     plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
     part = policy.rollout(given(), plan)
-    return measure.saved_bytes(lambda: policy.decode(part, policy.replay(part, plan.stop, steps).x))
+    return memory.saved_bytes(lambda: policy.decode(part, policy.replay(part, plan.stop, steps).x))
 
 
 @both
@@ -246,9 +248,10 @@ def test_memory_grows_with_the_depth_and_not_with_the_steps(name):
 def laboratory(name: str, rule, steps: int) -> Trainer:
     """A trainer on the pipeline, to take gradients with; one reward, the pictures' brightness."""
     policy = make(name, steps)
-    rewards = {"brightness": lambda media, given: brightness(media.pixels)}
+    scorer = Scorer({"brightness": lambda media, given: brightness(media.pixels)})
     optimizer = torch.optim.SGD(policy.parameters.values(), lr=0.0)
-    return Trainer(rule, policy, rewards, {"brightness": 1.0}, optimizer, lambda update: given(2), micro_batch=4)
+    policy.micro_batch = 4
+    return Trainer(rule, policy, scorer, optimizer, lambda update: given(2))
 
 
 @both
@@ -257,7 +260,7 @@ def test_invariant_20_rlr_holds_its_largest_term_only(name):
 
     def peak(rule, steps: int) -> int:
         trainer = laboratory(name, rule, steps)
-        with measure.Saved() as saved:
+        with memory.Saved() as saved:
             trainer.gradient(0)
         assert saved.total == 0
         return saved.peak
@@ -271,7 +274,7 @@ def test_invariant_20_rlr_holds_its_largest_term_only(name):
             x = policy.replay(part, term.start, term.stop).x
             return brightness(policy.decode(part, x).pixels) if term.through == "reward" else x
 
-        return max(measure.saved_bytes(lambda term=term: work(term)) for term in terms)
+        return max(memory.saved_bytes(lambda term=term: work(term)) for term in terms)
 
     full = {}
     for steps in (5, 10, 20):
@@ -286,14 +289,14 @@ def test_invariant_20_rlr_holds_its_largest_term_only(name):
 @both
 def test_a_memory_budget_chooses_depth_and_span_that_keep_to_it(name):
     trainer = laboratory(name, RLR(), 10)
-    found = measure.graph_bytes(trainer.policy, trainer.rewards, given(2))
+    found = measure.graph_bytes(trainer.policy, trainer.scorer, given(2))
     for steps in (1.0, 2.5, 4.0):  # graphs of as many steps, beside decoder and reward
         budget = found.reward + steps * found.step + 9 * found.stored
         rule = RLR(RLR.Settings(depth="auto", span="auto", memory_gib=budget / 2**30))
         rule.fit(found, 10)
         assert rule.depth == int(steps)
         trainer = laboratory(name, rule, 10)
-        with measure.Saved() as saved:
+        with memory.Saved() as saved:
             trainer.gradient(0)
         assert saved.peak <= 1.01 * budget
         assert saved.peak > 0.5 * budget

@@ -156,8 +156,8 @@ def test_a_reward_that_needs_metadata_refuses_prompts_without(tmp_path):
 
 
 def test_a_rule_that_needs_gradients_refuses_a_black_box_reward(monkeypatch):
+    from diffalign.protocols import Needs
     from diffalign.rules import FlowGRPO
-    from diffalign.types import Needs
 
     monkeypatch.setattr(FlowGRPO, "needs", Needs(differentiable_reward=True))
     assert any("flow_grpo needs a differentiable reward, shapes_geneval_partial is not" in line for line in problems())

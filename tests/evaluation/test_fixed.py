@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from diffalign.evaluation.fixed import Evaluation
 from diffalign.evaluation.intervals import interval
+from diffalign.evaluation.results import Evaluation
 
 
 def test_interval_of_independent_prompts_is_the_normal_one():
@@ -12,7 +12,7 @@ def test_interval_of_independent_prompts_is_the_normal_one():
     values = rng.normal(0.3, 1.0, 400)
     found = interval(values, np.arange(400))
     half = 1.96 * values.std(ddof=1) / 20
-    assert found.mean == pytest.approx(values.mean())
+    assert found.value == pytest.approx(values.mean())
     # 2,000 resamples know a quantile to about 4 % of the half-width
     assert found.low == pytest.approx(values.mean() - half, abs=0.12 * half)
     assert found.high == pytest.approx(values.mean() + half, abs=0.12 * half)
@@ -38,13 +38,13 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
 
 def test_scores_that_are_not_there_are_left_out():
     found = interval(np.array([1.0, np.nan, 3.0]), np.array([0, 0, 1]))
-    assert found.mean == 2.0
-    assert np.isnan(interval(np.array([np.nan]), np.array([0])).mean)
+    assert found.value == 2.0
+    assert np.isnan(interval(np.array([np.nan]), np.array([0])).value)
 
 
 def test_equal_scores_have_a_point_for_an_interval():
     found = interval(np.ones(30), np.arange(30))
-    assert (found.low, found.mean, found.high) == (1.0, 1.0, 1.0)
+    assert (found.low, found.value, found.high) == (1.0, 1.0, 1.0)
 
 
 def test_pairing_removes_what_the_images_have_in_common(tmp_path):
@@ -53,7 +53,7 @@ def test_pairing_removes_what_the_images_have_in_common(tmp_path):
     shared = rng.normal(size=120)
     before = Evaluation(0, {"r": shared}, group)
     after = Evaluation(9, {"r": shared + 0.1 + rng.normal(0, 0.01, 120)}, group)
-    row = after.summary(before)
+    row = after.summary(before).row()
     assert row["eval/n"] == 120
     assert row["eval/r_gain"] == pytest.approx(0.1, abs=0.005)
     assert 0.09 < row["eval/r_gain_lo"] < row["eval/r_gain"] < row["eval/r_gain_hi"] < 0.11
@@ -61,4 +61,4 @@ def test_pairing_removes_what_the_images_have_in_common(tmp_path):
     after.save(tmp_path / "e" / "a.json", seed=1)
     back = Evaluation.read(tmp_path / "e" / "a.json")
     np.testing.assert_array_equal(back.scores["r"], after.scores["r"])
-    assert "eval/r_gain" not in after.summary()
+    assert "eval/r_gain" not in after.summary().row()

@@ -53,14 +53,14 @@ def test_verdicts_get_wilson_and_scores_a_bootstrap():
     assert s.mean(scores, prompt) == s.interval(scores, prompt)
     holes = verdicts.copy()
     holes[3] = np.nan
-    assert s.mean(holes, prompt).mean == pytest.approx(np.nanmean(holes))
+    assert s.mean(holes, prompt).value == pytest.approx(np.nanmean(holes))
 
 
 def test_the_overall_score_is_the_mean_of_the_tasks_not_of_the_samples():
     values = np.array([1.0] * 10 + [0.0] * 2)
     task = np.array([0] * 10 + [1] * 2)
     found = s.mean_of_means(values, np.arange(12), task)
-    assert found.mean == 0.5
+    assert found.value == 0.5
     assert (found.low, found.high) == (0.5, 0.5)
     rng = np.random.default_rng(0)
     values = rng.normal(size=400)

@@ -14,12 +14,12 @@ from PIL import Image
 from diffalign.cli import app
 from diffalign.errors import Fault, UserError
 from diffalign.evaluation import samples
-from diffalign.evaluation import suite as benchmark
+from diffalign.evaluation.task import task_of
 from diffalign.runs import session
 from diffalign.sampling import pictures as sampling
 from diffalign.shapes import captions, models
 from tests.kit.helpers import tiny_config
-from tests.runtime.test_distributed import launch
+from tests.kit.processes import launch
 
 FEW = ["--steps", "3", "-n", "2", "--batch", "3"]
 
@@ -311,7 +311,7 @@ def test_a_damaged_sample_is_named(tmp_path):
 
 
 def test_the_shapes_suite_has_its_own_rewards():
-    task = benchmark.task_of("shapes", None, (), "test", 4, 0, 16)
+    task = task_of("shapes", None, (), "test", 4, 0, 16)
     assert task.rewards == ("shapes_geneval", "shapes_geneval_strict")
     assert {entry["tag"] for entry in task.entries} == set(captions.TASKS)
     assert sys.maxsize >= task.seed_of(3) != task.seed_of(4)

@@ -11,7 +11,7 @@ from diffalign.cli import main
 from diffalign.errors import UserError
 from diffalign.gradients import instrument as gradients
 from diffalign.gradients.laboratory import FullBackpropagation, Laboratory
-from diffalign.training import fitting as measure
+from diffalign.runtime import memory
 from tests.kit.helpers import gradient, toy_prompts
 
 TBP = "truncated_bp/shapes-sd3@objective=linear@target=null@noise=true"
@@ -160,7 +160,7 @@ def test_on_an_embedded_pipeline(tmp_path, capsys):
 def test_saved_bytes_are_counted_once_and_freed_with_the_graph():
     weight = torch.nn.Parameter(torch.ones(1000, dtype=torch.float32))
     x = torch.ones(500, requires_grad=True)
-    with measure.Saved() as saved:
+    with memory.Saved() as saved:
         y = (x * 2).exp()  # keeps its result, 2,000 bytes
         z = y.sin() + y.cos()  # keep y, the same storage
         assert saved.total == 2000

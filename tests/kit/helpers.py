@@ -7,8 +7,11 @@ import torch
 
 from diffalign.backends.toy import ToyPolicy, toy_reward
 from diffalign.prompts import book
-from diffalign.training.trainer import Clock, Trainer
-from diffalign.types import Credit, Plan, Prompts, Rollout, UpdateRule
+from diffalign.rewards.scorer import Scorer
+from diffalign.rules import Rule
+from diffalign.training.scoring import Clock
+from diffalign.training.trainer import Trainer
+from diffalign.types import Credit, Plan, Prompts, Rollout
 
 
 def toy_prompts(groups: int, group_size: int, seed: int = 0, update: int = 0) -> Prompts:
@@ -16,21 +19,20 @@ def toy_prompts(groups: int, group_size: int, seed: int = 0, update: int = 0) ->
 
 
 def toy_trainer(
-    rule: UpdateRule, policy: ToyPolicy, groups: int = 4, group_size: int = 8, lr: float = 0.05, micro_batch: int = 0
+    rule: Rule, policy: ToyPolicy, groups: int = 4, group_size: int = 8, lr: float = 0.05, micro_batch: int = 0
 ) -> Trainer:
+    policy.micro_batch = micro_batch or groups * group_size
     return Trainer(
         rule,
         policy,
-        {"toy": toy_reward},
-        {"toy": 1.0},
+        Scorer({"toy": toy_reward}),
         torch.optim.Adam(policy.parameters.values(), lr=lr),
         lambda update: toy_prompts(groups, group_size, 0, update),
-        micro_batch=micro_batch or groups * group_size,
     )
 
 
 def gradient(
-    rule: UpdateRule, policy: ToyPolicy, given: Prompts, micro_batch: int | None = None, update: int = 0
+    rule: Rule, policy: ToyPolicy, given: Prompts, micro_batch: int | None = None, update: int = 0
 ) -> np.ndarray:
     """The rule's gradient of the loss on some prompts, through the trainer's own path."""
     trainer = toy_trainer(rule, policy, micro_batch=micro_batch or len(given))
@@ -40,12 +42,12 @@ def gradient(
     return policy.delta.grad.numpy().copy()
 
 
-def rolled(rule: UpdateRule, policy: ToyPolicy, groups: int = 2, size: int = 8) -> tuple[Plan, Rollout, Credit | None]:
+def rolled(rule: Rule, policy: ToyPolicy, groups: int = 2, size: int = 8) -> tuple[Plan, Rollout, Credit | None]:
     """A rule's first plan, a rollout of it, and its credit."""
     given = toy_prompts(groups, size)
     plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
     part = policy.rollout(given, plan)
-    scores = toy_trainer(rule, policy, groups, size).score(part, Clock(torch.device("cpu")))
+    scores = toy_trainer(rule, policy, groups, size).sampling.score(part, Clock(torch.device("cpu")))
     return plan, part, rule.credit(part.tree, scores, given)
 
 

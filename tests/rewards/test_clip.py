@@ -15,7 +15,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from diffalign.config.schema import load as load_config
+from diffalign.config import load as load_config
 from diffalign.errors import Fault, UserError
 from diffalign.rewards import catalog
 from diffalign.rewards.check import check
@@ -158,7 +158,7 @@ def test_padding_keeps_the_whole_picture(side, bars):
 def test_gradients_are_finite_differences(name, folder, checkpoint, monkeypatch):
     monkeypatch.setattr(hpsv2.HPSv2, "architecture", "tiny-hps")
     reward = load(f"{name}@{checkpoint.path if name.startswith('hps') else folder}")
-    reward.net.double()
+    reward.reward.net.double()
     media, prompts = given()
     pixels = (0.1 + 0.8 * media.pixels.double()).requires_grad_()
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # differences in float32 are mostly rounding
@@ -275,7 +275,7 @@ def test_checkpointing_keeps_scores_and_gradients_and_little_else(name, folder, 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_run_asks_its_rewards_for_checkpointing(wanted, folder, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(_clip.Scorer, "checkpoint", lambda self: asked.append(self))
+    monkeypatch.setattr(_clip.Towers, "checkpoint", lambda self: asked.append(self))
     settings = tiny_config(
         tmp_path / "run",
         f"rewards={{clipscore@{folder}: 1.0}}",

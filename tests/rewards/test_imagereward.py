@@ -135,7 +135,7 @@ def test_words_beyond_the_thirty_fifth_do_not_count(published):
 
 
 def test_its_gradient_is_that_of_finite_differences_and_checkpointing_keeps_it(published):
-    reward = load(f"imagereward@{published[1]}")
+    reward = load(f"imagereward@{published[1]}").reward
     media, prompts = given()
     reward.picture.double(), reward.text.double()
     pixels = media.pixels[:, 0].double() * 0.8 + 0.1  # where nothing is clamped

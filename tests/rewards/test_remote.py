@@ -18,15 +18,18 @@ import torch
 
 from diffalign import config
 from diffalign.errors import Fault, UserError
-from diffalign.rewards import catalog, remote
-from diffalign.rewards.base import Background, begin, to_uint8
+from diffalign.rewards import catalog, wire
+from diffalign.rewards.base import to_uint8
 from diffalign.rewards.load import load
-from diffalign.rewards.remote import Remote, packed, unpacked
-from diffalign.rewards.server import Judge, application
+from diffalign.rewards.remote import Remote
+from diffalign.rewards.scorer import Scorer
+from diffalign.rewards.server import Served, application
+from diffalign.rewards.wire import packed, unpacked
 from diffalign.runs import checkpoint
 from diffalign.runs.folder import open_run, read_rows
 from diffalign.runs.progress import Reporter
 from diffalign.runs.session import Session
+from diffalign.runtime import http
 from diffalign.types import Media, Prompts
 from tests.kit.helpers import tiny_config
 
@@ -72,8 +75,8 @@ def names(body):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE", 0.02)
-    monkeypatch.setattr(remote, "LONGEST", 0.1)
+    monkeypatch.setattr(http, "PAUSE", 0.02)
+    monkeypatch.setattr(http, "LONGEST", 0.1)
 
 
 @pytest.mark.parametrize("form", ["png", "raw"])
@@ -127,7 +130,7 @@ def test_a_reward_that_keeps_failing_is_not_asked_until_the_deadline():
     started = time.monotonic()
     assert np.isnan(reward(*samples(2))).all()
     assert time.monotonic() - started < 5
-    assert len(server.bodies) == remote.FAILURES
+    assert len(server.bodies) == http.FAILURES
     assert "KeyError: 'x'" in reward.said
     server.close()
 
@@ -180,7 +183,7 @@ def test_a_token_that_no_header_carries_is_refused_at_both_ends(token, monkeypat
 
 
 def test_a_small_file_of_many_pixels_is_refused(monkeypatch):
-    monkeypatch.setattr(remote, "PIXELS", 3 * 64)
+    monkeypatch.setattr(wire, "PIXELS", 3 * 64)
     assert unpacked(packed(samples(3)[0])).shape == (3, 1, 3, 8, 8)
     with pytest.raises(ValueError, match="media.data: more than 192 pixels; send fewer samples"):
         unpacked(packed(samples(4)[0]))
@@ -240,7 +243,7 @@ def test_a_dead_server_costs_its_deadline_once():
 
 
 def test_the_token_is_sent(monkeypatch):
-    monkeypatch.setenv(remote.TOKEN, "secret")
+    monkeypatch.setenv(http.TOKEN, "secret")
     server = Server(names)
     Remote("r", [server.url])(*samples(1))
     assert server.bodies[0][1] == "Bearer secret"
@@ -263,7 +266,7 @@ def test_rewards_in_the_background_score_while_others_do():
         release.set()
         return [10.0, 20.0]
 
-    answer = begin({"a": waiting, "b": here}, {"a": 1.0, "b": 1.0}, media, prompts, Background())
+    answer = Scorer({"a": waiting, "b": here}).begin(media, prompts)
     assert answer().total.tolist() == [11, 22]
 
 
@@ -273,7 +276,7 @@ def test_a_failure_in_the_background_is_a_fault_too():
 
     broken.background = True
     with pytest.raises(Fault, match="reward a: ValueError: no"):
-        begin({"a": broken}, {"a": 1.0}, *samples(2), Background())()
+        Scorer({"a": broken}).scores(*samples(2))
 
 
 # -- the server
@@ -282,7 +285,7 @@ def test_a_failure_in_the_background_is_a_fault_too():
 def client(name="shapes_geneval_partial", **more):
     from starlette.testclient import TestClient
 
-    return TestClient(application(Judge(name), **more))
+    return TestClient(application(Served(name), **more))
 
 
 def request(n=2, **more):

@@ -9,9 +9,10 @@ from PIL import Image
 from diffalign.errors import Fault, UserError
 from diffalign.evaluation import score_cache as cache
 from diffalign.rewards import catalog
-from diffalign.rewards.base import check_media, evaluate, to_uint8
+from diffalign.rewards.base import check_media, to_uint8
 from diffalign.rewards.check import check
 from diffalign.rewards.load import load
+from diffalign.rewards.scorer import Scorer
 from diffalign.shapes import captions
 from diffalign.shapes.world import render
 from diffalign.types import Media, Prompts
@@ -75,7 +76,7 @@ def test_pictures_outside_the_contract_are_refused(pixels):
 def test_scores_add_up_by_weight_and_a_missing_score_is_invalid_not_a_number():
     media, prompts = scenes(count=3)
     rewards = {"a": lambda m, p: [1.0, 2.0, float("nan")], "b": lambda m, p: torch.tensor([1.0, 1.0, 1.0])}
-    scores = evaluate(rewards, {"a": 2.0, "b": -1.0}, media, prompts)
+    scores = Scorer(rewards, {"a": 2.0, "b": -1.0}).scores(media, prompts)
     assert scores.total.tolist() == [1.0, 3.0, 0.0]
     assert scores.valid.tolist() == [True, True, False]
 
@@ -91,7 +92,7 @@ def test_scores_add_up_by_weight_and_a_missing_score_is_invalid_not_a_number():
 def test_a_reward_that_fails_is_named(reward, message):
     media, prompts = scenes(count=3)
     with pytest.raises(Fault, match=f"reward mine: .*{message}"):
-        evaluate({"mine": reward}, {"mine": 1.0}, media, prompts)
+        Scorer({"mine": reward}).scores(media, prompts)
 
 
 @pytest.mark.parametrize("body", ["import nothing_of_that_name", "x = 1 / 0", "raise SystemError('no')"])
@@ -105,7 +106,7 @@ def test_a_file_that_cannot_be_imported_is_the_users_mistake(tmp_path, body):
 
 def test_a_score_too_large_to_add_up_is_none():
     media, prompts = scenes(count=3)
-    scores = evaluate({"a": lambda m, p: [1.0, 1e308, -1e39]}, {"a": 1.0}, media, prompts)
+    scores = Scorer({"a": lambda m, p: [1.0, 1e308, -1e39]}).scores(media, prompts)
     assert scores.valid.tolist() == [True, False, False]
 
 

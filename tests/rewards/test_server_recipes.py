@@ -12,7 +12,7 @@ import torch
 
 from diffalign.errors import Fault
 from diffalign.rewards.load import load
-from diffalign.rewards.remote import packed
+from diffalign.rewards.wire import packed
 from diffalign.types import Media, Prompts
 from tests.kit import ROOT
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from diffalign import config
 from diffalign.errors import Fault, UserError
-from diffalign.rewards import remote
 from diffalign.rewards.load import load
+from diffalign.runtime import http
 from diffalign.types import Media, Prompts
 from reward_models.vlm_judge import points, probability
 from tests.rewards.test_remote import Server
@@ -44,7 +44,7 @@ def test_what_is_no_completion_is_a_fault(strange):
 
 
 def test_every_sample_is_asked_about_with_its_own_prompt_and_picture(monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE", 0.02)
+    monkeypatch.setattr(http, "PAUSE", 0.02)
     troubles = iter([(503, {})])
 
     def judge(body):

@@ -7,38 +7,25 @@ from typing import Any, ClassVar
 import numpy as np
 
 from diffalign.ops import advantages, gaussian, matching
+from diffalign.protocols import Loss, Needs, Policy, RewardFunction
+from diffalign.rules import Rule
 from diffalign.runtime.randomness import normal
-from diffalign.types import (
-    Credit,
-    Loss,
-    Needs,
-    Plan,
-    Policy,
-    Prompts,
-    RewardFunction,
-    Rollout,
-    Schedule,
-    Scores,
-    Term,
-    Tree,
-)
+from diffalign.types import Credit, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree, Update
 
 
-class TruncatedBP:
+class TruncatedBP(Rule):
     """The reward's gradient through the last `depth` steps (all of them: exact)."""
 
     name: ClassVar[str] = "small_truncated_bp"
     needs = Needs(differentiable_reward=True)
 
     def __init__(self, depth: int) -> None:
+        super().__init__()
         self.depth = depth
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         T = schedule.steps
         return Plan(T - self.depth, (True,) * (T - 1) + (False,), ((Term(T - self.depth, T, "reward"),),))
-
-    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit | None:
-        return None
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         x = policy.replay(part, term.start, term.stop).x
@@ -60,13 +47,14 @@ class FullTruncatedBP(TruncatedBP):
         return Plan(T, (True,) * noisy + (False,) * (T - noisy), ((Term(T - self.depth, T, "reward"),),))
 
 
-class Reinforce:
+class Reinforce(Rule):
     """The score function on every noisy step, leave-one-out baseline, log-probs summed over dimensions."""
 
     name: ClassVar[str] = "small_reinforce"
     needs = Needs(stochastic_sampler=True)
 
     def __init__(self, noisy: int | None = None) -> None:
+        super().__init__()
         self.noisy = noisy  # steps with noise; None: all but the last
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
@@ -130,14 +118,17 @@ class Branching(Reinforce):
         return Loss(-(score.new_tensor(credit[step]) * score).mean())
 
 
-class Matching:
-    """Advantage-weighted velocity matching on noised finished samples, held near a shadow; counts its updates."""
+class Matching(Rule):
+    """Advantage-weighted velocity matching on noised finished samples, held near a shadow; counts its updates, which weigh its loss."""
 
     name: ClassVar[str] = "small_matching"
-    needs = Needs(shadows={"old": 0.5})
 
     def __init__(self) -> None:
+        super().__init__()
         self.updates = 0
+
+    def decays(self, update: int) -> dict[str, float]:
+        return {"old": 0.5}
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         T = schedule.steps
@@ -162,9 +153,9 @@ class Matching:
         error = matching.error(predicted, noise - x0)
         drift = matching.error(predicted, old)
         advantage = error.new_tensor(credit[-1])
-        return Loss((advantage * error + 2 * drift).mean(), {"drift": drift.mean().detach()})
+        return Loss((advantage * error + (2 + 0.1 * self.updates) * drift).mean(), {"drift": drift.mean().detach()})
 
-    def after_update(self, metrics: dict[str, float]) -> None:
+    def after_update(self, update: Update) -> None:
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:

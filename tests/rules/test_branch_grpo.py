@@ -4,8 +4,9 @@ import torch
 
 from diffalign.backends.toy import ToyPolicy
 from diffalign.ops import advantages
+from diffalign.rewards.base import Wrapped
 from diffalign.rules import BranchGRPO, FlowGRPO
-from diffalign.training.trainer import Clock
+from diffalign.training.scoring import Clock
 from diffalign.types import Scores, Tree
 from tests.kit.helpers import gradient, toy_prompts, toy_trainer
 
@@ -16,7 +17,7 @@ def rolled(rule, policy: ToyPolicy, groups: int = 2, size: int = 1, update: int 
     given = toy_prompts(groups, size)
     plan = rule.plan(policy.schedule, update, np.random.default_rng(0))
     part = policy.rollout(given, plan)
-    scores = toy_trainer(rule, policy, groups, size).score(part, Clock(torch.device("cpu")))
+    scores = toy_trainer(rule, policy, groups, size).sampling.score(part, Clock(torch.device("cpu")))
     return plan, part, scores, given
 
 
@@ -98,7 +99,8 @@ def test_path_weights_reach_the_rule_from_the_rollout():
     seen = []
     own = rule.credit
     rule.credit = lambda tree, scores, prompts: seen.append(scores) or own(tree, scores, prompts)
-    sampled, credit, _ = trainer._sample(0, Clock(torch.device("cpu")))
+    sampled = trainer._sample(0, Clock(torch.device("cpu")))
+    credit = sampled.credit
     (scores,) = seen
     for step, edges in enumerate(scores.log_prob):
         stored = sampled.rollout.log_prob[step]
@@ -146,7 +148,7 @@ def test_T37_one_forward_for_all_children_is_the_sum_over_edges():
     credit = rule.credit(part.tree, scores, given)
     trainer = toy_trainer(rule, policy, 3, 1)
     trainer.optimizer.zero_grad()
-    trainer.accumulate(plan.updates[0], part, credit, first=True)
+    trainer.backward.accumulate(plan.updates[0], part, credit, first=True)
     delta = policy.delta.detach().clone().requires_grad_()
     total, edges = 0.0, 0
     for term in plan.updates[0]:
@@ -204,3 +206,21 @@ def test_T30_the_planned_correlation_is_that_of_the_paper():
 def test_settings_that_do_not_fit_are_named(settings, expected):
     assert any(expected in line for line in S(**settings).problems(10))
     assert not S().problems(10)
+
+
+def test_one_leaf_without_a_score_is_counted():
+    """Of 16 leaves of 2 samples, not of 2: a share rounded to samples would say that none is missing."""
+    policy = ToyPolicy(steps=6)
+    trainer = toy_trainer(BranchGRPO(S(splits=[0, 1, 2])), policy, groups=2, group_size=1)
+    own = trainer.scorer.rewards["toy"]
+    calls = iter([True, False])
+
+    def holey(media, prompts):
+        values = own(media, prompts).detach().clone()
+        values[3] = float("nan") if next(calls) else values[3]
+        return values
+
+    trainer.scorer.rewards["toy"] = Wrapped(holey)
+    first, second = trainer.update(0), trainer.update(1)
+    assert (first.scored, first.unscored) == (15, 1)
+    assert (second.scored, second.unscored) == (16, 0)

@@ -4,7 +4,7 @@ import torch
 
 from diffalign.backends.toy import ToyPolicy
 from diffalign.rules import DDPO
-from diffalign.types import Plan, Prompts, Scores, Tree
+from diffalign.types import Plan, Prompts, Scores, Tree, Update
 from tests.kit.helpers import gradient, toy_prompts, toy_trainer
 
 S = DDPO.Settings
@@ -19,7 +19,13 @@ def scored(texts: list[str], values: list[float], valid: list[bool] | None = Non
 
 
 def credits(rule: DDPO, *args, **kwargs) -> np.ndarray:
-    found = rule.credit(*scored(*args, **kwargs))
+    tree, scores, prompts = scored(*args, **kwargs)
+    found = rule.credit(tree, scores, prompts)
+    again = rule.credit(
+        tree, scores, prompts
+    )  # it changes nothing: what an update learnt is kept once the update is done
+    assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+    rule.after_update(Update(judged=(prompts.select(tree.leaf_root), scores)))
     assert len(found) == 2
     np.testing.assert_array_equal(found[0], found[1])
     return found[0]
@@ -82,9 +88,9 @@ def test_invariant_11_gradient_is_minus_advantage_times_score(process, estimator
     rule = DDPO()
     plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
     part = policy.rollout(given, plan)
-    from diffalign.training.trainer import Clock
+    from diffalign.training.scoring import Clock
 
-    scores = toy_trainer(rule, policy).score(part, Clock(torch.device("cpu")))
+    scores = toy_trainer(rule, policy).sampling.score(part, Clock(torch.device("cpu")))
     advantage = torch.from_numpy((scores.total - scores.total.mean()) / (scores.total.std() + 1e-6))
     delta = torch.zeros_like(policy.base).requires_grad_()
     total = 0.0

@@ -70,7 +70,7 @@ def test_T12_first_pass_ratio_is_exactly_one():
 def test_off_policy_the_ratio_moves_and_only_the_first_pass_is_held_to_one():
     policy = ToyPolicy()
     trainer = toy_trainer(FlowGRPO(S(inner_updates=3, clip=1e-3)), policy)
-    metrics = trainer.update(0)
+    metrics = trainer.update(0).metrics
     assert metrics["ratio"] != 1.0
     assert metrics["clip_low"] + metrics["clip_high"] > 0
 
@@ -82,12 +82,12 @@ def test_a_changed_rollout_is_caught(what):
     getattr(part, what)[1][3] += 1e-6
     trainer = toy_trainer(rule, policy, 2, 8)
     with pytest.raises(Fault, match="the replay differs from the rollout by"):
-        trainer.accumulate(plan.updates[0], part, credit, first=True)
-    trainer.accumulate(plan.updates[0], part, credit, first=False)
+        trainer.backward.accumulate(plan.updates[0], part, credit, first=True)
+    trainer.backward.accumulate(plan.updates[0], part, credit, first=False)
 
 
 def test_T12_rounding_latents_for_storage_after_their_log_prob_is_caught_off_the_cpu_too():
-    from diffalign.training.trainer import CLOSE_GAP
+    from diffalign.training.backward import CLOSE_GAP
 
     policy, rule = ToyPolicy(process="dance_sde", noise_level=0.3, steps=10), FlowGRPO()
     plan, part, credit = rolled(rule, policy)
@@ -101,14 +101,14 @@ def test_T40_kl_is_zero_with_zero_gradient_at_the_reference_and_pulls_back_from_
     plan, part, credit = rolled(rule, policy)
     flat = [np.zeros_like(edges) for edges in credit]
     trainer = toy_trainer(rule, policy, 2, 8)
-    metrics = trainer.accumulate(plan.updates[0], part, flat, first=True)
+    metrics = trainer.backward.accumulate(plan.updates[0], part, flat, first=True)
     assert metrics["kl"] == 0
     assert policy.delta.grad.abs().max() == 0
     with torch.no_grad():
         policy.delta.add_(0.1)
     plan, part, _ = rolled(rule, policy)
     trainer.optimizer.zero_grad()
-    trainer.accumulate(plan.updates[0], part, flat, first=True)
+    trainer.backward.accumulate(plan.updates[0], part, flat, first=True)
     # L = kl mean_{steps, samples, dims} (delta [x, t, 1])^2, by hand
     delta = policy.delta.detach().clone().requires_grad_()
     total = 0.0
@@ -128,7 +128,7 @@ def test_kl_weight_does_not_depend_on_step_weights():
             policy.delta.add_(0.1)
         plan, part, credit = rolled(rule, policy)
         flat = [np.zeros_like(edges) for edges in credit]
-        toy_trainer(rule, policy, 2, 8).accumulate(plan.updates[0], part, flat, first=True)
+        toy_trainer(rule, policy, 2, 8).backward.accumulate(plan.updates[0], part, flat, first=True)
         grads.append(policy.delta.grad.clone())
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-14)
 

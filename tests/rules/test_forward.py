@@ -10,7 +10,7 @@ from diffalign.ops import matching
 from diffalign.rules import AWM, NFT
 from diffalign.rules._forward import noised
 from diffalign.runtime.randomness import normal
-from diffalign.training.trainer import Clock
+from diffalign.training.scoring import Clock
 from diffalign.types import Term
 from tests.kit.helpers import toy_prompts, toy_trainer
 
@@ -165,16 +165,15 @@ def test_invariant_18_the_old_policy_samples_and_follows_once_an_update():
     trainer = toy_trainer(rule, policy)
     trainer.update(0)
     assert torch.equal(policy.shadows["old"]["delta"], policy.delta.detach())  # decay 0 copies
-    rule.updates = 250
     before, old = policy.delta.detach().clone(), policy.shadows["old"]["delta"].clone()
     with torch.no_grad():
         policy.delta.add_(1.0)
-    sampled, _, _ = trainer._sample(1, Clock(torch.device("cpu")))
+    sampled = trainer._sample(250, Clock(torch.device("cpu")))
     with torch.no_grad():
         policy.delta.copy_(before)
-    expected = policy.rollout(sampled.rollout.prompts, sampled.plan)
+    expected = policy.rollout(sampled.rollout.prompts, sampled.rollout.plan)
     assert torch.equal(sampled.rollout.x[-1], expected.x[-1])  # of the old policy, not of the moved one
-    trainer.update(1)
+    trainer.update(250)
     torch.testing.assert_close(policy.shadows["old"]["delta"], 0.25 * old + 0.75 * policy.delta.detach())
 
 

@@ -127,7 +127,7 @@ def test_the_clip_can_follow_the_ratios_own_spread():
     rule, policy = GRPOGuard(S(inner_updates=2, clip_std=2.0)), ToyPolicy()
     assert rule.clip == rule.settings.clip
     trainer = toy_trainer(rule, policy)
-    metrics = trainer.update(0)
+    metrics = trainer.update(0).metrics
     assert rule.spread == pytest.approx(metrics["log_ratio_std"])
     assert rule.clip == pytest.approx(2 * rule.spread)
     again = GRPOGuard(S(clip_std=2.0))

@@ -8,6 +8,7 @@ from hypothesis import given as given_values
 from hypothesis import strategies as st
 
 from diffalign.backends.toy import ToyPolicy
+from diffalign.rewards.base import Wrapped
 from diffalign.rules import RLR
 from diffalign.types import Plan, Schedule, Term
 from tests.kit.helpers import toy_prompts, toy_reward
@@ -191,8 +192,8 @@ def test_a_pathwise_term_learns_where_all_rewards_are_equal():
     from tests.kit.helpers import toy_trainer
 
     trainer = toy_trainer(RLR(), ToyPolicy())
-    trainer.rewards = {"toy": lambda media, prompts: media.pixels.flatten(1).sum(1) * 0 + 1}
-    assert "skipped_flat" not in trainer.update(0)
+    trainer.scorer.rewards["toy"] = Wrapped(lambda media, prompts: media.pixels.flatten(1).sum(1) * 0 + 1)
+    assert not trainer.update(0).flat
 
 
 @pytest.mark.parametrize(

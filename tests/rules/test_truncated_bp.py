@@ -6,7 +6,7 @@ import torch
 
 from diffalign.backends.toy import ToyPolicy
 from diffalign.rules import TruncatedBP
-from diffalign.runtime.randomness import normal, numpy_generator
+from diffalign.runtime.randomness import Purpose, normal, numpy_generator
 from diffalign.types import Media
 from tests.kit.helpers import gradient, toy_prompts, toy_reward
 
@@ -83,7 +83,7 @@ def test_a_hinge_pulls_only_what_lies_below_it():
 def test_training_rewards_are_logged_though_sampling_stops_early():
     from tests.kit.helpers import toy_trainer
 
-    metrics = toy_trainer(TruncatedBP(S(depth=1)), ToyPolicy()).update(0)
+    metrics = toy_trainer(TruncatedBP(S(depth=1)), ToyPolicy()).update(0).metrics
     assert metrics["reward/total"] == pytest.approx(metrics["reward/toy"])
     assert np.isfinite(metrics["reward/total"])
 
@@ -114,7 +114,7 @@ def test_settings_that_do_not_fit_are_named(settings, expected):
 
 
 def setting(policy: ToyPolicy, given, rule: TruncatedBP):
-    plan = rule.plan(policy.schedule, 0, numpy_generator(0, 15, 0))  # the trainer's
+    plan = rule.plan(policy.schedule, 0, numpy_generator(0, Purpose.PLAN, 0))  # the trainer's
     return plan, policy.rollout(given, plan)
 
 
@@ -187,7 +187,7 @@ def test_draft_lv_averages_the_last_step_over_new_noise():
     for number, term in enumerate(plan.updates[0]):
         x = part.x[3]
         if number:
-            noise = normal([int(s) for s in given.seed], (3,), 17, term.draw, like=x)
+            noise = normal([int(s) for s in given.seed], (3,), Purpose.VARIANT, term.draw, like=x)
             x = (1 - float(policy.schedule.sigma[3])) * part.x[4] + float(policy.schedule.sigma[3]) * noise
         end = float(policy.quiet.x[3]) * x + float(policy.quiet.prediction[3]) * output(policy, x, 3, delta)
         total = total - toy_reward(policy.pixels(given, end), given).mean() / 3

@@ -5,16 +5,24 @@ import pytest
 import torch
 
 from diffalign.runs import checkpoint
+from diffalign.runs.budget import Spent
 from diffalign.errors import Fault, UserError
 
 
-def state(update: int, value: float = 1.0) -> checkpoint.State:
+def state(update: int, value: float = 1.0) -> checkpoint.RunState:
     parameter = torch.full((2, 3), value, requires_grad=True)
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
     parameter.sum().backward()
     optimizer.step()
-    return checkpoint.State(
-        update, {"a.b": parameter}, {"old": {"a.b": torch.zeros(2, 3)}}, optimizer.state_dict(), {"rule": {"n": 3}}
+    return checkpoint.RunState(
+        update,
+        {"a.b": parameter},
+        {"old": {"a.b": torch.zeros(2, 3)}},
+        optimizer.state_dict(),
+        rule={"n": 3},
+        micro_batch=4,
+        prompts="p",
+        spent=Spent(update, 12.0, 7, 0.5),
     )
 
 
@@ -22,7 +30,7 @@ def test_round_trip(tmp_path):
     saved = state(5)
     loaded = checkpoint.load(checkpoint.save(tmp_path, saved, keep=2))
     assert loaded.update == 5
-    assert loaded.notes == {"rule": {"n": 3}}
+    assert loaded.facts() == saved.facts()
     assert torch.equal(loaded.parameters["a.b"], saved.parameters["a.b"])
     assert torch.equal(loaded.shadows["old"]["a.b"], torch.zeros(2, 3))
     assert torch.equal(loaded.optimizer["state"][0]["exp_avg"], saved.optimizer["state"][0]["exp_avg"])
@@ -94,7 +102,7 @@ def test_what_reads_back_differently_is_a_fault(tmp_path, monkeypatch):
 def test_the_optimiser_file_holds_no_code(tmp_path):
     path = checkpoint.save(tmp_path, state(1), keep=1)
     torch.load(path / "optimizer.pt", weights_only=True)
-    assert json.loads((path / checkpoint.STATE).read_text())["update"] == 1
+    assert json.loads((path / checkpoint.STATE).read_text())["state"]["update"] == 1
     assert os.listdir(tmp_path) == ["update_000001"]
 
 

@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 
 from diffalign import config as configs
 from diffalign.evaluation import fixed as evaluate
+from diffalign.evaluation.results import Summary
 from diffalign.planning import cost
+from diffalign.report import figures
+from diffalign.rewards.base import Wrapped
 from diffalign.runs import checkpoint, session
 from diffalign.runs.folder import RunFolder, open_run, read_rows
 from diffalign.runs.progress import Reporter
@@ -26,6 +29,7 @@ from diffalign.runs.session import Interrupted, Session
 from diffalign.training.trainer import Trainer
 from diffalign.errors import Fault, UserError
 from tests.kit.helpers import SMALL, TINY, tiny_config
+from diffalign.evaluation import results
 
 CONFIGS = ROOT / "configs"
 
@@ -59,7 +63,7 @@ def test_every_config_that_ships_trains_and_its_adapter_moves(name, tmp_path):
     overrides = ("evaluation.enabled=false", "prompts.group_size=4", "optimizer.micro_batch=4")
     settings = tiny_config(tmp_path / "run", *overrides, name=name)
     summary = session.train(settings, quiet=True)
-    assert summary == {}
+    assert summary == Summary()
     adapter = load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
     assert any(tensor.abs().max() > 0 for key, tensor in adapter.items() if "lora_B" in key or "lora.up" in key)
     rows = [row for row in read_rows(tmp_path / "run") if "seconds/total" in row]
@@ -247,7 +251,7 @@ def test_equal_rewards_skip_the_update_and_say_so(tmp_path, monkeypatch):
     made = start(tmp_path / "run", "evaluation.enabled=false")
     said: list[str] = []
     monkeypatch.setattr(made.reporter, "say", said.append)
-    made.trainer.rewards = {"shapes_geneval_partial": lambda media, prompts: [0.25] * len(prompts)}
+    made.trainer.scorer.rewards = {"shapes_geneval_partial": Wrapped(lambda media, prompts: [0.25] * len(prompts))}
     before = {name: p.detach().clone() for name, p in made.policy.parameters.items()}
     made.run()
     assert any("every group has equal rewards" in line for line in said)
@@ -258,12 +262,12 @@ def test_samples_without_a_score_are_counted_and_none_at_all_is_a_fault(tmp_path
     made = start(tmp_path / "run", "evaluation.enabled=false", "updates=1", "scoring.max_invalid=0.25")
     said: list[str] = []
     monkeypatch.setattr(made.reporter, "say", said.append)
-    made.trainer.rewards = {"shapes_geneval_partial": lambda media, prompts: [float("nan"), 0.0, 1.0, 0.5]}
+    made.trainer.scorer.rewards = {"shapes_geneval_partial": Wrapped(lambda media, prompts: [float("nan"), 0.0, 1.0, 0.5])}
     made.run()
     assert "update 1: 1 samples have no score and carry no weight" in said
     made.folder.close()
     made = start(tmp_path / "other", "evaluation.enabled=false")
-    made.trainer.rewards = {"shapes_geneval_partial": lambda media, prompts: [float("nan")] * 4}
+    made.trainer.scorer.rewards = {"shapes_geneval_partial": Wrapped(lambda media, prompts: [float("nan")] * 4)}
     with pytest.raises(Fault, match="update 1: samples without a score, shapes_geneval_partial: 4 of 4"):
         made.run()
 
@@ -271,13 +275,13 @@ def test_samples_without_a_score_are_counted_and_none_at_all_is_a_fault(tmp_path
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_a_fault(tmp_path, monkeypatch):
     made = start(tmp_path / "run", "evaluation.enabled=false", "updates=20", "rewards={jpeg_compressibility: 1}")
     before = {name: p.detach().clone() for name, p in made.policy.parameters.items()}
-    loss = made.rule.loss
+    loss = made.trainer.rule.loss
 
     def broken(*args):
         found = loss(*args)
         return type(found)(found.value * float("nan"), found.metrics, found.gap)
 
-    monkeypatch.setattr(made.rule, "loss", broken)
+    monkeypatch.setattr(made.trainer.rule, "loss", broken)
     with pytest.raises(Fault, match=f"{session.NONFINITE_LIMIT} gradients in a row were not finite"):
         made.run()
     assert made.skipped == session.NONFINITE_LIMIT
@@ -343,7 +347,7 @@ def test_out_of_memory_halves_the_micro_batch_says_so_and_a_resumed_run_remember
     ]
     resumed = start(tmp_path / "run", *overrides)
     resumed.resume()
-    assert resumed.trainer.micro_batch == resumed.policy.micro_batch == 2
+    assert resumed.policy.micro_batch == 2
     resumed.folder.close()
 
 
@@ -354,7 +358,7 @@ def test_the_best_evaluation_keeps_its_checkpoint_and_its_adapter(tmp_path, monk
     def scored(parts, prompts, update, *more):
         found = joined(parts, prompts, update, *more)
         value = next(values)
-        return evaluate.Evaluation(update, {k: np.full_like(v, value) for k, v in found.scores.items()}, found.group)
+        return results.Evaluation(update, {k: np.full_like(v, value) for k, v in found.scores.items()}, found.group)
 
     monkeypatch.setattr(evaluate, "joined", scored)
     made = start(tmp_path / "run", "updates=4", "evaluation.every=1", "output.keep=1", "output.checkpoint_every=4")
@@ -375,9 +379,9 @@ def test_rewards_that_are_not_finite_end_a_pathwise_run_with_its_state_intact(tm
     overrides = ("evaluation.enabled=false", "updates=20", "output.checkpoint_every=1")
     settings = tiny_config(tmp_path / "run", *overrides, name="truncated_bp/shapes-sd")
     made = Session(settings, open_run(settings, False), Reporter(quiet=True))
-    reward = made.trainer.rewards["shapes_pref"]
+    reward = made.trainer.scorer.rewards["shapes_pref"]
     calls = iter(range(100))
-    made.trainer.rewards = {"shapes_pref": lambda m, p: reward(m, p) * (float("nan") if next(calls) >= 2 else 1.0)}
+    made.trainer.scorer.rewards = {"shapes_pref": Wrapped(lambda m, p: reward(m, p) * (float("nan") if next(calls) >= 2 else 1.0))}
     with pytest.raises(Fault, match="reward shapes_pref: no sample got a score, none is finite"):
         made.run()
     state = checkpoint.load(checkpoint.complete(tmp_path / "run" / "checkpoints")[-1])
@@ -446,7 +450,7 @@ def test_a_reward_whose_gradient_does_not_come_from_the_pixels_is_a_fault(tmp_pa
     overrides = ("evaluation.enabled=false",)
     settings = tiny_config(tmp_path / "run", *overrides, name="truncated_bp/shapes-sd")
     made = Session(settings, open_run(settings, False), Reporter(quiet=True))
-    made.trainer.rewards = {"shapes_pref": lambda media, prompts: torch.zeros(len(prompts), requires_grad=True)}
+    made.trainer.scorer.rewards = {"shapes_pref": Wrapped(lambda media, prompts: torch.zeros(len(prompts), requires_grad=True))}
     with pytest.raises(Fault, match="reward shapes_pref: has no gradient to the pictures"):
         made.run()
     made.folder.close()
@@ -454,7 +458,7 @@ def test_a_reward_whose_gradient_does_not_come_from_the_pixels_is_a_fault(tmp_pa
 
 def test_a_judge_that_never_gives_a_score_is_a_fault(tmp_path):
     made = start(tmp_path / "run")
-    made.parts.eval_rewards["shapes_geneval"] = lambda media, prompts: [float("nan")] * len(prompts)
+    made.parts.judges.rewards["shapes_geneval"] = Wrapped(lambda media, prompts: [float("nan")] * len(prompts))
     with pytest.raises(
         Fault, match="evaluation after update 0: samples without a score, shapes_geneval: 24 of 24; the same"
     ):
@@ -546,7 +550,7 @@ def test_a_full_disk_outside_checkpoints_is_a_fault_too(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "curves.png")
 
-    monkeypatch.setattr(session.figures, "curves", full)
+    monkeypatch.setattr(figures, "curves", full)
     with pytest.raises(Fault, match="curves.png: No space left on device; the last checkpoint is kept"):
         session.train(tiny_config(tmp_path / "run", "evaluation.enabled=false"), quiet=True)
     assert checkpoint.complete(tmp_path / "run" / "checkpoints")
@@ -584,7 +588,7 @@ def test_with_a_cache_the_encoders_leave_and_a_resumed_run_is_the_same(tmp_path)
     expected = finish(made)
     count = len(list((tmp_path / "encoded").glob("*.safetensors")))
     # every counting caption of training and test, and the negative text's
-    assert count == len({*made.fixed.text, *(entry["prompt"] for entry in made.config.book.training)})
+    assert count == len({*made.fixed.prompts.text, *(entry["prompt"] for entry in made.config.book.training)})
     made = start(tmp_path / "cut", "updates=1", *cached)
     finish(made)
     assert same(finish(start(tmp_path / "cut", "updates=2", *cached)), expected)
@@ -614,7 +618,7 @@ def test_too_many_samples_without_a_score_stop_the_run_before_anything_is_learnt
     def reward(media, prompts):
         return [0.1, 0.2, 0.9, 0.3 if next(whole) else float("nan")]
 
-    made.trainer.rewards = {"shapes_geneval_partial": reward}
+    made.trainer.scorer.rewards = {"shapes_geneval_partial": Wrapped(reward)}
     with pytest.raises(
         Fault, match="update 3: samples without a score, shapes_geneval_partial: 1 of 4; saved after update 2"
     ):
@@ -634,8 +638,10 @@ def test_some_samples_without_a_score_in_every_update_stop_the_run_too(tmp_path)
         "scoring.invalid_in_a_row=2",
     )
     holes = iter([True, False, True, True, True])
-    made.trainer.rewards = {
-        "shapes_geneval_partial": lambda media, prompts: [float("nan") if next(holes) else 0.5, 0.2, 0.9, 0.3]
+    made.trainer.scorer.rewards = {
+        "shapes_geneval_partial": Wrapped(
+            lambda media, prompts: [float("nan") if next(holes) else 0.5, 0.2, 0.9, 0.3]
+        )
     }
     with pytest.raises(
         Fault,
@@ -648,7 +654,7 @@ def test_some_samples_without_a_score_in_every_update_stop_the_run_too(tmp_path)
 
 def test_an_evaluation_with_too_many_holes_stops_the_run(tmp_path):
     made = start(tmp_path / "run")
-    made.parts.eval_rewards["shapes_geneval"] = lambda media, prompts: [float("nan"), *[1.0] * (len(prompts) - 1)]
+    made.parts.judges.rewards["shapes_geneval"] = Wrapped(lambda media, prompts: [float("nan"), *[1.0] * (len(prompts) - 1)])
     with pytest.raises(
         Fault, match=r"evaluation after update 0: samples without a score, shapes_geneval: \d of 24; the same"
     ):

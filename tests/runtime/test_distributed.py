@@ -1,10 +1,6 @@
 """Several processes are one: gradients, adapters, runs, and faults. On the CPU, with gloo."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,46 +12,21 @@ from diffalign import config as configs
 from diffalign.runs import session
 from diffalign.runs.folder import read_rows
 from diffalign.runtime.distributed import World
-from tests.kit import ROOT
 from tests.kit.helpers import TINY
+from tests.kit.processes import launch
 
 WORKER = """
 import json, os, sys
 import numpy as np, torch
 torch.set_num_threads(1)
-from diffalign.distributed import World
-from tests import test_distributed
+from diffalign.runtime.distributed import World
+from tests.runtime import test_distributed
 world = World.join()
 getattr(test_distributed, sys.argv[1])(world, sys.argv[2])
 world.leave()
 sys.stdout.flush()
 os._exit(0)  # as the command line does: see `cli._leave`
 """
-
-
-def launch(size: int, arguments: list[str], timeout: float = 300) -> list[subprocess.CompletedProcess]:
-    """The same command in every process, as a launcher starts it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(size):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                env={**os.environ, **place, **where},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    done = []
-    for process in processes:
-        out, error = process.communicate(timeout=timeout)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, error))
-    return done
 
 
 # -- gradients
@@ -73,20 +44,20 @@ def every_rules_update(world: World, folder: str) -> None:
         trainer = trainer_of(make(), policy, world)
         trainer.draw = lambda update: toy_prompts(4, 6, update=update)
         trainer.update(0)
-        metrics = trainer.update(1)
-        kept = {k: v for k, v in metrics.items() if not k.startswith("seconds/")}
+        row = trainer.update(1).row()
+        kept = {k: v for k, v in row.items() if not k.startswith("seconds/")}
         found[name] = {"grad": policy.delta.grad.tolist(), "delta": policy.delta.tolist(), "metrics": kept}
     Path(folder, f"{world.size}_{world.rank}.json").write_text(json.dumps(found))
 
 
 def trainer_of(rule, policy, world: World):
     from diffalign.backends.toy import toy_reward
+    from diffalign.rewards.scorer import Scorer
     from diffalign.training.trainer import Trainer
 
     optimizer = torch.optim.Adam(policy.parameters.values(), lr=0.05)
-    return Trainer(
-        rule, policy, {"toy": toy_reward}, {"toy": 1.0}, optimizer, lambda update: None, micro_batch=4, world=world
-    )
+    policy.micro_batch = 4
+    return Trainer(rule, policy, Scorer({"toy": toy_reward}), optimizer, lambda update: None, world=world)
 
 
 @pytest.fixture(scope="module")
@@ -122,15 +93,17 @@ def test_T38_every_process_ends_with_the_same_bits(updates, size):
 def one_has_nothing_to_learn(world: World, folder: str) -> None:
     """Rewards of the first group are equal, and it is all that the first process has."""
     from diffalign.backends.toy import ToyPolicy
+    from diffalign.rewards.base import Wrapped
     from diffalign.rules import FlowGRPO
     from tests.kit.helpers import toy_prompts
 
     policy = ToyPolicy()
     trainer = trainer_of(FlowGRPO(), policy, world)
     trainer.draw = lambda update: toy_prompts(2, 4, update=update)
-    own = trainer.rewards["toy"]
-    trainer.rewards = {"toy": lambda media, prompts: own(media, prompts) * torch.as_tensor(prompts.group)}
-    assert "skipped_flat" not in trainer.update(0)
+    own = trainer.scorer.rewards["toy"]
+    by_group = lambda media, prompts: own(media, prompts) * torch.as_tensor(prompts.group)  # noqa: E731
+    trainer.scorer.rewards["toy"] = Wrapped(by_group)
+    assert not trainer.update(0).flat
     Path(folder, f"{world.size}_{world.rank}").write_text(json.dumps(policy.delta.tolist()))
 
 

@@ -32,9 +32,8 @@ class Cramped(ToyPolicy):
 def trained(policy, rule, micro_batch=32, updates=2):
     said: list[str] = []
     trainer = toy_trainer(rule, policy, 4, 8, micro_batch=micro_batch)
-    policy.micro_batch = micro_batch
     trainer.notify = said.append
-    metrics = [trainer.update(index) for index in range(updates)]
+    metrics = [trainer.update(index).metrics for index in range(updates)]
     return policy.delta.detach().numpy(), said, trainer, metrics
 
 
@@ -47,7 +46,7 @@ def test_a_smaller_micro_batch_gives_the_same_updates(make, only_with_gradient, 
     found, said, trainer, _ = trained(policy, make())
     np.testing.assert_allclose(found, expected, atol=1e-12)
     assert not silent
-    assert trainer.micro_batch == policy.micro_batch == 8
+    assert trainer.policy.micro_batch == policy.micro_batch == 8
     halvings = [line for line in said if "out of memory" in line]
     assert [line.split()[-1] for line in halvings] == ["16", "8"]
     # What was sampled in larger pieces has its log-probs computed again, and only then.

@@ -1,0 +1,103 @@
+"""What an evaluation found, as records: scores by image, and means with intervals and paired gains by reward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffalign.errors import Fault, one_line
+from diffalign.evaluation.intervals import Interval, interval
+from diffalign.runtime import keys
+from diffalign.runtime.files import write_text
+from diffalign.types import Floats, Integers
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A reward's mean over images, and its paired gain over another evaluation where there is one."""
+
+    value: Interval
+    gain: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An evaluation of `count` images, by reward; empty where none was made."""
+
+    count: int = 0
+    rewards: dict[str, Judged] = field(default_factory=dict)
+
+    def row(self) -> dict[str, float]:
+        """The numbers by the keys they are logged under."""
+        if not self.count:
+            return {}
+        row = {keys.COUNT: float(self.count)}
+        for name, judged in self.rewards.items():
+            for ending, part in (("", judged.value), ("_gain", judged.gain)):
+                if part is not None:
+                    row[keys.evaluated(name, ending)] = part.value
+                    row[keys.evaluated(name, f"{ending}_lo")] = part.low
+                    row[keys.evaluated(name, f"{ending}_hi")] = part.high
+        return row
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Summary:
+        """What `row` wrote; empty for rows of updates. A number that was not finite, and so not written, is NaN."""
+        parts: dict[str, dict[str, float]] = {}
+        for key, value in row.items():
+            if (place := keys.evaluation(key)) is not None:
+                parts.setdefault(place[0], {})[place[1]] = float(value)
+
+        def read(numbers: dict[str, float], ending: str) -> Interval:
+            return Interval(*(numbers.get(ending + end, float("nan")) for end in ("", "_lo", "_hi")))
+
+        rewards = {
+            name: Judged(read(numbers, ""), read(numbers, "_gain") if "_gain" in numbers else None)
+            for name, numbers in parts.items()
+            if "" in numbers
+        }
+        return cls(int(row.get(keys.COUNT, 0)), rewards)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores (n,) by reward after `update` updates, and which prompt each image belongs to (n,)."""
+
+    update: int
+    scores: dict[str, Floats]
+    group: Integers
+
+    def summary(self, before: Evaluation | None = None) -> Summary:
+        """Means with intervals; against another evaluation of the same images also paired gains."""
+
+        def gain(name: str) -> Interval | None:
+            return None if before is None else interval(self.scores[name] - before.scores[name], self.group)
+
+        rewards = {name: Judged(interval(values, self.group), gain(name)) for name, values in self.scores.items()}
+        return Summary(len(self.group), rewards)
+
+    def save(self, path: Path, **facts: Any) -> None:
+        """Write it as JSON with some facts beside."""
+        data = {"update": self.update, "group": self.group.tolist(), **facts}
+        data["scores"] = {name: values.tolist() for name, values in self.scores.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(data) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Evaluation:
+        """Read what `save` wrote.
+
+        Raises:
+            Fault: if the file is damaged.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            scores = {name: np.asarray(values, np.float64) for name, values in data["scores"].items()}
+            return cls(data["update"], scores, np.asarray(data["group"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Fault(f"{path}: damaged ({one_line(error)}); delete it to go on without it") from error

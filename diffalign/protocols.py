@@ -1,0 +1,113 @@
+"""What the parts of an update promise one another: a rule says what it needs, a policy does what a rule may ask for.
+
+Shapes are `types`'s: N samples, N_t nodes at level t, D... a latent's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from diffalign.types import Media, Plan, Prompts, Rollout, Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar to minimise and detached numbers for the log; `gap` is how far a replay is from the rollout where it
+    ought to be equal: max |log-ratio|, or max |difference| of latents."""
+
+    value: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    gap: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One step at stored latents: prediction and mean (N_t, D...), the noise's standard deviation."""
+
+    prediction: Tensor
+    mean: Tensor
+    std: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A replayed span: x after it, mean and std of its last step (x = mean + std * eps), and the clean sample x_0 that its
+    last prediction implies."""
+
+    x: Tensor
+    mean: Tensor
+    std: float
+    clean: Tensor
+
+
+@dataclass(frozen=True)
+class GraphBytes:
+    """What one micro-batch keeps for the gradient, in bytes: per replayed step, and for decoder and reward; `stored` is what
+    a step keeps without a graph, its latent and its noise."""
+
+    step: int
+    reward: int
+    stored: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a rule cannot do without; checked before any weight is loaded.
+
+    groups: several samples a prompt, to compare; bundle: prompts an update must have a multiple of; term_norms: the gradient norm
+    of every term, in `Update.term_norms`; log_probs: those of the rollout's edges in `Scores`; graph_bytes: a call of `Rule.fit` before the
+    first plan.
+    """
+
+    groups: bool = False
+    bundle: int = 1
+    differentiable_reward: bool = False
+    stochastic_sampler: bool = False
+    reference: bool = False
+    term_norms: bool = False
+    log_probs: bool = False
+    graph_bytes: bool = False
+
+
+class Policy(Protocol):
+    """A sampler with trainable parameters: all that a rule may call. Gradients reach the parameters unless in a context."""
+
+    schedule: Schedule
+    micro_batch: int  # roots per forward pass
+
+    def rollout(self, prompts: Prompts, plan: Plan, each: Callable[[Rollout], None] | None = None) -> Rollout: ...
+    def transition(self, part: Rollout, step: int) -> Transition: ...
+    def replay(
+        self, part: Rollout, start: int, stop: int, steps: Collection[int] | None = None, detached: bool = False
+    ) -> Replay: ...
+    def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor: ...
+    def decode(self, part: Rollout, x: Tensor) -> Media: ...
+    def reference(self) -> AbstractContextManager[None]: ...
+    def shadow(self, name: str) -> AbstractContextManager[None]: ...
+    def shifted(self, draw: int, steps: Collection[int], scale: float) -> AbstractContextManager[None]: ...
+    def along(self, draw: int, steps: Collection[int]) -> Tensor: ...
+
+
+class TrainablePolicy(Policy, Protocol):
+    """What the trainer needs besides."""
+
+    parameters: dict[str, Tensor]
+    shadows: dict[str, dict[str, Tensor]]
+    rows_forward: int
+    rows_backward: int
+
+    @property
+    def exact(self) -> bool: ...
+
+    def recomputed(self, rollout: Rollout) -> Rollout: ...
+    def add_shadows(self, names: Iterable[str]) -> None: ...
+    def follow(self, decays: dict[str, float]) -> None: ...
+
+
+RewardFunction = Callable[[Media], "Tensor"]

@@ -1,0 +1,137 @@
+"""The one place that asks rewards: with or without gradient, in the background or here, by name and added up."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.errors import Fault, one_line
+from diffalign.protocols import RewardFunction
+from diffalign.rewards.base import Reward, as_reward, check_media
+from diffalign.runtime import keys
+from diffalign.runtime.memory import out_of_memory
+from diffalign.types import Floats, Media, Prompts, Scores
+
+LARGEST = float(np.finfo(np.float32).max)
+Callables = Mapping[str, "Reward | Callable[[Media, Prompts], Any]"]
+
+
+class Scorer:
+    """Rewards by name, with their weights in the total.
+
+    Args:
+        rewards: rewards, or functions that are wrapped as such.
+        weights: of each; 1 where left out.
+    """
+
+    def __init__(self, rewards: Callables, weights: Mapping[str, float] | None = None) -> None:
+        self.rewards: dict[str, Reward] = {name: as_reward(reward) for name, reward in rewards.items()}
+        self.weights = dict.fromkeys(self.rewards, 1.0) if weights is None else dict(weights)
+        self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._proved: set[str] = set()  # those that were found to depend on the pixels
+
+    def greet(self) -> None:
+        """Let rewards behind servers find out whether they will answer; see `Reward.greet`."""
+        for reward in self.rewards.values():
+            reward.greet()
+
+    # -- without gradient
+
+    def begin(self, media: Media, prompts: Prompts) -> Callable[[], Scores]:
+        """Begin to score media with every reward; the answer waits for those in the background and adds up by weight.
+
+        A score that is not finite makes its sample invalid.
+
+        Raises:
+            Fault: (the answer too) if a reward returns the wrong number of scores, or fails.
+        """
+        check_media(media)
+        aside = any(reward.background for reward in self.rewards.values())
+        copy = Media(media.pixels.detach().cpu(), media.fps) if aside else media
+        answers: dict[str, Callable[[], Floats]] = {}
+        for name, reward in self.rewards.items():
+            if reward.background:
+                work = functools.partial(_scored, name, reward, copy, prompts)
+                answers[name] = self._thread(name).submit(work).result
+            else:
+                values = _scored(name, reward, media, prompts)
+                answers[name] = functools.partial(lambda values: values, values)
+
+        def finish() -> Scores:
+            by_name = {name: answer() for name, answer in answers.items()}
+            total = sum((self.weights[name] * values for name, values in by_name.items()), np.zeros(len(prompts)))
+            valid = np.isfinite(total)
+            return Scores(by_name, np.where(valid, total, 0.0), valid, self.weights)
+
+        return finish
+
+    def scores(self, media: Media, prompts: Prompts) -> Scores:
+        """Score media with every reward and wait for all; see `begin`."""
+        return self.begin(media, prompts)()
+
+    def _thread(self, name: str) -> ThreadPoolExecutor:
+        """One thread for each reward in the background."""
+        return self._threads.setdefault(name, ThreadPoolExecutor(1, thread_name_prefix=f"reward {name}"))
+
+    def unscored(self, by_name: Mapping[str, Floats]) -> str:
+        """Which rewards have samples without a finite score, how many, and what is known of why; empty if none."""
+        lines = []
+        for name, values in by_name.items():
+            if missing := int((~np.isfinite(values)).sum()):
+                why = self.rewards[name].said if name in self.rewards else ""
+                lines.append(f"{name}: {missing} of {len(values)}" + (f" ({why})" if why else ""))
+        return ", ".join(lines)
+
+    # -- with gradient
+
+    def pathwise(self, prompts: Prompts, seen: dict[str, Tensor]) -> RewardFunction:
+        """The weighted sum of rewards of media of these prompts, with its gradient; means go to `seen` by their key in
+        the log, for rules that sample no further than a replay."""
+
+        def reward(media: Media) -> Tensor:
+            total = media.pixels.new_zeros(len(prompts))
+            for name, function in self.rewards.items():
+                value = function(check_media(media), prompts)
+                if torch.is_grad_enabled() and not self._reaches(name, value, media):
+                    raise Fault(f"reward {name}: has no gradient to the pictures")
+                value = torch.as_tensor(value, dtype=total.dtype, device=total.device)
+                if not value.isfinite().any():
+                    raise Fault(f"reward {name}: no sample got a score, none is finite")
+                total = total + self.weights[name] * value
+                seen[keys.reward(name)] = value.detach().mean()
+            seen[keys.TOTAL] = total.detach().mean()
+            return total
+
+        return reward
+
+    def _reaches(self, name: str, value: Tensor | Sequence[float], media: Media) -> bool:
+        """Whether a reward's value depends on the pixels, found out at its first use."""
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return False
+        if name not in self._proved and media.pixels.requires_grad:
+            (slope,) = torch.autograd.grad(value.sum(), media.pixels, retain_graph=True, allow_unused=True)
+            if slope is None:
+                return False
+            self._proved.add(name)
+        return True
+
+
+@torch.no_grad()
+def _scored(name: str, reward: Reward, media: Media, prompts: Prompts) -> Floats:
+    """One reward's scores (N,)."""
+    try:
+        output = reward(media, prompts)
+        values = output.detach().cpu().double().numpy() if isinstance(output, Tensor) else np.asarray(output, float)
+    except (Exception, SystemExit) as error:  # whatever a user's function does
+        if out_of_memory(error):
+            raise  # whoever asked can ask for less at a time
+        raise Fault(f"reward {name}: {error if isinstance(error, Fault) else one_line(error)}") from error
+    if values.shape != (len(prompts),):
+        raise Fault(f"reward {name}: returned shape {values.shape} for {len(prompts)} samples")
+    return np.where(np.abs(values) <= LARGEST, values, np.nan)  # sums of larger ones would not be finite

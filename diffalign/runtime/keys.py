@@ -1,0 +1,51 @@
+"""Keys of what a run logs about rewards: `reward/NAME`, `invalid/NAME`, `eval/NAME` and its interval; made and read here alone.
+
+A reward may have any name. One that would be read as something else stands in quotes: `reward/"total"`, `eval/"x_lo"`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+TOTAL, VALID, COUNT = "reward/total", "reward/valid", "eval/n"
+_FIXED = {"total", "valid"}
+ENDINGS = ("_gain_lo", "_gain_hi", "_gain", "_lo", "_hi")  # of an evaluation's keys: longer ones first
+
+
+def reward(name: str) -> str:
+    """Of a reward's mean over an update's samples."""
+    return f"reward/{_quoted(name, name in _FIXED)}"
+
+
+def rewards(keys: Iterable[str]) -> dict[str, str]:
+    """Key -> reward, of those among some keys that are rewards' means."""
+    means = (key for key in keys if key.startswith("reward/") and key not in (TOTAL, VALID))
+    return {key: _unquoted(key.removeprefix("reward/")) for key in means}
+
+
+def invalid(name: str) -> str:
+    """Of how many of an update's samples a reward gave no score."""
+    return f"invalid/{name}"
+
+
+def evaluated(name: str, ending: str = "") -> str:
+    """Of a reward's mean over an evaluation's samples, or with an ending of its interval, its gain and that one's interval."""
+    return f"eval/{_quoted(name, name == 'n' or name.endswith(ENDINGS))}{ending}"
+
+
+def evaluation(key: str) -> tuple[str, str] | None:
+    """Reward and ending of an evaluation's key; None for other keys."""
+    if not key.startswith("eval/") or key == COUNT:
+        return None
+    text = key.removeprefix("eval/")
+    ending = next((end for end in ENDINGS if text.endswith(end)), "")
+    return _unquoted(text.removesuffix(ending)), ending
+
+
+def _quoted(name: str, mistakable: bool) -> str:
+    return json.dumps(name) if mistakable or name.startswith('"') else name
+
+
+def _unquoted(text: str) -> str:
+    return json.loads(text) if text.startswith('"') else text

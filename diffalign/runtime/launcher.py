@@ -1,0 +1,15 @@
+"""What a launcher (`torchrun`, `accelerate launch`) says of this process in the environment. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+
+
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+
+
+def leads() -> bool:
+    """Whether this is the only process or the first: the one that writes and speaks."""
+    return os.environ.get("RANK", "0") in ("", "0")

@@ -1,0 +1,108 @@
+"""The gradient of an optimiser step: term by term and micro-batch by micro-batch, each graph freed before the next."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import Fault
+from diffalign.protocols import TrainablePolicy
+from diffalign.rewards.scorer import Scorer
+from diffalign.rules import Rule
+from diffalign.training.scoring import select_credit
+from diffalign.types import Credit, Rollout, Span, Term, chunks
+
+# Largest |log-ratio| of a first pass. On the CPU the same kernels run twice; elsewhere 1e-4 is the usual clip range, and rounding
+# stored latents to bfloat16 after their log-prob, the commonest mistake, gives 4e-4 and more.
+EXACT_GAP, CLOSE_GAP = 0.0, 1e-4
+Logged = dict["str | Span", float]  # numbers by name; norms of terms' gradients by their steps
+
+
+@dataclass
+class Backward:
+    """Adds up gradients of a rule's terms.
+
+    term_norms: whether the norm of every term's own gradient is wanted.
+    """
+
+    rule: Rule
+    policy: TrainablePolicy
+    scorer: Scorer
+    term_norms: bool = False
+
+    def accumulate(
+        self,
+        terms: tuple[Term, ...],
+        rollout: Rollout,
+        credit: Credit | None,
+        *,
+        first: bool,
+        where: str = "",
+        total: int | None = None,
+    ) -> Logged:
+        """Add the gradient of a sum of terms to the parameters; `first`: they have not moved since the rollout.
+
+        A part of n of N samples weighs n / N, so the cut into micro-batches and processes does not change the gradient.
+        total: N, the rollout's if it is all there is.
+
+        Raises:
+            Fault: if a first pass differs from the rollout, saying `where`.
+        """
+        total = total or len(rollout.prompts)
+        sums: Logged = defaultdict(float)
+        weights: Logged = defaultdict(float)
+        for rows in chunks(len(rollout.prompts), self.policy.micro_batch):
+            part = rollout.select(rows)
+            part_credit = None if credit is None else select_credit(credit, rollout.tree, rows)
+            share = len(rows) / total
+            for term in terms:
+                for name, value in self._term(term, part, part_credit, share, where if first else None).items():
+                    sums[name] += share * float(value)
+                    weights[name] += share
+        return {name: value / weights[name] for name, value in sums.items()}
+
+    def _term(
+        self, term: Term, part: Rollout, credit: Credit | None, share: float, where: str | None
+    ) -> dict[str | Span, Tensor | float]:
+        """One term on one part, and what it logs; where: of a first pass, for messages."""
+        seen: dict[str, Tensor] = {}
+        reward = self.scorer.pathwise(part.prompts.select(part.tree.leaf_root), seen)
+        loss = self.rule.loss(term, self.policy, part, credit, reward)
+        if where is not None and loss.gap is not None:
+            self._check_gap(float(loss.gap), where, term)
+        logged: dict[str | Span, Tensor | float] = {}
+        logged.update(seen)
+        logged.update(loss.metrics)
+        if (norm := self._backward(term, loss.value, share)) is not None:
+            logged[term.start, term.stop] = norm
+        return logged
+
+    def _backward(self, term: Term, value: Tensor, share: float) -> float | None:
+        """Add a term's gradient; the norm of the part's own, unweighted, where it is asked for."""
+        if not self.term_norms:
+            (value * (term.weight * share)).backward()
+            return None
+        parameters = list(self.policy.parameters.values())
+        sums = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        value.backward()
+        own = [p.grad for p in parameters]
+        for parameter, old, new in zip(parameters, sums, own, strict=True):
+            if new is not None:
+                scaled = new * (term.weight * share)
+                parameter.grad = scaled if old is None else old + scaled
+            else:
+                parameter.grad = old
+        return float(torch.stack([g.norm() for g in own if g is not None]).norm())
+
+    def _check_gap(self, gap: float, where: str, term: Term) -> None:
+        allowed = EXACT_GAP if self.policy.exact else CLOSE_GAP
+        if not gap <= allowed:
+            raise Fault(
+                f"{where}, step {term.start}: the replay differs from the rollout by {gap:.3g} "
+                f"(allowed {allowed:g}): sampling and training do not see the same latents or network"
+            )

@@ -1,0 +1,142 @@
+"""Rollouts and their scores: what an update samples, asked of the rewards a micro-batch at a time and joined over processes."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from diffalign.protocols import TrainablePolicy
+from diffalign.rewards.base import check_media
+from diffalign.rewards.scorer import Scorer
+from diffalign.runtime import keys
+from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Rows, Scores, Tree, chunks
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Clock:
+    """Seconds by phase."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @classmethod
+    def of(cls, policy: TrainablePolicy) -> Clock:
+        """A clock for what a policy's device does."""
+        return cls(next(iter(policy.parameters.values())).device)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[phase] += time.perf_counter() - started
+
+
+@dataclass
+class Sampling:
+    """Samples by a policy and asks a scorer.
+
+    log_probs: whether scores carry the log-probs of the rollout's edges.
+    """
+
+    policy: TrainablePolicy
+    scorer: Scorer
+    log_probs: bool = False
+
+    def run(self, prompts: Prompts, plan: Plan, clock: Clock) -> tuple[Rollout, Scores | None]:
+        """Sample and, if that goes to the end, score: rewards in the background work while the next micro-batch is sampled."""
+        begun: list[Callable[[], Scores]] = []
+        whole = plan.stop == self.policy.schedule.steps
+        each = functools.partial(self._begin, begun, clock) if whole else None
+        before = dict(clock.seconds)
+        with clock("sample"):
+            rollout = self.policy.rollout(prompts, plan, each)
+        clock.seconds["sample"] -= sum(clock.seconds[p] - before.get(p, 0.0) for p in ("decode", "reward"))
+        return rollout, self._joined(rollout, begun, clock) if whole else None
+
+    def score(self, rollout: Rollout, clock: Clock) -> Scores:
+        """Decode and score the leaves of a rollout, a micro-batch at a time."""
+        begun: list[Callable[[], Scores]] = []
+        for rows in chunks(len(rollout.prompts), self.policy.micro_batch):
+            self._begin(begun, clock, rollout.select(rows))
+        return self._joined(rollout, begun, clock)
+
+    def _begin(self, begun: list[Callable[[], Scores]], clock: Clock, part: Rollout) -> None:
+        """Decode a micro-batch and begin to score it."""
+        with clock("decode"), torch.no_grad():
+            media = check_media(self.policy.decode(part, part.x[-1]))
+        with clock("reward"):
+            begun.append(self.scorer.begin(media, part.at(-1)))
+
+    def _joined(self, rollout: Rollout, begun: list[Callable[[], Scores]], clock: Clock) -> Scores:
+        """Wait for the scores of a rollout's micro-batches."""
+        with clock("reward"):
+            parts = [answer() for answer in begun]
+        steps = range(rollout.plan.stop) if self.log_probs else ()
+        return Scores(
+            {name: np.concatenate([part.by_name[name] for part in parts]) for name in self.scorer.rewards},
+            np.concatenate([part.total for part in parts]),
+            np.concatenate([part.valid for part in parts]),
+            self.scorer.weights,
+            [_edges(rollout, step) for step in steps] or None,
+        )
+
+
+def select_credit(credit: Credit, tree: Tree, rows: Rows) -> Credit:
+    """The credit of the edges that grow from some roots."""
+    kept = tree.nodes(rows)
+    return [edges[kept[t + 1]] for t, edges in enumerate(credit)]
+
+
+def joined_scores(by_process: list[tuple[list[int], Scores]], tree: Tree) -> Scores:
+    """The scores of all samples from those of every process and the rows they are of."""
+    if len(by_process) == 1:
+        return by_process[0][1]
+    order = [row for rows, _ in by_process for row in rows]
+    places = tree.nodes(order)  # of what the processes found, level by level, one after another
+
+    def put(level: int, values: Sequence[np.ndarray]) -> np.ndarray:
+        joined = np.concatenate(values)
+        whole = np.empty_like(joined)
+        whole[places[level]] = joined
+        return whole
+
+    parts = [scores for _, scores in by_process]
+    steps = range(len(parts[0].log_prob or ()))
+    return Scores(
+        {name: put(-1, [part.by_name[name] for part in parts]) for name in parts[0].by_name},
+        put(-1, [part.total for part in parts]),
+        put(-1, [part.valid for part in parts]),
+        parts[0].weights,
+        [put(step + 1, [(part.log_prob or [])[step] for part in parts]) for step in steps] or None,
+    )
+
+
+def _edges(rollout: Rollout, step: int) -> Floats:
+    """Log-probs of a step's edges (N_{t+1},), 0 where it is deterministic."""
+    stored = rollout.log_prob[step]
+    return np.zeros(len(rollout.tree.parent[step])) if stored is None else stored.double().cpu().numpy()
+
+
+def describe(scores: Scores, group: Integers) -> Metrics:
+    """Mean of every reward over valid samples, their share, and the share of groups (of the samples' ids) without spread."""
+    valid = scores.valid
+    metrics = {keys.VALID: float(valid.mean()), keys.TOTAL: float(scores.total[valid].mean())}
+    metrics |= {keys.reward(name): float(values[valid].mean()) for name, values in scores.by_name.items()}
+    missing = {name: float((~np.isfinite(values)).sum()) for name, values in scores.by_name.items()}
+    metrics |= {keys.invalid(name): count for name, count in missing.items() if count}
+    spread = [np.ptp(scores.total[(group == g) & valid]) if ((group == g) & valid).any() else 0.0 for g in set(group)]
+    metrics["groups_flat"] = float(np.mean(np.asarray(spread) == 0))
+    return metrics
