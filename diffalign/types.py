@@ -145,18 +145,19 @@ class Plan:
         """Whether the solver jumps over a step."""
         return bool(self.solver) and step > self.solver[0] and step not in self.solver
 
+    def arrival(self, step: int) -> int:
+        """The level that a step leads to."""
+        return next((k for k in range(step + 1, self.stop) if not self.leaves_out(k)), self.stop)
+
     @property
     def pathwise(self) -> int:
         """How many terms go through the reward's gradient."""
-        return self._count("reward")
+        return sum(term.through == "reward" for terms in self.updates for term in terms)
 
     @property
     def perturbed(self) -> int:
         """How many terms perturb the parameters."""
-        return self._count("parameters")
-
-    def _count(self, through: str) -> int:
-        return sum(term.through == through for terms in self.updates for term in terms)
+        return sum(term.through == "parameters" for terms in self.updates for term in terms)
 
 
 @dataclass(frozen=True)

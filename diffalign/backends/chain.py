@@ -8,9 +8,8 @@ stored latent with the stored noise, which gives the same values and a graph.
 from __future__ import annotations
 
 import bisect
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -18,23 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.backends.parameters import Trained
+from diffalign.backends.walk import OnStep, Walk, wide
 from diffalign.ops import gaussian
-from diffalign.processes import Levels, Process, Table, dpm_solver
+from diffalign.processes import Levels, Process, Table
 from diffalign.protocols import Replay, Transition
-from diffalign.runtime.randomness import SHARED, Purpose, key, normal
+from diffalign.runtime.randomness import SHARED, key, normal
 from diffalign.types import Media, Plan, Prompts, Rollout, Schedule, Tree, chunks
 
-OnStep = Callable[[int, Tensor, Tensor], Tensor]  # (step, prediction, latent as the network saw it) -> next latent
-Advance = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (step, latent, prediction, mean) -> next latents
-NO_SHIFT: tuple[int, frozenset[int], float] = (0, frozenset(), 0.0)  # draw, steps, scale
 
-
-def wide(x: Tensor) -> Tensor:
-    """Step algebra is float32 at least, whatever the network's precision."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-class ChainPolicy(ABC):
+class ChainPolicy(Trained, ABC):
     """Policy over a chain of T steps; see `diffalign.types.Policy`.
 
     Args:
@@ -43,8 +35,6 @@ class ChainPolicy(ABC):
         micro_batch: roots per forward pass. Rollout and replay use the same batch shape, so first-pass ratios are exactly 1.
         stretches: first steps of the stretches that prompts with stages tell apart.
     """
-
-    parameters: dict[str, Tensor]
 
     def __init__(
         self,
@@ -55,16 +45,15 @@ class ChainPolicy(ABC):
         micro_batch: int,
         stretches: Sequence[int] = (0,),
     ) -> None:
+        super().__init__()
         self.levels = levels
         self.stretches = tuple(stretches)
         self._clean = levels.parts()[:2]
-        self._shift = NO_SHIFT
         self.noisy: Table = process.table(levels, noise_level)
         self.quiet: Table = process.table(levels, 0.0)
         gain = np.abs(self.noisy.prediction)
         self.schedule = Schedule(timestep, levels.alpha, levels.sigma, self.noisy.std, gain, levels.prediction)
         self.micro_batch = micro_batch
-        self.shadows: dict[str, dict[str, Tensor]] = {}
         self.rows_forward = 0
         self.rows_backward = 0
 
@@ -91,13 +80,6 @@ class ChainPolicy(ABC):
     def reference(self) -> Iterator[None]:
         """The model before training, without gradient, for the length of the context."""
         yield
-
-    @property
-    def exact(self) -> bool:
-        """Whether a replay must reproduce a rollout bit for bit (float32 or wider on the CPU)."""
-        return all(
-            p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64) for p in self.parameters.values()
-        )
 
     # -- what follows from it
 
@@ -128,7 +110,7 @@ class ChainPolicy(ABC):
         record = Rollout(prompts, plan, tree, self.micro_batch, [x], [], [], [], [])
 
         def advance(step: int, x: Tensor, prediction: Tensor, mean: Tensor) -> Tensor:
-            std, levels = self.table(plan, step)[2], arrival(plan, step) - step
+            std, levels = self.table(plan, step)[2], plan.arrival(step) - step
             mean_child = mean[tree.parent[step]]
             if std > 0:
                 eps = self._noise(prompts, plan, step, like=mean)
@@ -146,7 +128,7 @@ class ChainPolicy(ABC):
                 record.std.append(std)
             return x_next
 
-        self._walk(prompts, tree, plan, x, 0, plan.stop, advance)
+        Walk(self, prompts, tree, plan, advance).run(x, 0, plan.stop)
         return record
 
     def _noise(self, prompts: Prompts, plan: Plan, step: int, like: Tensor) -> Tensor:
@@ -165,77 +147,6 @@ class ChainPolicy(ABC):
         # eps = sqrt(c) shared + sqrt(1 - c) own (BranchGRPO, arXiv 2509.06040, with c = 1 / (1 + s^2))
         return plan.correlation**0.5 * shared + (1 - plan.correlation) ** 0.5 * own
 
-    def _walk(
-        self,
-        prompts: Prompts,
-        tree: Tree,
-        plan: Plan,
-        x: Tensor,
-        start: int,
-        stop: int,
-        advance: Advance,
-        steps: Collection[int] | None = None,
-        detached: bool = False,
-    ) -> Tensor:
-        """Run steps [start, stop) over a forest: one drive per stretch of equal texts and parameters without branching.
-
-        steps: where the network's output carries gradient, None: everywhere; detached: its input carries none.
-        """
-        latent, graph = x, torch.is_grad_enabled()
-        mean_of = self._means(plan, start)
-
-        def on_step(step: int, prediction: Tensor, seen: Tensor) -> Tensor:
-            nonlocal latent
-            prediction = wide(prediction)
-            with torch.set_grad_enabled(graph):
-                mean = mean_of(step, latent, prediction)  # on our own wide copy of the latent
-                rows = len(latent)
-                latent = advance(step, latent, prediction, mean)
-            shown = latent.detach() if detached else latent
-            return shown.to(seen.dtype) if len(latent) == rows else seen
-
-        def circumstances(step: int) -> tuple[int, int | None, bool]:
-            shifted = step if step in self._shift[1] else None
-            return self.stretch(step), shifted, graph and (steps is None or step in steps)
-
-        ahead = [k for k in range(start, stop) if not plan.leaves_out(k)]
-        while ahead:
-            stretch, shifted, learns = now = circumstances(ahead[0])
-            pairs = itertools.pairwise(ahead)
-            ends = (i + 1 for i, (k, to) in enumerate(pairs) if plan.branch[k] > 1 or circumstances(to) != now)
-            end = next(ends, len(ahead))
-            told = prompts.select(tree.root[ahead[0]]).told(stretch)
-            with self._moved(shifted), torch.set_grad_enabled(learns):
-                self.drive(told, latent.detach() if detached else latent, ahead[:end], on_step)
-            ahead = ahead[end:]
-        return latent
-
-    def _means(self, plan: Plan, start: int) -> Callable[[int, Tensor, Tensor], Tensor]:
-        """(step, latent, prediction) -> mean of the next latent, for the steps of a walk in order.
-
-        Raises:
-            ValueError: for a walk that starts after the solver did, whose memory it would lack.
-        """
-        if plan.solver and start > plan.solver[0]:
-            raise ValueError(
-                f"step {start} follows from steps of a solver before it, the first of them {plan.solver[0]}"
-            )
-        jumps = dpm_solver.jumps(self.levels, plan.solver) if plan.solver else None
-        past: Tensor | None = None
-
-        def mean(step: int, latent: Tensor, prediction: Tensor) -> Tensor:
-            nonlocal past
-            if jumps is None or step not in plan.solver:
-                coefficient, gain, _ = self.table(plan, step)
-                return coefficient * latent + gain * prediction  # a x + b prediction
-            k = plan.solver.index(step)
-            found = float(jumps.x[k]) * latent + float(jumps.prediction[k]) * prediction
-            found = found if past is None else found + float(jumps.past[k]) * past
-            past = float(jumps.clean_x[k]) * latent + float(jumps.clean_prediction[k]) * prediction
-            return found
-
-        return mean
-
     def stretch(self, step: int) -> int:
         """Which stretch of the chain a step belongs to."""
         return bisect.bisect_right(self.stretches, step) - 1
@@ -249,7 +160,7 @@ class ChainPolicy(ABC):
             return x
 
         single = Plan(part.plan.stop, part.plan.noise, (), keep_mean=part.plan.keep_mean)
-        self._walk(part.prompts, part.tree, single, part.x[step], step, step + 1, advance)
+        Walk(self, part.prompts, part.tree, single, advance).run(part.x[step], step, step + 1)
         return Transition(seen[0], seen[1], self.table(part.plan, step)[2])
 
     def replay(
@@ -272,7 +183,8 @@ class ChainPolicy(ABC):
             stored = part.eps[step] if step < len(part.eps) else None
             return child + std * (self._noise(part.prompts, part.plan, step, like=mean) if stored is None else stored)
 
-        x = self._walk(part.prompts, part.tree, part.plan, part.x[start], start, stop, advance, steps, detached)
+        walk = Walk(self, part.prompts, part.tree, part.plan, advance, steps, detached)
+        x = walk.run(part.x[start], start, stop)
         std = self.table(part.plan, stop - 1)[2] if stop > start else 0.0
         return Replay(x, last[0], std, last[1])
 
@@ -294,77 +206,6 @@ class ChainPolicy(ABC):
     def decode(self, part: Rollout, x: Tensor) -> Media:
         """Decode latents of the part's leaves."""
         return self.pixels(part.prompts.select(part.tree.leaf_root), x)
-
-    # -- noise on the parameters
-
-    def _direction(self, draw: int, step: int) -> dict[str, Tensor]:
-        """Standard normal noise of the parameters' shapes, a function of draw and step alone."""
-        return {
-            k: normal([draw], p.shape, Purpose.DIRECTION, step, index, like=p)[0]
-            for index, (k, p) in enumerate(self.parameters.items())
-        }
-
-    @contextmanager
-    def shifted(self, draw: int, steps: Collection[int], scale: float) -> Iterator[None]:
-        """Walk each of some steps with parameters + scale * its own noise, without gradient, for the length of the context."""
-        self._shift = draw, frozenset(steps), scale
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._shift = NO_SHIFT
-
-    def along(self, draw: int, steps: Collection[int]) -> Tensor:
-        """<parameters, sum of the steps' noises>: its gradient is that sum."""
-        noises = [self._direction(draw, step) for step in steps]
-        return torch.stack([(p * sum(noise[k] for noise in noises)).sum() for k, p in self.parameters.items()]).sum()
-
-    @contextmanager
-    def _moved(self, step: int | None) -> Iterator[None]:
-        if step is None:
-            yield
-            return
-        draw, _, scale = self._shift
-        noise = self._direction(draw, step)
-        with self._swapped({k: p.data + scale * noise[k] for k, p in self.parameters.items()}):
-            yield
-
-    @contextmanager
-    def _swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
-        """Other values for the parameters, for the length of the context."""
-        own = {k: p.data for k, p in self.parameters.items()}
-        try:
-            for k, p in self.parameters.items():
-                p.data = values[k]
-            yield
-        finally:
-            for k, p in self.parameters.items():
-                p.data = own[k]
-
-    # -- shadows: slow copies of the parameters
-
-    def add_shadows(self, names: Iterable[str]) -> None:
-        """Start a shadow per name at the current parameters."""
-        for name in names:
-            self.shadows.setdefault(name, {k: p.detach().clone() for k, p in self.parameters.items()})
-
-    @torch.no_grad()
-    def follow(self, decays: dict[str, float]) -> None:
-        """shadow <- decay * shadow + (1 - decay) * parameters: 0 copies, 1 freezes."""
-        for name, decay in decays.items():
-            for k, slow in self.shadows[name].items():
-                slow.lerp_(self.parameters[k].to(slow.dtype), 1 - decay)
-
-    @contextmanager
-    def shadow(self, name: str) -> Iterator[None]:
-        """Use a shadow's parameters, without gradient, for the length of the context."""
-        with torch.no_grad(), self._swapped(self.shadows[name]):
-            yield
-
-
-def arrival(plan: Plan, step: int) -> int:
-    """The level that a step leads to."""
-    return next((k for k in range(step + 1, plan.stop) if not plan.leaves_out(k)), plan.stop)
 
 
 def child_seeds(seeds: list[int], children: int) -> list[int]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +14,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffalign.backends import recorder
-from diffalign.backends.chain import ChainPolicy, OnStep
+from diffalign.backends.chain import ChainPolicy
+from diffalign.backends.walk import OnStep
 from diffalign.errors import UserError
 from diffalign.models import lora as adapters
-from diffalign.models.encodings import Encodings, Store, digest, versions
+from diffalign.models.encodings import TextEncoders
 from diffalign.processes import Process
 from diffalign.types import Media, Prompts, Rollout
 
@@ -51,6 +50,8 @@ class DiffusersPolicy(ChainPolicy):
         gradient_checkpointing: bool = False,
         stretches: Sequence[int] = (0,),
     ) -> None:
+        if problems := recorder.unfit(pipe):
+            raise recorder.refused(pipe, "; ".join(problems))
         self.pipe = pipe
         self.parameters = parameters or {}
         guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
@@ -68,10 +69,10 @@ class DiffusersPolicy(ChainPolicy):
         self._latent: Tensor | None = None
         self._prepared: Tensor | None = None
         self._prepare = pipe.prepare_latents
-        encode = getattr(pipe, "encode_prompt", None)
-        self._encodings = None if encode is None else Encodings(encode)
-        with torch.no_grad():  # an empty run: the pipeline sets its timesteps as it would to sample
-            self._run(["a"], None, (), None, [torch.Generator().manual_seed(0)], "latent")
+        self.texts = TextEncoders(pipe, self._empty_run)
+        with torch.no_grad():  # the pipeline sets its timesteps as it would to sample
+            self._empty_run("a")
+        self._check_contract()
         timestep = self._recorder.full_timesteps.double().cpu().numpy()
         levels = recorder.levels(self._recorder, process.kind)
         super().__init__(timestep, levels, process, noise_level, micro_batch, stretches)
@@ -116,18 +117,36 @@ class DiffusersPolicy(ChainPolicy):
             generators = [torch.Generator().manual_seed(0) for _ in text]
         with self._hooks():
             # A copy: some pipelines write their chat template into the list.
-            result = self._call(
-                self.pipe, prompt=list(text), generator=generators, output_type=output, **self.arguments
+            try:
+                result = self._call(
+                    self.pipe, prompt=list(text), generator=generators, output_type=output, **self.arguments
+                )
+            except recorder.ContractError as error:
+                raise recorder.refused(self.pipe, str(error)) from error
+        if steps and self._recorder.cursor < len(steps):
+            raise recorder.refused(
+                self.pipe, f"it calls scheduler.step {self._recorder.cursor} times for {len(steps)} timesteps"
             )
         return result[0]
+
+    def _check_contract(self) -> None:
+        """Refuse a pipeline whose call went past what the seam replaced."""
+        if self._prepared is None:
+            raise recorder.refused(self.pipe, "its call does not use its prepare_latents")
+        if not hasattr(self._recorder, "full_timesteps"):
+            raise recorder.refused(self.pipe, "its call does not set its scheduler's timesteps")
+
+    def _empty_run(self, text: str) -> None:
+        """The pipeline's `__call__` without a step."""
+        self._run([text], None, (), None, [torch.Generator().manual_seed(0)], "latent")
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         """Recording scheduler, latents swapped in `prepare_latents`, prompts encoded once; all undone afterwards."""
         self.pipe.scheduler = self._recorder
         self.pipe.prepare_latents = self._prepare_latents
-        if self._encodings is not None:
-            self.pipe.encode_prompt = self._encodings
+        if self.texts.encodings is not None:
+            self.pipe.encode_prompt = self.texts.encodings
         try:
             yield
         finally:
@@ -141,48 +160,6 @@ class DiffusersPolicy(ChainPolicy):
         output = self._prepare(*args, **kwargs)
         self._prepared = recorder.first(output)
         return output if self._latent is None else recorder.swap_first(output, self._latent)
-
-    def store_prompts(self, folder: Path, budget: float, texts: Sequence[str], mine: Sequence[str]) -> str:
-        """Encode `mine`, a share of all texts of a run, and keep them on disk; returns why not, "" if it is done.
-
-        With all shares done, `leave_encoders` may follow.
-        """
-        if self._encodings is None:
-            return f"{type(self.pipe).__name__} has no encode_prompt"
-        parts = self.pipe.components
-        encoders = [part for name, part in parts.items() if name in self.encoders]
-        tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
-        depends = digest(encoders, tokenizers, type(self.pipe).__name__, versions())
-        kept = Encodings(self.pipe.encode_prompt, Store(folder, budget), depends)
-        self._encodings, before = kept, self._encodings
-        with torch.no_grad():  # an empty run tells it what else the pipeline passes on
-            self._run([texts[0]], None, (), None, [torch.Generator().manual_seed(0)], "latent")
-        why_not = kept.prepare(texts, mine)
-        if not kept.splits:
-            self._encodings = before
-        return why_not
-
-    @property
-    def encoders(self) -> list[str]:
-        """Names of the text encoders that are in memory."""
-        return [
-            name
-            for name, part in self.pipe.components.items()
-            if name.startswith("text_encoder") and isinstance(part, torch.nn.Module)
-        ]
-
-    def leave_encoders(self) -> int:
-        """Let the text encoders go; returns the bytes they took."""
-        assert self._encodings is not None
-        taken = 0
-        for name in self.encoders:
-            taken += sum(p.nbytes for p in getattr(self.pipe, name).parameters())
-            setattr(self.pipe, name, None)
-        self._encodings.complete = True
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return taken
 
     # -- what a chain needs
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -17,10 +18,49 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UserError
+from diffalign.models import lora
 from diffalign.processes import PROCESSES, Levels, linear_sigmas
 from diffalign.processes.table import Kind
 
 Sigmas = Literal["pipeline", "linear"]
+
+
+NEEDS = ("prompt", "generator", "num_inference_steps", "output_type")  # arguments that a pipeline's call must have
+
+
+def unfit(pipe: Any) -> list[str]:
+    """What keeps a pipeline from being driven through its scheduler, as far as can be seen without running it.
+
+    The seam's contract: the call starts from what `prepare_latents` returns, sets its timesteps by `scheduler.set_timesteps`, hands every
+    prediction to `scheduler.step` once a timestep and goes on with what that returns. What the call does is held while it runs.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    missing = [f"its call has no {name}" for name in NEEDS if name not in _parameters(pipe)]
+    missing += [] if lora.denoisers(pipe) else [f"it has no denoiser under the names {', '.join(lora.DENOISERS)}"]
+    missing += [] if hasattr(pipe, "prepare_latents") else ["it has no prepare_latents, where its start is given"]
+    if scheduler is None:
+        return [*missing, "it has no scheduler"]
+    return missing + [
+        f"its {type(scheduler).__name__} has no {name}"
+        for name in ("set_timesteps", "step")
+        if not hasattr(scheduler, name)
+    ]
+
+
+def _parameters(pipe: Any) -> Mapping[str, Any]:
+    return inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
+
+
+def refused(pipe: Any, why: str) -> UserError:
+    """What to say of a pipeline that breaks the seam's contract."""
+    return UserError(
+        f"model: its {type(pipe).__name__} cannot be trained through the scheduler: {why}; allowed are pipelines that prepare_latents, "
+        "set_timesteps and call scheduler.step once a timestep, or a policy of its own in diffalign.backends.table"
+    )
+
+
+class ContractError(Exception):
+    """A pipeline's call does not do what the seam needs of it; the message says what."""
 
 
 class _Recording:
@@ -33,6 +73,8 @@ class _Recording:
     cursor: int
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.cursor == len(self.steps):
+            raise ContractError("it calls scheduler.step more than once a timestep")
         latent = self.on_step(self.steps[self.cursor], model_output, sample)
         self.cursor += 1
         if kwargs.get("return_dict", True):

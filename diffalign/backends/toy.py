@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.backends.chain import ChainPolicy, OnStep
+from diffalign.backends.chain import ChainPolicy
+from diffalign.backends.walk import OnStep
 from diffalign.processes import PROCESSES, Levels
 from diffalign.processes.table import Kind
 from diffalign.runtime.randomness import Purpose, normal

@@ -12,24 +12,20 @@ import hashlib
 import inspect
 import itertools
 import json
-import os
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffalign.errors import Fault, one_line
-from diffalign.runtime.files import make_folder
+from diffalign.errors import Fault
+from diffalign.models.encoding_store import Store
+from diffalign.runtime.memory import release
 
 MEMORY_BYTES = 2**30  # of encoded batches kept in memory: one prompt of a large T5 takes 4 MB
-OWN = re.compile(r"[0-9a-f]{64}")  # names of its files
 CLOSE = 2e-2  # largest difference between a batch's and single texts' encodings, as a share of the encoding's own size (bfloat16)
 
 
@@ -62,86 +58,6 @@ def digest(encoders: Iterable[torch.nn.Module], tokenizers: Iterable[Any], *more
         vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else repr(tokenizer)
         found.update(json.dumps([vocabulary, str(getattr(tokenizer, "chat_template", None))]).encode())
     return found.hexdigest()
-
-
-class Store:
-    """Encodings on disk, one file each; the least recently used go when they take more than `budget` bytes.
-
-    Several processes may use one folder: files appear whole, and one that is gone or damaged counts as not there. Other files in the
-    folder are neither counted nor touched.
-    """
-
-    def __init__(self, folder: Path, budget: float) -> None:
-        self.folder, self.budget = folder, budget
-        make_folder(folder, "prompts.cache")
-        self.used = sum(path.stat().st_size for path in self._own())
-
-    def _own(self) -> list[Path]:
-        """The store's files, which are named by a digest."""
-        return [path for path in self.folder.glob("*.safetensors") if OWN.fullmatch(path.stem)]
-
-    def read(self, name: str) -> Any:
-        """The encoding of a name, None if it is not there."""
-        path = self.folder / f"{name}.safetensors"
-        try:
-            with safe_open(path, framework="pt") as file:
-                tree = json.loads(file.metadata()["tree"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-            os.utime(path)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            return None
-        return _planted(tree, tensors)
-
-    def write(self, name: str, value: Any) -> None:
-        """Keep an encoding, and let old ones go."""
-        tensors: dict[str, Tensor] = {}
-        tree = _uprooted(value, tensors)
-        path = self.folder / f"{name}.safetensors"
-        part = path.with_suffix(f".{os.getpid()}")
-        try:
-            save_file(tensors, part, metadata={"tree": json.dumps(tree)})
-            self.used += part.stat().st_size
-            os.replace(part, path)
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            raise Fault(f"prompts.cache: cannot write {path}: {one_line(error)}") from error
-        if self.used > self.budget:
-            self._shrink()
-
-    def _shrink(self) -> None:
-        """Remove what was used longest ago, down to nine tenths of the budget."""
-        found = []
-        for path in self._own():
-            try:
-                facts = path.stat()
-            except FileNotFoundError:  # another process removed it
-                continue
-            found.append((facts.st_mtime_ns, facts.st_size, path))
-        self.used = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if self.used <= 0.9 * self.budget:
-                break
-            path.unlink(missing_ok=True)
-            self.used -= size
-
-
-def _uprooted(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A tree as JSON, its tensors by number in `tensors`."""
-    if isinstance(value, Tensor):
-        tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()  # clones: files share no memory
-        return {"tensor": len(tensors) - 1}
-    if isinstance(value, (tuple, list)):
-        return {type(value).__name__: [_uprooted(item, tensors) for item in value]}
-    return {"value": value}
-
-
-def _planted(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    ((kind, inside),) = tree.items()
-    if kind == "tensor":
-        return tensors[str(inside)]
-    if kind == "value":
-        return inside
-    return {"tuple": tuple, "list": list}[kind](_planted(item, tensors) for item in inside)
 
 
 # Of a leaf of a single text's encoding: True: it has a row for each text; False: it is the same for all; a dtype: there is none, and a
@@ -327,3 +243,52 @@ def versions() -> str:
     from importlib.metadata import version
 
     return ", ".join(f"{name} {version(name)}" for name in ("diffusers", "transformers", "tokenizers"))
+
+
+class TextEncoders:
+    """A pipeline's text encoders: what they said is remembered, and they may leave.
+
+    Args:
+        run: runs the pipeline with a text and no steps, which tells what it passes to its `encode_prompt`.
+    """
+
+    def __init__(self, pipe: Any, run: Callable[[str], Any]) -> None:
+        self.pipe, self._run = pipe, run
+        encode = getattr(pipe, "encode_prompt", None)
+        self.encodings = None if encode is None else Encodings(encode)
+
+    @property
+    def names(self) -> list[str]:
+        """Of those that are in memory."""
+        parts = self.pipe.components.items()
+        return [name for name, part in parts if name.startswith("text_encoder") and isinstance(part, torch.nn.Module)]
+
+    def store(self, folder: Path, budget: float, texts: Sequence[str], mine: Sequence[str]) -> str:
+        """Encode `mine`, a share of all texts of a run, and keep them on disk; returns why not, "" if it is done.
+
+        With all shares done, `leave` may follow.
+        """
+        if self.encodings is None:
+            return f"{type(self.pipe).__name__} has no encode_prompt"
+        parts = self.pipe.components
+        tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
+        depends = digest([parts[name] for name in self.names], tokenizers, type(self.pipe).__name__, versions())
+        kept = Encodings(self.pipe.encode_prompt, Store(folder, budget), depends)
+        self.encodings, before = kept, self.encodings
+        with torch.no_grad():  # an empty run tells it what else the pipeline passes on
+            self._run(texts[0])
+        why_not = kept.prepare(texts, mine)
+        if not kept.splits:
+            self.encodings = before
+        return why_not
+
+    def leave(self) -> int:
+        """Let the text encoders go; returns the bytes they took."""
+        assert self.encodings is not None
+        taken = 0
+        for name in self.names:
+            taken += sum(p.nbytes for p in getattr(self.pipe, name).parameters())
+            setattr(self.pipe, name, None)
+        self.encodings.complete = True
+        release()
+        return taken

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffalign.ops.shapes import same
+
 Reduce = Literal["mean", "sum"]
 
 
@@ -29,8 +31,9 @@ def log_prob(x: Tensor, mean: Tensor, std: float, reduce: Reduce) -> Tensor:
     """log N(x; mean, std^2 I), (N, D...) to (N,).
 
     Raises:
-        ValueError: if std is not positive; a deterministic step has no density.
+        ValueError: if std is not positive (a deterministic step has no density), or shapes differ.
     """
+    same(x=x, mean=mean)
     if not std > 0:
         raise ValueError(f"log_prob: std is {std}, a deterministic step has no density")
     # -(x - mu)^2 / (2 s^2) - log s - log(2 pi) / 2, per dimension
@@ -40,6 +43,7 @@ def log_prob(x: Tensor, mean: Tensor, std: float, reduce: Reduce) -> Tensor:
 
 def divergence(mean_p: Tensor, mean_q: Tensor, std: float, reduce: Reduce) -> Tensor:
     """KL(N(mean_p, std^2) || N(mean_q, std^2)) = (mean_p - mean_q)^2 / (2 std^2), (N, D...) to (N,)."""
+    same(mean_p=mean_p, mean_q=mean_q)
     if not std > 0:
         raise ValueError(f"divergence: std is {std}, it must be positive")
     return reduce_latent((mean_p - mean_q) ** 2 / (2 * std**2), reduce)
@@ -51,6 +55,7 @@ def score_inner(mean: Tensor, eps: Tensor, std: float) -> Tensor:
     Its gradient equals that of the summed log density at the sampled point: d log p / d mean = (x - mean) / std^2
     = eps / std. This is the likelihood-ratio surrogate with borrowed noise (RLR, arXiv 2502.00639).
     """
+    same(mean=mean, eps=eps)
     if not std > 0:
         raise ValueError(f"score_inner: std is {std}, noise can only be borrowed where it was injected")
     cotangent = (eps / std).detach()

@@ -5,38 +5,42 @@ alpha, sigma are the level's numbers in x_t = alpha x_0 + sigma n.
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
+
+from diffalign.ops import prediction
+from diffalign.ops.shapes import same
 
 SMALL = 1e-10
 
 
 def noised(x0: Tensor, noise: Tensor, alpha: float, sigma: float) -> Tensor:
     """x_t = alpha x_0 + sigma n, (N, D...)."""
+    same(x0=x0, noise=noise)
     return alpha * x0 + sigma * noise
 
 
-def target(x0: Tensor, noise: Tensor, alpha: float, sigma: float, prediction: str) -> Tensor:
+def target(x0: Tensor, noise: Tensor, alpha: float, sigma: float, kind: str) -> Tensor:
     """What the network would predict knowing x_0 and n, (N, D...): n - x_0, n, alpha n - sigma x_0, or x_0."""
+    same(x0=x0, noise=noise)
     return {
         "velocity": lambda: noise - x0,
         "epsilon": lambda: noise,
         "v_prediction": lambda: alpha * noise - sigma * x0,
         "sample": lambda: x0,
-    }[prediction]()
+    }[kind]()
 
 
-def clean(x: Tensor, predicted: Tensor, alpha: float, sigma: float, prediction: str) -> Tensor:
+def clean(x: Tensor, predicted: Tensor, alpha: float, sigma: float, kind: str) -> Tensor:
     """The x_0 that a prediction at x_t implies, (N, D...)."""
-    return {
-        "velocity": lambda: (x - sigma * predicted) / (alpha + sigma),
-        "epsilon": lambda: (x - sigma * predicted) / alpha,
-        "v_prediction": lambda: alpha * x - sigma * predicted,
-        "sample": lambda: predicted,
-    }[prediction]()
+    same(x=x, predicted=predicted)
+    at_x, at_prediction, *_ = prediction.parts(np.array([alpha]), np.array([sigma]), kind)
+    return float(at_x[0]) * x + float(at_prediction[0]) * predicted
 
 
 def error(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared difference over latent dimensions, (N, D...) to (N,)."""
+    same(a=a, b=b)
     return ((a - b) ** 2).flatten(1).mean(1)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffalign.ops.shapes import same
+
 
 def clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """Per-sample loss max(-A r, -A clip(r, 1 - c, 1 + c)) with r = exp(log_ratio); all shapes (N,)."""
+    same(log_ratio=log_ratio, advantage=advantage)
     ratio = log_ratio.exp()
     # L = max(-A r, -A clip(r, 1 - c, 1 + c)): no gradient once r has moved past the range in A's direction
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))

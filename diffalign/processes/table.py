@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from diffalign.ops import prediction
 from diffalign.types import Floats
 
 Kind = Literal["flow", "ddpm"]
@@ -18,7 +19,7 @@ Prediction = Literal["velocity", "epsilon", "v_prediction", "sample"]
 class Levels:
     """A sampler's noise levels, alpha and sigma (T+1,) with x_t = alpha x_0 + sigma n, and what its network predicts.
 
-    velocity is n - x_0 (rectified flow); epsilon is n; v_prediction is alpha n - sigma x_0 (arXiv 2202.00512); sample is x_0.
+    What the kinds of prediction are is said in `ops.prediction`.
 
     Raises:
         ValueError: unless sigma lies in [0, 1], never rises and is 0 at most at the end, and alpha never falls; for other
@@ -46,17 +47,7 @@ class Levels:
 
     def parts(self) -> tuple[Floats, Floats, Floats, Floats]:
         """Coefficients (T,) of each step's (x, prediction) in the clean sample x_0 and in the noise n they imply."""
-        a, s = self.alpha[:-1], self.sigma[:-1]
-        one, zero = np.ones_like(a), np.zeros_like(a)
-        if self.prediction == "velocity":  # x_0 = (x - s v) / (a + s), n = (x + a v) / (a + s); a + s = 1
-            return one, -s, one, a
-        if self.prediction == "v_prediction":  # x_0 = a x - s v, n = s x + a v
-            return a, -s, s, a
-        if self.prediction == "sample":  # n = (x - a x_0) / s
-            return zero, one, 1 / s, -a / s
-        if (a == 0).any():
-            raise ValueError("epsilon prediction says nothing about x_0 where alpha is 0")
-        return 1 / a, -s / a, zero, one  # x_0 = (x - s e) / a
+        return prediction.parts(self.alpha[:-1], self.sigma[:-1], self.prediction)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from diffalign.backends import diffusers
+from diffalign.backends.diffusers import DiffusersPolicy
+from diffalign.backends.table import policy_class
 from diffalign.config import Config
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.models import loading, lora, lora_files
@@ -31,7 +32,7 @@ class Parts:
     """What a config describes: a policy around a pipeline with LoRA, what scores its samples, and what judges them in evaluations."""
 
     place: loading.Place
-    policy: diffusers.DiffusersPolicy
+    policy: DiffusersPolicy
     scorer: Scorer
     judges: Scorer
 
@@ -92,7 +93,7 @@ def _lora(config: Config, pipe: Any) -> dict[str, torch.Tensor]:
     return parameters
 
 
-def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None = None) -> diffusers.DiffusersPolicy:
+def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None = None) -> DiffusersPolicy:
     """The policy of a config around a loaded pipeline.
 
     Raises:
@@ -101,7 +102,7 @@ def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None
     """
     sampler = config.sampler
     try:
-        return diffusers.DiffusersPolicy(
+        return policy_class(pipe)(
             pipe,
             PROCESSES[sampler.process],
             steps=sampler.steps,
@@ -167,15 +168,15 @@ def introduce(config: Config, parts: Parts, say: Callable[[str], None]) -> None:
 
 def store_prompts(config: Config, parts: Parts, world: World, say: Callable[[str], None]) -> None:
     """Encode all prompts of the run beforehand and let the text encoders go, if the config has a cache for it."""
-    settings, held = config.prompts, parts.policy
+    settings, encoders = config.prompts, parts.policy.texts
     if settings.cache is None:
         return
     texts = config.book.texts
     folder, budget = Path(settings.cache).expanduser(), settings.cache_gib * 2**30
     say(f"encoding {len(texts)} prompts, or finding them in {folder}")
     mine = texts[world.rank :: world.size]
-    answers = world.gather(world.together(lambda: held.store_prompts(folder, budget, texts, mine)))
+    answers = world.gather(world.together(lambda: encoders.store(folder, budget, texts, mine)))
     if why_not := next(filter(None, answers), ""):
         say(f"text encoders stay: {why_not}")
     else:
-        say(f"text encoders leave memory: {held.leave_encoders() / 2**20:.0f} MiB")
+        say(f"text encoders leave memory: {encoders.leave() / 2**20:.0f} MiB")

@@ -8,7 +8,8 @@ import torch
 
 from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.errors import Fault, UserError
-from diffalign.models.encodings import Store, joined
+from diffalign.models.encoding_store import Store
+from diffalign.models.encodings import joined
 from diffalign.processes import PROCESSES
 from diffalign.prompts import book
 from diffalign.types import Plan
@@ -39,49 +40,49 @@ def files(folder):
 def test_every_family_samples_the_same_without_its_encoders(name, tmp_path):
     made = policy(name)
     expected = drawn(made)
-    assert made.store_prompts(tmp_path, 1e9, TEXTS, TEXTS) == ""
+    assert made.texts.store(tmp_path, 1e9, TEXTS, TEXTS) == ""
     assert len(files(tmp_path)) >= len(TEXTS)
     before = drawn(made)
     # rows encoded alone differ from rows of a batch by rounding, two guided steps make more of it
     torch.testing.assert_close(before, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
-    assert made.leave_encoders() > 0
-    assert made.encoders == []
-    made._encodings._memory.clear()  # from the files
+    assert made.texts.leave() > 0
+    assert made.texts.names == []
+    made.texts.encodings._memory.clear()  # from the files
     assert torch.equal(drawn(made), before)
 
 
 def test_an_encoder_that_looks_at_the_whole_batch_stays(tmp_path):
     made = policy("CogView4")
     expected = drawn(made)
-    assert "encodes a batch otherwise" in made.store_prompts(tmp_path, 1e9, TEXTS, TEXTS)
-    assert made.encoders
+    assert "encodes a batch otherwise" in made.texts.store(tmp_path, 1e9, TEXTS, TEXTS)
+    assert made.texts.names
     assert torch.equal(drawn(made), expected)
     assert files(tmp_path) == []
 
 
 def test_files_are_found_again_and_depend_on_weights_length_and_negative_text(tmp_path):
     first = policy("SD 3.5 Medium")
-    assert first.store_prompts(tmp_path, 1e9, TEXTS, TEXTS) == ""
+    assert first.texts.store(tmp_path, 1e9, TEXTS, TEXTS) == ""
     count, expected = len(files(tmp_path)), drawn(first)
 
     again = policy("SD 3.5 Medium")
     encode = again.pipe._get_clip_prompt_embeds
     calls = []
     again.pipe._get_clip_prompt_embeds = lambda *args, **kwargs: calls.append(args) or encode(*args, **kwargs)
-    assert again.store_prompts(tmp_path, 1e9, TEXTS, TEXTS) == ""
+    assert again.texts.store(tmp_path, 1e9, TEXTS, TEXTS) == ""
     probing = len(calls)
     assert torch.equal(drawn(again), expected)
     assert len(calls) == probing
     assert len(files(tmp_path)) == count
 
     for change in ({"max_sequence_length": 9}, {"negative_prompt": "blurred"}):
-        assert policy("SD 3.5 Medium", **change).store_prompts(tmp_path, 1e9, TEXTS, TEXTS) == ""
+        assert policy("SD 3.5 Medium", **change).texts.store(tmp_path, 1e9, TEXTS, TEXTS) == ""
         assert len(files(tmp_path)) > count
         count = len(files(tmp_path))
     pipe = build("SD 3.5 Medium")
     with torch.no_grad():
         next(pipe.text_encoder_2.parameters()).view(-1)[7] += 1e-3
-    assert policy("SD 3.5 Medium", pipe).store_prompts(tmp_path, 1e9, TEXTS, TEXTS) == ""
+    assert policy("SD 3.5 Medium", pipe).texts.store(tmp_path, 1e9, TEXTS, TEXTS) == ""
     assert len(files(tmp_path)) > count
 
 
@@ -91,8 +92,8 @@ def test_what_does_not_fit_the_budget_keeps_its_encoders_and_the_folder_small(tm
     mine = tmp_path / "pytorch_lora_weights.safetensors"
     mine.write_bytes(bytes(10**6))
     budget = 60_000  # three encodings of 77 x 32 numbers, with and without the prompt, take 20 kB each
-    assert "prompts.cache_gib allows" in made.store_prompts(tmp_path, budget, TEXTS, TEXTS)
-    assert made.encoders
+    assert "prompts.cache_gib allows" in made.texts.store(tmp_path, budget, TEXTS, TEXTS)
+    assert made.texts.names
     torch.testing.assert_close(drawn(made), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     assert files(tmp_path)  # it is used all the same
     own = [path for path in tmp_path.iterdir() if path != mine]
@@ -132,18 +133,18 @@ def test_nested_encodings_come_back_as_they_were(tmp_path):
 @pytest.mark.parametrize("damage", [b"", b"not safetensors at all", None])
 def test_a_damaged_or_missing_file_is_encoded_again(tmp_path, damage):
     made = policy("SD 1.5")
-    assert made.store_prompts(tmp_path, 1e9, TEXTS, TEXTS) == ""
+    assert made.texts.store(tmp_path, 1e9, TEXTS, TEXTS) == ""
     expected = drawn(made)
     for path in tmp_path.iterdir():
         path.write_bytes(damage) if damage is not None else path.unlink()
-    made._encodings._memory.clear()
+    made.texts.encodings._memory.clear()
     assert torch.equal(drawn(made), expected)
-    made.leave_encoders()
-    made._encodings._memory.clear()
+    made.texts.leave()
+    made.texts.encodings._memory.clear()
     assert torch.equal(drawn(made), expected)
     for path in tmp_path.iterdir():
         path.unlink()
-    made._encodings._memory.clear()
+    made.texts.encodings._memory.clear()
     with pytest.raises(Fault, match="gone from the cache"):
         drawn(made)
 
@@ -169,11 +170,11 @@ def test_a_full_disk_is_a_fault_that_leaves_nothing_half_written(tmp_path, monke
 
     monkeypatch.setattr(encodings, "save_file", full)
     with pytest.raises(Fault, match="prompts.cache: cannot write .*No space left"):
-        policy("SD 1.5").store_prompts(tmp_path, 1e9, TEXTS, TEXTS)
+        policy("SD 1.5").texts.store(tmp_path, 1e9, TEXTS, TEXTS)
     assert files(tmp_path) == []
 
 
 def test_a_cache_that_cannot_be_a_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="prompts.cache: got .*file.*cannot write there"):
-        policy("SD 1.5").store_prompts(tmp_path / "file", 1e9, TEXTS, TEXTS)
+        policy("SD 1.5").texts.store(tmp_path / "file", 1e9, TEXTS, TEXTS)

@@ -584,7 +584,7 @@ def test_the_evaluation_compares_the_same_images(whole):
 def test_with_a_cache_the_encoders_leave_and_a_resumed_run_is_the_same(tmp_path):
     cached = (f"prompts.cache={tmp_path / 'encoded'}", "evaluation.every=1")
     made = start(tmp_path / "whole", "updates=2", *cached)
-    assert made.policy.encoders == []
+    assert made.policy.texts.names == []
     expected = finish(made)
     count = len(list((tmp_path / "encoded").glob("*.safetensors")))
     # every counting caption of training and test, and the negative text's
@@ -604,7 +604,7 @@ def test_with_a_cache_the_encoders_leave_and_a_resumed_run_is_the_same(tmp_path)
 def test_a_cache_that_is_too_small_keeps_the_encoders_and_says_so(tmp_path, capsys):
     settings = tiny_config(tmp_path / "run", f"prompts.cache={tmp_path / 'encoded'}", "prompts.cache_gib=0.0001")
     made = Session(settings, open_run(settings, False), Reporter())
-    assert len(made.policy.encoders) == 3
+    assert len(made.policy.texts.names) == 3
     said = capsys.readouterr()
     assert "text encoders stay: " in said.out + said.err
     assert "encoded prompts take up to" in said.out + said.err

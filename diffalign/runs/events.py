@@ -1,0 +1,66 @@
+"""What happens in a run, and who hears of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from diffalign.types import Update
+
+if TYPE_CHECKING:  # the folder is opened before anything heavy is imported
+    from diffalign.evaluation.results import Summary
+
+
+@dataclass(frozen=True)
+class Updated:
+    """An update is done, the `number`-th of `total`; row: what is logged of it."""
+
+    number: int
+    total: int
+    update: Update
+    row: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation after `number` updates is done."""
+
+    number: int
+    summary: Summary
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The run came to its end after `number` updates, in `seconds` since it was taken up."""
+
+    number: int
+    summary: Summary
+    seconds: float
+
+
+class Listener:
+    """Hears of a run's events; each does nothing unless said otherwise."""
+
+    def updated(self, event: Updated) -> None: ...
+    def evaluated(self, event: Evaluated) -> None: ...
+    def ended(self, event: Ended) -> None: ...
+
+
+class Listeners(Listener):
+    """Several, in order."""
+
+    def __init__(self, members: Sequence[Listener]) -> None:
+        self.members = list(members)
+
+    def updated(self, event: Updated) -> None:
+        for member in self.members:
+            member.updated(event)
+
+    def evaluated(self, event: Evaluated) -> None:
+        for member in self.members:
+            member.evaluated(event)
+
+    def ended(self, event: Ended) -> None:
+        for member in self.members:
+            member.ended(event)
