@@ -1,19 +1,21 @@
-"""The command line. Exit codes: 0 done, 2 the user's mistake, 3 a fault that stopped a run, 130 and 143 interrupted, 1 our bug."""
+"""The command line: options and where they go. Exit codes: 0 done, 2 the user's mistake, 3 a fault that stopped a run, 130 and 143
+interrupted, 1 our bug."""
 
 from __future__ import annotations
 
 import math
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 import diffalign
-from diffalign.errors import Fault, UserError
-from diffalign.models.notes import LORA
-from diffalign.runtime import keys, launcher
+from diffalign import config as configs
+from diffalign.errors import Fault, Interrupted, UserError
+from diffalign.runtime import launcher
 
 
 class Number(click.FloatRange):
@@ -24,6 +26,32 @@ class Number(click.FloatRange):
         return number if math.isfinite(number) else self.fail(f"{value!r} is not a finite number.", param, ctx)
 
 
+def options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several decorators as one."""
+
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(given):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def told(lines: Iterable[object]) -> None:
+    """Print lines."""
+    for line in lines:
+        click.echo(str(line))
+
+
+A_CONFIG = options(click.argument("config"), click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."))
+A_CALL = options(
+    click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True),
+    click.option("--steps", type=click.IntRange(1, 1000), help="Sampling steps [default: as trained]."),
+    click.option("--guidance", type=Number(0, 1000), help="Guidance scale [default: as trained]."),
+    click.option("--set", "arguments", multiple=True, metavar="KEY=VALUE", help="A further argument of the call."),
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(diffalign.__version__, prog_name="diffalign")
 def app() -> None:
@@ -31,29 +59,20 @@ def app() -> None:
 
 
 @app.command()
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@A_CONFIG
 @click.option("--fresh", is_flag=True, help="Start over; what the run folder holds of this run is deleted.")
 @click.option("--quiet", is_flag=True, help="Print nothing but the result.")
 def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> None:
     """Train CONFIG, a path or a name such as flow_grpo/shapes-sd3. The same command again resumes."""
-    from diffalign import config as configs
     from diffalign.runs.folder import open_run
 
     settings = configs.load(config, overrides)
     folder = open_run(settings, fresh) if launcher.leads() else None  # refused before torch is imported
     from diffalign.runs import session
 
-    try:
-        summary = session.train(settings, fresh=fresh, quiet=quiet, folder=folder)
-    except session.Interrupted as error:
-        fail(error.code, str(error))
-    if not launcher.leads():
-        return  # the first process says it
-    for name, judged in summary.rewards.items():
-        if (gain := judged.gain) is not None:
-            click.echo(f"{keys.evaluated(name)}: gain {gain.value:+.3f}, 95 % [{gain.low:+.3f}, {gain.high:+.3f}]")
-    click.echo(f"{Path(settings.run_dir) / 'adapter' / LORA}")
+    summary = session.train(settings, fresh=fresh, quiet=quiet, folder=folder)
+    if launcher.leads():
+        told([*summary.gains(), session.adapter_file(settings)])
 
 
 @app.command()
@@ -61,63 +80,30 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
 @click.option("--prompt", "prompts", multiple=True, help="A caption; may be given several times.")
 @click.option("--prompts", "file", type=click.Path(), help="A file of captions, one a line, or JSON lines.")
 @click.option("-n", "count", type=click.IntRange(1, 10_000), default=4, show_default=True, help="Pictures a caption.")
-@click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True)
-@click.option("--steps", type=click.IntRange(1, 1000), help="Sampling steps [default: as trained].")
-@click.option("--guidance", type=Number(0, 1000), help="Guidance scale [default: as trained].")
+@A_CALL
 @click.option("--negative", help="What guidance leads away from; needs a guidance above 1.")
 @click.option("--strength", type=Number(-100, 100), default=1.0, show_default=True, help="Of the adapter.")
 @click.option("--adapter", "more", multiple=True, metavar="FOLDER[:STRENGTH]", help="A further adapter; several times.")
 @click.option("--base", is_flag=True, help="Also draw without adapters, from the same seeds.")
-@click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="A further argument of the pipeline's call.")
 @click.option("--fps", type=click.IntRange(1, 240), default=16, show_default=True, help="Frames per second of videos.")
-@click.option(
-    "--out", type=click.Path(file_okay=False), default="samples", show_default=True, help="Folder to write to."
-)
-def sample(
-    target: str,
-    prompts: tuple[str, ...],
-    file: str | None,
-    count: int,
-    seed: int,
-    steps: int | None,
-    guidance: float | None,
-    negative: str | None,
-    strength: float,
-    more: tuple[str, ...],
-    base: bool,
-    options: tuple[str, ...],
-    fps: int,
-    out: str,
-) -> None:
+@click.option("--out", type=click.Path(file_okay=False), default="samples", show_default=True, help="Where to write.")
+def sample(target: str, strength: float, more: tuple[str, ...], arguments: tuple[str, ...], **asked: Any) -> None:
     """Write pictures or videos, a grid and an index page from a run, an adapter or a model."""
-    from diffalign.prompts import files as prompt_files
-    from diffalign.sampling import pictures as sampling
+    from diffalign.sampling import pictures, sources
 
-    texts = list(prompts)
-    if file is not None:
-        texts += [entry["prompt"] for entry in prompt_files.read(file, (), "test", "--prompts")]
-    if not texts:
-        raise UserError("sample: no caption; give --prompt TEXT or --prompts FILE")
-    source = sampling.resolve(target, strength, more)
-    source = sampling.with_options(source, options)
-    for path in sampling.sample(source, texts, count, seed, out, steps, guidance, negative, base, fps):
-        video = path.with_suffix(".mp4")
-        click.echo(f"{video}, {path.name} is its middle frame" if video.is_file() else str(path))
+    texts = pictures.captions(asked.pop("prompts"), asked.pop("file"))
+    source = sources.with_options(sources.resolve(target, strength, more), arguments)
+    told(map(pictures.label, pictures.sample(source, texts, asked.pop("count"), **asked)))
 
 
 @app.command()
 @click.argument("targets", nargs=-1, required=True, metavar="RUN|ADAPTER|MODEL...")
-@click.option(
-    "--suite", required=True, metavar="NAME|FILE", help="shapes, shapes-motion, geneval, pickscore, or a file."
-)
+@click.option("--suite", required=True, metavar="NAME|FILE", help="shapes, shapes-motion, geneval, pickscore, a file.")
 @click.option("--prompts", help="Other prompts for the suite's rewards: a set's name or a file.")
 @click.option("--reward", "rewards", multiple=True, help="What judges, instead of the suite's; several times.")
 @click.option("--split", type=click.Choice(("train", "validation", "test")), default="test", show_default=True)
-@click.option("-n", "count", type=click.IntRange(1, 1000), default=4, show_default=True, help="Samples a prompt.")
-@click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True)
-@click.option("--steps", type=click.IntRange(1, 1000), help="Sampling steps [default: as trained].")
-@click.option("--guidance", type=Number(0, 1000), help="Guidance scale [default: as trained].")
-@click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="A further argument of the pipeline's call.")
+@click.option("-n", "samples", type=click.IntRange(1, 1000), default=4, show_default=True, help="Samples a prompt.")
+@A_CALL
 @click.option("--batch", type=click.IntRange(1, 1024), default=16, show_default=True, help="Samples at a time.")
 @click.option(
     "--drift/--no-drift",
@@ -127,29 +113,11 @@ def sample(
 )
 @click.option("--fresh", is_flag=True, help="Make again what is there.")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
-def evaluate(
-    targets: tuple[str, ...],
-    suite: str,
-    prompts: str | None,
-    rewards: tuple[str, ...],
-    split: str,
-    count: int,
-    seed: int,
-    steps: int | None,
-    guidance: float | None,
-    options: tuple[str, ...],
-    batch: int,
-    drift: bool,
-    fresh: bool,
-    out: Path,
-) -> None:
+def evaluate(targets: tuple[str, ...], suite: str, out: Path, **asked: Any) -> None:
     """Judge models and adapters on a suite of prompts, all from the same noises, with intervals, grids and a page."""
     from diffalign.evaluation import suite as suites
-    from diffalign.evaluation.task import task_of
 
-    task = task_of(suite, prompts, rewards, split, count, seed, batch, drift)
-    models = suites.sources(targets, options, steps, guidance)
-    suites.run(task, models, out, fresh, click.echo)
+    suites.evaluate(targets, suite, out, say=click.echo, **asked)
 
 
 @app.command()
@@ -159,41 +127,32 @@ def export(folder: Path, out: Path) -> None:
     """Write an adapter under the names ComfyUI reads."""
     from diffalign.models.comfyui import comfyui
 
-    for path, count in comfyui(folder, out).items():
-        click.echo(f"{path}: {count} layers")
+    told(f"{path}: {count} layers" for path, count in comfyui(folder, out).items())
 
 
 @app.command()
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option(
-    "--preview", type=click.Path(dir_okay=False), help="Picture of samples with and without noise; loads weights."
-)
+@A_CONFIG
+@click.option("--preview", type=click.Path(dir_okay=False, path_type=Path), help="A picture of samples; loads weights.")
 @click.option("--card", help="Bound on a card's peak: a100, h200, ...")
-def plan(config: str, overrides: tuple[str, ...], preview: str | None, card: str | None) -> None:
+def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: str | None) -> None:
     """Say what one update of CONFIG does and costs; loads no weights."""
-    from diffalign import config as configs
-
     settings = configs.load(config, overrides)
     if preview is not None:
         from diffalign.planning import preview as previews
 
-        for line in previews.write(settings, Path(preview)):
-            click.echo(line)
+        told(previews.write(settings, preview))
         return
     from diffalign.planning import cost
 
-    rate, source = cost.bound(card)
-    for line in cost.count(settings).lines(rate, source):
-        click.echo(line)
+    told(cost.count(settings).lines(*cost.bound(card)))
 
 
 @app.command()
-@click.argument("configs", nargs=-1, required=True, metavar="CONFIG[@KEY=VALUE]... [KEY=VALUE]...")
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the table, JSON and figure.")
+@click.argument("words", nargs=-1, required=True, metavar="CONFIG[@KEY=VALUE]... [KEY=VALUE]...")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Table, JSON and figure.")
 @click.option("--batches", type=click.IntRange(4, 100_000), default=32, show_default=True, help="Gradients a rule.")
 @click.option("--chain", is_flag=True, help="On the Gaussian chain, with the first CONFIG's sampler.")
-def gradients(configs: tuple[str, ...], out: str, batches: int, chain: bool) -> None:
+def gradients(words: tuple[str, ...], out: Path, batches: int, chain: bool) -> None:
     """Bias, variance and cost of rules' gradients on one batch, against full backpropagation.
 
     Model, sampler, rewards and prompts are the first CONFIG's, changed by KEY=VALUE; of the others only the rule counts.
@@ -201,67 +160,39 @@ def gradients(configs: tuple[str, ...], out: str, batches: int, chain: bool) -> 
     """
     from diffalign.gradients import instrument
 
-    overrides = tuple(word for word in configs if "=" in word.split("@")[0])
-    names = tuple(word for word in configs if word not in overrides)
-    if not names:
-        raise UserError("gradients: no CONFIG given, only overrides")
-    specs = instrument.specifications(names, overrides)
-    found = instrument.run(specs, Path(out), batches, chain, click.echo)
-    from diffalign.gradients import report
-
-    for line in report.table(found):
-        click.echo(line)
-    click.echo(str(Path(out) / "gradients.png"))
+    told(instrument.run(instrument.specifications(words), out, batches, chain, click.echo))
 
 
 @app.command()
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@A_CONFIG
 @click.option("--endpoint", required=True, help="OpenAI-compatible address, such as http://localhost:8000/v1.")
 @click.option("--model", required=True, help="The language model's name there.")
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="File for prompts.stages; it may exist.")
 @click.option("--count", type=click.IntRange(2, 100), default=3, show_default=True, help="Stages a prompt.")
 @click.option("--key", envvar="OPENAI_API_KEY", show_envvar=True, help="Sent as a bearer token.")
-def stages(
-    config: str, overrides: tuple[str, ...], endpoint: str, model: str, out: str, count: int, key: str | None
-) -> None:
+def stages(config: str, overrides: tuple[str, ...], out: str, **asked: Any) -> None:
     """Ask a language model for stage prompts of CONFIG's training and evaluation prompts."""
-    from diffalign import config as configs
-    from diffalign.prompts import stage_writer as stage_prompts
+    from diffalign.prompts import stage_writer
 
-    settings = configs.load(config, overrides)
-    entries = [*settings.book.training, *settings.book.evaluation]
-    asked = stage_prompts.write(entries, Path(out), endpoint, model, key, count, click.echo)
-    click.echo(f"{out}: {asked} asked for; use prompts.stages={out}")
+    written = stage_writer.write(configs.load(config, overrides).book.entries, Path(out), say=click.echo, **asked)
+    told([f"{out}: {written} asked for; use prompts.stages={out}"])
 
 
 @app.command("config")
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@A_CONFIG
 def show_config(config: str, overrides: tuple[str, ...]) -> None:
     """Print every key of CONFIG with its value and meaning."""
-    from diffalign import config as configs
-
-    for line in configs.explained(configs.load(config, overrides)):
-        click.echo(line)
+    told(configs.explained(configs.load(config, overrides)))
 
 
 @app.group(invoke_without_command=True)
 @click.pass_context
 def rewards(context: click.Context) -> None:
     """List the rewards, or check one."""
-    if context.invoked_subcommand is not None:
-        return
-    from diffalign.rewards import catalog
+    if context.invoked_subcommand is None:
+        from diffalign.rewards import catalog
 
-    for name, entry in catalog.builtin().items():
-        kind = "differentiable" if entry.differentiable else "black box"
-        facts = [f"range {entry.range}"] if entry.range else []
-        if entry.weights:
-            size = f", {entry.memory:g} GiB" if entry.memory else ""
-            facts.append(f"weights {entry.weights} ({entry.licence}{size}), or {name}@PLACE")
-        facts += [f"needs {entry.missing}"] if entry.missing else []
-        click.echo("; ".join([f"{name:24} {entry.modality:6} {kind:15} {entry.about}", *facts]))
+        told(entry.line for entry in catalog.builtin().values())
 
 
 @rewards.command()
@@ -270,14 +201,10 @@ def check(name: str) -> None:
     """Score built-in pictures with NAME and say whether it tells them apart."""
     from diffalign.rewards import catalog
 
-    try:
-        catalog.find(name)
-    except LookupError as error:
-        raise UserError(f"rewards: {name}: {error}") from error
+    catalog.known(name, "rewards")  # refused before torch is imported
     from diffalign.rewards.check import check as check_reward
 
-    for line in check_reward(name):
-        click.echo(line)
+    told(check_reward(name))
 
 
 @app.command("serve-reward")
@@ -290,10 +217,7 @@ def serve_reward(name: str, host: str, port: int, token: str | None, max_mib: in
     """Serve the reward NAME over HTTP; a config then names it http://HOST:PORT/score."""
     from diffalign.rewards import catalog
 
-    try:
-        catalog.find(name)
-    except LookupError as error:
-        raise UserError(f"serve-reward: {name}: {error}") from error
+    catalog.known(name, "serve-reward")  # refused before torch is imported
     from diffalign.rewards import server
 
     server.serve(name, host, port, token, max_mib * 2**20)
@@ -304,10 +228,9 @@ def doctor() -> None:
     """Report versions, devices and optional parts, with the command that mends each."""
     from diffalign.doctor import examine
 
-    found = examine()
-    for item in found:
-        click.echo(f"{item.name:20} {item.status}" + (f"  -> {item.mend}" if item.mend else ""))
-    if any(item.broken for item in found):
+    findings = examine()
+    told(findings)
+    if any(finding.broken for finding in findings):
         raise Fault("something does not work; see the lines with an arrow")
 
 
@@ -319,6 +242,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         fail(2, *error.problems)
     except click.ClickException as error:
         fail(2, error.format_message())
+    except Interrupted as error:
+        fail(error.code, str(error))
     except Fault as error:
         fail(3, str(error))
     except OSError as error:  # a full disk, a folder where a file should go

@@ -31,6 +31,9 @@ class Finding:
     mend: str = ""
     broken: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.name:20} {self.status}" + (f"  -> {self.mend}" if self.mend else "")
+
 
 def examine() -> list[Finding]:
     """Look at this machine's installation."""

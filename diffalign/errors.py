@@ -28,3 +28,11 @@ class Fault(Exception):
 
 class Unscored(Fault):
     """Too many samples have no score. Nothing was learnt from them: the parameters are those before the update."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run; its state is saved. `code` is the exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"interrupted, saved; the same command resumes (exit code {code})")
+        self.code = code

@@ -22,6 +22,8 @@ SHARED, GRPO, DDPO, TBP = (
     f"diffalign/rules/{name}.py" for name in ("_policy_gradient", "flow_grpo", "ddpo", "truncated_bp")
 )
 RLR, CHAIN = "diffalign/rules/rlr.py", "diffalign/backends/chain.py"
+WALK, PARAMETERS = "diffalign/backends/walk.py", "diffalign/backends/parameters.py"
+PREDICTION = "diffalign/ops/prediction.py"
 GUARD, BRANCH, AWM, NFT = (f"diffalign/rules/{name}.py" for name in ("grpo_guard", "branch_grpo", "awm", "nft"))
 MERGING = "diffalign/rules/_merging.py"
 CPS = "diffalign/processes/cps.py"
@@ -49,9 +51,11 @@ MUTATIONS = [
     Mutation("loss summed over the part", SHARED, "step.advantage, clip).mean()", "step.advantage, clip).sum()"),
     Mutation("eta squared", DDIM, "std = noise_level * (sigma_s", "std = noise_level**2 * (sigma_s"),
     Mutation("direction keeps the variance", DDIM, "np.sqrt(sigma_s**2 - std**2)", "sigma_s"),
-    Mutation("v prediction sign", TABLE, "return a, -s, s, a", "return a, s, s, a"),
+    Mutation(
+        "v prediction sign", PREDICTION, "return alpha, -sigma, sigma, alpha", "return alpha, sigma, sigma, alpha"
+    ),
     Mutation("history never used", DDPO, "own if len(own) >= s.history_least else reward[valid]", "reward[valid]"),
-    Mutation("history never forgets", DDPO, "float(value)][-s.history :]", "float(value)]"),
+    Mutation("history never forgets", DDPO, "float(value)][-self.settings.history :]", "float(value)]"),
     Mutation("score sign", DDPO, "Loss(-(step.advantage", "Loss((step.advantage"),
     Mutation("reward sign", TBP, "Loss(-value.mean())", "Loss(value.mean())"),
     Mutation("hinge turned over", TBP, "(s.target - value)", "(value - s.target)"),
@@ -59,13 +63,18 @@ MUTATIONS = [
     Mutation("variants on the stored latent", TBP, "if term != part.plan.updates[0][0]:", "if False:"),
     Mutation("variants unweighted", TBP, "weight = 1 / (1 + s.variants)", "weight = 1.0"),
     Mutation("finished latent judged early", TBP, "else span.clean)", "else span.x)"),
-    Mutation("input not detached", CHAIN, "shown = latent.detach() if detached", "shown = latent if detached"),
+    Mutation(
+        "input not detached",
+        WALK,
+        "return self._latent.detach() if self.detached",
+        "return self._latent if self.detached",
+    ),
     Mutation(
         "clean sample of the wrong latent", CHAIN, "clean_x * x + clean_prediction", "clean_x * mean + clean_prediction"
     ),
     Mutation(
         "perturbed the same way everywhere",
-        CHAIN,
+        PARAMETERS,
         "normal([draw], p.shape, Purpose.DIRECTION, step, index",
         "normal([draw], p.shape, Purpose.DIRECTION, index",
     ),
@@ -85,9 +94,9 @@ MUTATIONS = [
     Mutation("velocity sign", MATCHING, '"velocity": lambda: noise - x0', '"velocity": lambda: x0 - noise'),
     Mutation(
         "clean sample's sign",
-        MATCHING,
-        "lambda: (x - sigma * predicted) / alpha",
-        "lambda: (x + sigma * predicted) / alpha",
+        PREDICTION,
+        "return 1 / alpha, -sigma / alpha, zero, one",
+        "return 1 / alpha, sigma / alpha, zero, one",
     ),
     Mutation("last step trained", SHARED, "stop = min(stop, steps - 1)", "stop = min(stop, steps)"),
     Mutation("KL detached", SHARED, "((now.prediction - base", "((now.prediction.detach() - base"),
@@ -116,5 +125,5 @@ MUTATIONS = [
     Mutation("solver's memory added", SOLVER, "past=-gain * r", "past=gain * r"),
     Mutation("worst bundles weigh as the others", ADVANTAGES, "(lower - reward, 0) / low", "(lower - reward, 0)"),
     Mutation("CPS without its noise", CPS, "np.sqrt(after**2 - std**2)", "after"),
-    Mutation("flat to one is flat to all", TRAINER, "sampled.flat = not any(", "sampled.flat = any("),
+    Mutation("flat to one is flat to all", TRAINER, "not plan.perturbed and not any(", "not plan.perturbed and any("),
 ]

@@ -1,6 +1,7 @@
 """The house: rooms, the floor each is on, what may be imported where. Imports inside functions count."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from diffalign.runtime.extras import PARTS
 from tests.kit import ROOT
 
 # Lowest first: a room imports from floors below its own. A room is a folder or a file at the top of the package.
@@ -113,9 +115,43 @@ def test_files_classes_and_functions_are_small():
 
 
 def test_only_the_command_line_and_the_launchers_side_read_the_environment():
-    allowed = ("diffalign.cli", "diffalign.runtime.distributed", "diffalign.rewards.remote")  # the last: a token
-    readers = [name for name, tree in TREES.items() if "environ" in ast.unparse(tree) and name not in allowed]
+    allowed = ("diffalign.cli", "diffalign.runtime.launcher", "diffalign.runtime.http")  # the last: tokens
+    readers = [
+        name
+        for name, tree in TREES.items()
+        if name not in allowed
+        and any(isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") for node in ast.walk(tree))
+    ]
     assert not readers
+
+
+def test_no_purpose_of_a_random_draw_is_a_bare_number():
+    """Two draws under one number would be one draw: numbers have names, and names are kept apart in `Purpose`."""
+    literal = [
+        f"{name} line {node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", getattr(node.func, "attr", "")) in ("normal", "key", "numpy_generator")
+        and not (isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value).endswith(("rng", "random")))
+        and room(name) != "shapes"  # draws its scenes otherwise
+        and any(isinstance(argument, ast.Constant) and isinstance(argument.value, int) for argument in node.args[1:])
+    ]
+    assert not literal
+
+
+def test_every_extra_is_in_the_one_table():
+    """`doctor`, the rewards and the config say from it what to install."""
+    packages = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    written = {
+        (re.split(r"[<>=\[]", line)[0].lower().replace("_", "-"), extra)
+        for extra, lines in packages.items()
+        if extra != "dev"
+        for line in lines
+    }
+    assert {(part.package.lower().replace("_", "-"), part.extra) for part in PARTS.values()} == written
 
 
 @pytest.mark.parametrize(

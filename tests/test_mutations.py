@@ -39,7 +39,7 @@ def test_every_mutation_is_killed(mutation, tmp_path):
             "tests/ops",
             "tests/processes",
             "tests/rules",
-            "tests/test_trainer.py",
+            "tests/training/test_trainer.py",
         ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

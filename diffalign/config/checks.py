@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from diffalign.config.messages import explain, near
 from diffalign.config.schema import LARGEST, Config
 from diffalign.errors import UserError
-from diffalign.models.notes import LORA, lora_folder, lora_notes
+from diffalign.models.notes import LORA, Notes, lora_folder
 from diffalign.processes import PROCESSES
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import Entry
@@ -110,7 +110,7 @@ def _check_names(config: Config, book: Book | None) -> list[str]:
     prompts: list[Entry] = []
     try:
         config._book = book or Book.read(config.prompts, config.evaluation, config.sampler.steps)
-        prompts = [*config.book.training, *config.book.evaluation]
+        prompts = config.book.entries
     except UserError as error:
         problems += error.problems
     if config.weights is not None and not is_file(Path(config.weights)):
@@ -137,7 +137,7 @@ def _check_start(config: Config) -> list[str]:
     if folder is None:
         return [f"lora.start: got {config.lora.start!r}, no {LORA} there; allowed is a run's or adapter's folder"]
     try:
-        base = lora_notes(folder).get("base_model", config.model)
+        base = Notes.read(folder).base_model or config.model
     except ValueError as error:
         return [f"lora.start: {error}"]
     return (

@@ -19,7 +19,7 @@ from diffalign.prompts.book import same_text
 from diffalign.report import pictures
 from diffalign.report.pictures import strips
 from diffalign.runtime.files import write_text
-from diffalign.sampling import pictures as sampling
+from diffalign.sampling import sources
 
 if TYPE_CHECKING:
     from diffalign.evaluation.task import Task
@@ -29,7 +29,7 @@ SHOWN = 6  # prompts, and samples of each, in the grid
 
 
 def write(
-    task: Task, labels: list[str], models: Sequence[sampling.Source], drawn: Sequence[Drawn | None], out: Path
+    task: Task, labels: list[str], models: Sequence[sources.Source], drawn: Sequence[Drawn | None], out: Path
 ) -> Path:
     """Write `report.json`, `scores.jsonl`, `grid.png` and `index.html`; returns the page."""
     whole = [one for one in drawn if one is not None]
@@ -59,7 +59,7 @@ def _batches(task: Task, drawn: Sequence[Drawn]) -> list[int]:
     return sorted({int(size) for size in found[np.isfinite(found)]})
 
 
-def _base(models: Sequence[sampling.Source], drawn: Sequence[Drawn], number: int) -> Drawn | None:
+def _base(models: Sequence[sources.Source], drawn: Sequence[Drawn], number: int) -> Drawn | None:
     """What a model with adapters is held against: the same model and call without."""
     own = models[number]
     if not own.adapters:
@@ -83,7 +83,7 @@ def groups(task: Task) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return same_text(task.entries)[places], tags[places], names
 
 
-def _row(task: Task, label: str, model: sampling.Source, own: Drawn, base: Drawn | None) -> dict[str, Any]:
+def _row(task: Task, label: str, model: sources.Source, own: Drawn, base: Drawn | None) -> dict[str, Any]:
     """One model's results; gains are paired with the base's samples of the same noise."""
     prompt, tag, names = groups(task)
     scores: dict[str, Any] = {}

@@ -45,6 +45,14 @@ class Summary:
                     row[keys.evaluated(name, f"{ending}_hi")] = part.high
         return row
 
+    def gains(self) -> list[str]:
+        """A line for every reward with a gain."""
+        return [
+            f"{keys.evaluated(name)}: gain {gain.value:+.3f}, 95 % [{gain.low:+.3f}, {gain.high:+.3f}]"
+            for name, judged in self.rewards.items()
+            if (gain := judged.gain) is not None
+        ]
+
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Summary:
         """What `row` wrote; empty for rows of updates. A number that was not finite, and so not written, is NaN."""

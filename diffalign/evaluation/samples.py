@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from diffalign.errors import Fault, one_line
-from diffalign.sampling import pictures as sampling
+from diffalign.sampling import sources
 from diffalign.types import chunks
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _note(folder: Path, row: int, name: str) -> float:
 
 
 def draw(
-    task: Task, model: sampling.Source, folder: Path, rows: Sequence[int], missing: Set[int], say: Callable[[str], None]
+    task: Task, model: sources.Source, folder: Path, rows: Sequence[int], missing: Set[int], say: Callable[[str], None]
 ) -> None:
     """Draw the missing ones of some rows by the plain pipeline, each among the rows that it was first drawn with: on some processors the
     last bits of a picture depend on how many are drawn at once.
@@ -98,7 +98,7 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     from diffalign.models import lora as adapters
 
-    pipe = sampling.pipeline(model)
+    pipe = sources.pipeline(model)
     batches = [[rows[k] for k in part] for part in chunks(len(rows), task.batch)]
     wanted = [own for own in batches if not missing.isdisjoint(own)]
     done = 0
@@ -108,10 +108,10 @@ def draw(
         drifts: list[float | None] = [None] * len(own)
         if model.adapters and task.drift:
             with adapters.compared(pipe, len(own)) as apart:
-                shots = sampling.shots(pipe, texts, seeds, model.call)
+                shots = sources.shots(pipe, texts, seeds, model.call)
             drifts = list(apart())
         else:
-            shots = sampling.shots(pipe, texts, seeds, model.call)
+            shots = sources.shots(pipe, texts, seeds, model.call)
         for row, shot, apart_by in zip(own, shots, drifts, strict=True):
             frames = np.asarray(shot)
             if not np.isfinite(frames).all():

@@ -22,8 +22,8 @@ from diffalign.errors import Fault, UserError, one_line
 from diffalign.evaluation import report, samples
 from diffalign.evaluation import score_cache as cache
 from diffalign.evaluation.samples import Drawn
-from diffalign.evaluation.task import Task
-from diffalign.models.notes import LORA
+from diffalign.evaluation.task import Task, task_of
+from diffalign.models.notes import files_of
 from diffalign.prompts import files as prompt_files
 from diffalign.rewards import catalog
 from diffalign.rewards.base import Reward
@@ -31,28 +31,63 @@ from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime.distributed import World
 from diffalign.runtime.files import make_folder, write_text
-from diffalign.sampling import pictures as sampling
+from diffalign.sampling import sources
 from diffalign.types import Media, Prompts, chunks
 
 MANIFEST = "manifest.json"
 MOST_UNSCORED = 0.05  # share of a model's samples
 
 
-def sources(
+def evaluate(
+    targets: Sequence[str],
+    suite: str,
+    out: Path | str,
+    *,
+    prompts: str | None = None,
+    rewards: Sequence[str] = (),
+    split: str = "test",
+    samples: int = 4,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    arguments: Sequence[str] = (),
+    batch: int = 16,
+    drift: bool = True,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Judge models and adapters on a suite of prompts; returns the page to look at, which has `report.json` beside it.
+
+    Args:
+        targets: runs, adapters, models; before the first adapter of a model, that model without is judged too.
+        suite: a name of `task.SUITES`, a set of prompts or a file of them; prompts: others for the suite's rewards.
+        samples: of every prompt; batch: how many are drawn at a time.
+        steps, guidance, arguments (KEY=VALUE): of the pipelines' calls, where they are not to be as trained.
+        drift: also compare predictions with the base model's, which is twice the work.
+        fresh: make again what `out` holds.
+
+    Raises:
+        UserError, Fault: see `run`.
+    """
+    task = task_of(suite, prompts, rewards, split, samples, seed, batch, drift)
+    return run(task, models_of(targets, arguments, steps, guidance), Path(out), fresh, say)
+
+
+def models_of(
     targets: Sequence[str], options: Sequence[str], steps: int | None, guidance: float | None
-) -> list[sampling.Source]:
+) -> list[sources.Source]:
     """What to sample from: every target, and before the first adapter of a model, that model without."""
-    found: list[sampling.Source] = []
+    found: list[sources.Source] = []
     for target in targets:
-        source = sampling.with_options(sampling.resolve(target), options)
-        source = replace(source, call=sampling.call_of(source, steps, guidance, None))
+        source = sources.with_options(sources.resolve(target), options)
+        source = replace(source, call=sources.call_of(source, steps, guidance, None))
         for one in (replace(source, adapters=()), source):
             if one not in found:
                 found.append(one)
     return found
 
 
-def run(task: Task, models: list[sampling.Source], out: Path, fresh: bool, say: Callable[[str], None]) -> Path:
+def run(task: Task, models: list[sources.Source], out: Path, fresh: bool, say: Callable[[str], None]) -> Path:
     """Evaluate models on a task; returns the page to look at.
 
     Raises:
@@ -93,7 +128,7 @@ def _complete(drawn: Sequence[Drawn | None], scorer: Scorer) -> None:
             )
 
 
-def labels(models: Sequence[sampling.Source]) -> dict[str, sampling.Source]:
+def labels(models: Sequence[sources.Source]) -> dict[str, sources.Source]:
     """A folder name for each model: its own name, or its last adapter's run."""
     found = {}
     for number, model in enumerate(models):
@@ -103,14 +138,13 @@ def labels(models: Sequence[sampling.Source]) -> dict[str, sampling.Source]:
     return found
 
 
-def _facts(task: Task, models: Sequence[sampling.Source]) -> dict[str, Any]:
+def _facts(task: Task, models: Sequence[sources.Source]) -> dict[str, Any]:
     """What samples depend on: with other facts they would have to be made again."""
 
-    def told(model: sampling.Source) -> dict[str, Any]:
+    def told(model: sources.Source) -> dict[str, Any]:
         adapters = []
         for adapter in model.adapters:
-            files = sorted(adapter.folder.glob(LORA.replace(".safetensors", "*.safetensors")))
-            content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+            content = hashlib.sha256(b"".join(path.read_bytes() for path in files_of(adapter.folder))).hexdigest()
             adapters.append({"folder": str(adapter.folder), "strength": adapter.strength, "content": content})
         return {**asdict(model), "adapters": adapters}
 
@@ -122,7 +156,7 @@ def _facts(task: Task, models: Sequence[sampling.Source]) -> dict[str, Any]:
     }
 
 
-def _open(task: Task, models: Sequence[sampling.Source], out: Path, fresh: bool) -> None:
+def _open(task: Task, models: Sequence[sources.Source], out: Path, fresh: bool) -> None:
     make_folder(out, "--out")
     facts = json.loads(json.dumps(_facts(task, models)))
     path = out / MANIFEST
@@ -163,7 +197,7 @@ def _clear(out: Path, path: Path, own: list[str]) -> None:
 
 def _one(
     task: Task,
-    model: sampling.Source,
+    model: sources.Source,
     folder: Path,
     scorer: Scorer,
     world: World,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 RESULTS = "gradients.json"
 
 
-def specifications(names: tuple[str, ...], overrides: tuple[str, ...]) -> dict[str, Config]:
-    """Label -> config: each CONFIG[@KEY=VALUE]...'s rule with everything else as in the first.
+def specifications(words: Sequence[str]) -> dict[str, Config]:
+    """Label -> config: each CONFIG[@KEY=VALUE]...'s rule with everything else as in the first, changed by the words KEY=VALUE.
 
     Raises:
         UserError: with every mistake, each after the CONFIG it is in.
     """
+    overrides = [word for word in words if "=" in word.split("@")[0]]
+    names = [word for word in words if word not in overrides]
+    if not names:
+        raise UserError("gradients: no CONFIG given, only overrides")
     first, *settings = names[0].split("@")
     base = configs.load(first, [*overrides, *(f"rule.{setting}" for setting in settings)])
     found: dict[str, Config] = {}
@@ -67,8 +71,8 @@ def _labels(found: list[Config]) -> list[str]:
     ]
 
 
-def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Callable[[str], None]) -> list[Found]:
-    """Measure each and write `gradients.json`, again after every one, and `gradients.png`.
+def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Callable[[str], None]) -> list[str]:
+    """Measure each and write `gradients.json`, again after every one, and `gradients.png`; returns a table, and where the figure is.
 
     Raises:
         UserError: if the folder holds results already.
@@ -107,4 +111,4 @@ def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Cal
     report.save(out / RESULTS, found, contributions=parts, **facts)
     title = f"{facts['model']}, {base.sampler.steps} steps, {batches} batches of {base.samples_per_update}, {facts['device']}"
     report.figure(found, parts, out / "gradients.png", title)
-    return found
+    return [*report.table(found), str(out / "gradients.png")]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from diffalign.errors import UserError, one_line
-from diffalign.models.notes import LORA, lora_folder
+from diffalign.models.notes import LORA, Notes, files_of, lora_folder
 from diffalign.runtime.files import make_folder
 
 
@@ -64,7 +64,7 @@ def comfyui(folder: Path, out: Path) -> dict[Path, int]:
     if place is None:
         raise UserError(f"export: got {str(folder)!r}, no {LORA} there; allowed is a run or an adapter folder")
     stem = LORA.removesuffix(".safetensors")
-    sources = {path.name.removeprefix(stem): path for path in sorted(place.glob(f"{stem}*.safetensors"))}
+    sources = {path.name.removeprefix(stem): path for path in files_of(place)}
     targets = {ending: out.with_name(out.name.removesuffix(".safetensors") + ending) for ending in sources}
     if any(target.exists() and target.samefile(path) for target in targets.values() for path in sources.values()):
         raise UserError(f"--out: got {str(out)!r}, which is the adapter itself; name another file")
@@ -86,7 +86,10 @@ def _converted(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
     except (OSError, SafetensorError) as error:
         raise UserError(f"export: {path} is damaged: {one_line(error)}") from error
-    denoisers = json.loads(notes.get("denoisers", "[]"))
+    try:
+        denoisers = Notes.of(notes).denoisers
+    except ValueError as error:
+        raise UserError(f"export: {path}: {error}") from error
     if not denoisers or (unread := [name for name in denoisers if name not in READABLE]):
         what = ", ".join(unread) if denoisers else "an adapter that does not say its denoiser"
         raise UserError(f"export: got {what}; ComfyUI's names are known here for {', '.join(READABLE)}")

@@ -178,10 +178,3 @@ def _take(layer: Any) -> None:
     # scale B A = (alpha / rank) B A: rows beyond the saved rank keep their start, where B is 0 and nothing happens
     to_a[: len(a)] = a.to(to_a)
     to_b[:, : len(a)] = b.to(to_b) * (layer.scaling["start"] / layer.scaling["default"])
-
-
-def notes(**values: Any) -> dict[str, str]:
-    """Values as safetensors metadata: strings."""
-    return {
-        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in values.items()
-    }

@@ -56,9 +56,14 @@ class Book:
         )
 
     @property
+    def entries(self) -> list[Entry]:
+        """Those that are trained on, then those that are evaluated."""
+        return [*self.training, *self.evaluation]
+
+    @property
     def texts(self) -> list[str]:
         """Everything that the text encoders will be asked for, each once."""
-        prompts = (entry["prompt"] for entry in (*self.training, *self.evaluation))
+        prompts = (entry["prompt"] for entry in self.entries)
         staged = (
             text for stages in (self.stages, self.evaluation_stages) for texts in stages.values() for text in texts
         )

@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from diffalign.errors import UserError
 from diffalign.runtime.extras import missing
 from diffalign.runtime.files import HUB_ID, is_file
 
@@ -61,6 +62,17 @@ class Entry:
         """What it needs and is not installed, with the command that installs it; empty if nothing is missing."""
         mend = missing(self.extra) if self.extra else ""
         return f"{self.extra}; {mend}" if mend else ""
+
+    @property
+    def line(self) -> str:
+        """What a list of rewards says of it."""
+        kind = "differentiable" if self.differentiable else "black box"
+        facts = [f"range {self.range}"] if self.range else []
+        if self.weights:
+            size = f", {self.memory:g} GiB" if self.memory else ""
+            facts.append(f"weights {self.weights} ({self.licence}{size}), or {self.name}@PLACE")
+        facts += [f"needs {self.missing}"] if self.missing else []
+        return "; ".join([f"{self.name:24} {self.modality:6} {kind:15} {self.about}", *facts])
 
     def unfit(self, prompts: Iterable[dict[str, Any]]) -> str:
         """What prompts' metadata lack that this reward needs, or have in another form; empty if they fit."""
@@ -185,6 +197,18 @@ def find(name: str) -> Entry:
             raise LookupError(f"got {name!r}; NAME@PLACE is for rewards with weights: {able}")
         return replace(known[bare], name=name, place=place)
     return _function(name, plugged(name) or name)
+
+
+def known(name: str, field: str) -> Entry:
+    """The same, for a command whose `field` names it.
+
+    Raises:
+        UserError: instead of LookupError.
+    """
+    try:
+        return find(name)
+    except LookupError as error:
+        raise UserError(f"{field}: {name}: {error}") from error
 
 
 def _function(name: str, place: str) -> Entry:

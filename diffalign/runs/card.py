@@ -7,15 +7,16 @@ import shutil
 from pathlib import Path
 
 import diffalign
-from diffalign.models import lora as adapters, lora_files
 from diffalign.backends.diffusers import DiffusersPolicy
-from diffalign.models.loading import Place
 from diffalign.config import Config
 from diffalign.evaluation.results import Summary
-from diffalign.runtime import keys
-from diffalign.models.notes import DDIM
+from diffalign.models import lora as adapters
+from diffalign.models import lora_files
+from diffalign.models.loading import Place
+from diffalign.models.notes import DDIM, Notes
 from diffalign.processes import PROCESSES, linear_sigmas
 from diffalign.runs.folder import RunFolder
+from diffalign.runtime import keys
 
 CARD = """---
 base_model: {model}
@@ -80,7 +81,7 @@ def write_adapter(
         Fault: if the saved file differs from the trained weights.
     """
     folder = run / name
-    notes = lora_files.notes(
+    notes = Notes(
         base_model=config.model,
         base_revision=place.commit or "",
         base_weights=config.weights or "",
@@ -94,7 +95,7 @@ def write_adapter(
         call=call_arguments(config),
         scheduler=DDIM if _is_ddim(config) else "",
     )
-    lora_files.save(policy.pipe, folder, notes)
+    lora_files.save(policy.pipe, folder, notes.written())
     lora_files.verify(policy.pipe, folder)
     for file in ("curves.png", "config.yaml"):
         shutil.copy(run / file, folder / file)

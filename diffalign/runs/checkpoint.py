@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffalign.errors import Fault, UserError, one_line
 from diffalign.protocols import TrainablePolicy
 from diffalign.rules import Rule
 from diffalign.runs.budget import Spent
 from diffalign.runtime.files import sync, write_text
-from diffalign.errors import Fault, UserError, one_line
 
 STATE = "state.json"
-FORMAT = 3  # of `state.json`; a change needs a new number, an entry in `MIGRATE`, and stored runs in tests/runs/old_runs
+FORMAT = (
+    3  # of `state.json`; a change needs a new number, an entry in `MIGRATE`, and stored runs in tests/runs/old_runs
+)
 
 
 @dataclass(frozen=True)
 class RunState:
     """All that a run needs to go on.
 
-    update: how many are done; rule: its `state_dict`; skipped: updates with a gradient that was not finite; prompts, weights: digests of what
-    the run was begun with; micro_batch: as large as memory sufficed for; spent: what the run took so far.
+    update: how many are done; rule: its `state_dict`; micro_batch: as large as memory sufficed for; skipped: updates with a gradient that
+    was not finite; prompts, weights: digests of what the run was begun with; spent: what it took so far.
     """
 
     update: int
@@ -47,7 +49,7 @@ class RunState:
     skipped: int = 0
     prompts: str = ""
     weights: str = ""
-    spent: Spent = Spent()
+    spent: Spent = field(default_factory=Spent)
 
     def facts(self) -> dict[str, Any]:
         """What is no tensor, JSON-serialisable."""

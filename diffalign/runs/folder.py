@@ -13,9 +13,9 @@ from typing import IO, Any
 import yaml
 
 from diffalign import config as configs
+from diffalign.errors import Fault, UserError, one_line
 from diffalign.runs.events import Evaluated, Listener, Updated
 from diffalign.runtime.files import write_text
-from diffalign.errors import Fault, UserError, one_line
 from diffalign.types import Prompts, Scores
 
 CONFIG = "config.yaml"

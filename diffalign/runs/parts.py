@@ -138,7 +138,10 @@ def trainer(config: Config, parts: Parts, world: World, say: Callable[[str], Non
         parts.policy,
         parts.scorer,
         torch.optim.AdamW(
-            parts.policy.parameters.values(), lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay
+            parts.policy.parameters.values(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            weight_decay=optimizer.weight_decay,
         ),
         functools.partial(config.book.draw, config.prompts.groups, config.prompts.group_size, config.seed),
         max_grad_norm=optimizer.max_grad_norm,

@@ -50,7 +50,9 @@ class Reporter(Listener):
                 for key, value in row.items()
                 if key.startswith("seconds/") and key != "seconds/total"
             )
-            self.say(f"update {event.number}/{total}  reward {reward}  {pace:.2f} s/update ({phases})  {left:.0f} s left")
+            self.say(
+                f"update {event.number}/{total}  reward {reward}  {pace:.2f} s/update ({phases})  {left:.0f} s left"
+            )
         self._remark(event)
 
     def _remark(self, event: Updated) -> None:
@@ -82,7 +84,9 @@ class Reporter(Listener):
         """One line a reward, with intervals and, after the first, the paired gain."""
         for name, judged in event.summary.rewards.items():
             value, gain = judged.value, judged.gain
-            line = f"update {event.number}  {keys.evaluated(name)} {value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+            line = (
+                f"update {event.number}  {keys.evaluated(name)} {value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+            )
             if gain is not None:
                 line += f"  gain {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
             self.say(line)

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 from diffalign.config import Config
-from diffalign.errors import Fault, Unscored, UserError
+from diffalign.errors import Fault, Interrupted, Unscored, UserError
 from diffalign.evaluation import fixed
 from diffalign.evaluation.fixed import FixedSet
 from diffalign.evaluation.results import Summary
+from diffalign.models.notes import LORA
 from diffalign.runs import checkpoint, parts
 from diffalign.runs.budget import Budget, Spent
 from diffalign.runs.events import Ended, Evaluated, Listeners, Updated
 from diffalign.runs.folder import RunFolder, open_run
 from diffalign.runs.outputs import AVERAGES, Outputs, published
 from diffalign.runs.progress import Reporter
-from diffalign.runs.stop import Interrupted as Interrupted
 from diffalign.runs.stop import Stop
 from diffalign.runs.trackers import Trackers
 from diffalign.runtime.distributed import ALONE, World
@@ -59,13 +59,21 @@ def train(config: Config, *, fresh: bool = False, quiet: bool = False, folder: R
         world.leave()
 
 
+def adapter_file(config: Config) -> Path:
+    """Where a finished run's adapter is."""
+    return Path(config.run_dir) / "adapter" / LORA
+
+
 class Session:
     """A run: what to train, where it is kept, how far it is."""
 
     def __init__(self, config: Config, folder: RunFolder, reporter: Reporter, world: World = ALONE) -> None:
         self.config, self.folder, self.reporter, self.world = config, folder, reporter, world
         self.parts = made = world.together(lambda: parts.build(config))
-        self.policy, self.averages = made.policy, {} if config.optimizer.ema is None else {AVERAGES: config.optimizer.ema}
+        self.policy, self.averages = (
+            made.policy,
+            {} if config.optimizer.ema is None else {AVERAGES: config.optimizer.ema},
+        )
         self.policy.add_shadows(self.averages)
         self.trainer = parts.trainer(config, made, world, reporter.say)
         evaluation = config.evaluation
@@ -82,9 +90,7 @@ class Session:
         reporter.place = folder.path
         self.judged, self.files = world.led(judged), world.led(folder)
         self.outputs = world.led(Outputs(config, made, folder, judged, reporter.say))
-        self.listeners = world.led(
-            Listeners([reporter, Trackers(config.output.trackers, folder / "trackers"), folder])
-        )
+        self.listeners = world.led(Listeners([reporter, Trackers(config.output.trackers, folder / "trackers"), folder]))
         parts.introduce(config, made, reporter.say)
         parts.store_prompts(config, made, world, reporter.say)
         self.budget, self.spent, self.last = Budget(updates=config.updates), Spent(), Spent()

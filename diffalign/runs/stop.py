@@ -8,14 +8,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupted(Exception):
-    """A signal ended the run; its state is saved. `code` is the exit code."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"interrupted, saved; the same command resumes (exit code {code})")
-        self.code = code
-
-
 class Stop:
     """Whether a run was asked to stop: `code` is the exit code to leave with, 143 for SIGTERM and 130 for Ctrl-C; None: it was not."""
 

@@ -6,7 +6,6 @@ Start them with `accelerate launch` or `torchrun`. With one process everything h
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffalign.errors import Fault, one_line
-from diffalign.runtime.launcher import several
+from diffalign.runtime.launcher import local_rank, several
 from diffalign.types import chunks
 
 T = TypeVar("T")
@@ -36,7 +35,7 @@ class World:
         if not dist.is_available() or not several():
             return cls()
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            torch.cuda.set_device(local_rank() % torch.cuda.device_count())
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())

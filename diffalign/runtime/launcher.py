@@ -10,6 +10,11 @@ def several() -> bool:
     return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
+def local_rank() -> int:
+    """Which of this machine's processes it is: the number of its device."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def leads() -> bool:
     """Whether this is the only process or the first: the one that writes and speaks."""
     return os.environ.get("RANK", "0") in ("", "0")

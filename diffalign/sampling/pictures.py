@@ -2,169 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from diffalign.errors import Fault, UserError, one_line
-from diffalign.models.notes import DDIM, LORA, lora_folder, lora_notes
-from diffalign.processes import linear_sigmas
+from diffalign.errors import UserError
+from diffalign.prompts.files import read
 from diffalign.runtime.extras import missing
-from diffalign.runtime.files import fingerprint, is_file, make_folder
+from diffalign.runtime.files import make_folder
+from diffalign.sampling.sources import Source, call_of, films, pipeline, resolve, shots
 
 PAGE = Path(__file__).parent / "page.html"
 BATCH = 8  # pictures a call
-STRONGEST = 100
-# Arguments of a pipeline's call that have their own option, or that decide what comes back.
-RESERVED = {
-    "prompt": "given with --prompt",
-    "negative_prompt": "given with --negative",
-    "num_inference_steps": "given with --steps",
-    "guidance_scale": "given with --guidance",
-    "generator": "made from --seed",
-    **dict.fromkeys(("output_type", "return_dict", "latents", "num_images_per_prompt"), "not free here"),
-}
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA folder and how strongly it acts: 1 as trained, 0 not at all."""
-
-    folder: Path
-    strength: float = 1.0
-
-
-@dataclass(frozen=True)
-class Source:
-    """What to sample from: a model, adapters on it, the call's arguments, whether they were trained walking DDIM, the model's
-    commit on the hub, None for the newest, and the single file of its denoiser, None for its own."""
-
-    model: str
-    adapters: tuple[Adapter, ...]
-    call: dict[str, Any]
-    ddim: bool = False
-    revision: str | None = None
-    weights: str | None = None
-
-
-def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Source:
-    """A run folder, a folder with a LoRA written by `train`, or a model; `more` adapters as FOLDER or FOLDER:STRENGTH.
-
-    Raises:
-        UserError: if there is nothing of that kind, or an adapter belongs to another model.
-    """
-    source = _target(target, strength)
-    adapters = [_adapter(text) for text in more]
-    for adapter in adapters:
-        base = _notes(adapter.folder).get("base_model", source.model)
-        if base != source.model:
-            raise UserError(f"--adapter: {adapter.folder} belongs to {base}, the pictures come from {source.model}")
-    return replace(source, adapters=(*source.adapters, *adapters))
-
-
-def with_options(source: Source, options: Sequence[str]) -> Source:
-    """The source with further arguments of the pipeline's call, KEY=VALUE with YAML values.
-
-    Raises:
-        UserError: for anything else.
-    """
-    given: dict[str, Any] = {}
-    for option in options:
-        key, sign, text = option.partition("=")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set: got {option!r}, its value is not YAML ({one_line(error)})") from error
-        if not sign or not key.isidentifier():
-            raise UserError(f"--set: got {option!r}, allowed is KEY=VALUE, such as height=512")
-        if key in RESERVED:
-            raise UserError(f"--set: got {option!r}, {key} is {RESERVED[key]}")
-        given[key] = value
-    return replace(source, call={**source.call, **given})
-
-
-def _target(target: str, strength: float) -> Source:
-    from diffalign.shapes import models
-
-    path = Path(target)
-    if folder := lora_folder(path):
-        notes = _notes(folder)
-        if "base_model" not in notes:
-            raise UserError(
-                f"sample: {folder} does not say its base model; give the model, and this folder with --adapter"
-            )
-        adapter = Adapter(folder, strength)
-        _check_weights(folder, notes)
-        return Source(
-            notes["base_model"],
-            (adapter,),
-            json.loads(notes["call"]),
-            notes.get("scheduler") == DDIM,
-            notes.get("base_revision") or None,
-            notes.get("base_weights") or None,
-        )
-    if (path / "config.yaml").is_file():
-        raise UserError(f"sample: the run {target} has no adapter yet; train it to its end first")
-    if strength != 1:
-        raise UserError(
-            f"--strength: got {strength:g}, {target} has no adapter of its own; use --adapter FOLDER:STRENGTH"
-        )
-    if models.path(target) or (path / "model_index.json").is_file():
-        return Source(target, (), models.call(target))
-    if path.exists() or target.count("/") != 1 or path.parent.is_dir():  # a mistyped folder beside others is no hub id
-        known = ", ".join(models.names())
-        raise UserError(
-            f"sample: got {target!r}, which is no run, adapter, model folder or hub id; embedded are {known}"
-        )
-    return Source(target, (), {})
-
-
-def _check_weights(folder: Path, notes: dict[str, str]) -> None:
-    """The single file an adapter was trained on, still there and the same."""
-    place = notes.get("base_weights")
-    if not place:
-        return
-    if not is_file(Path(place)):
-        raise UserError(f"sample: {folder} was trained on {place}, which is not there; restore the file")
-    if notes.get("base_weights_digest", "") not in ("", fingerprint(Path(place))):
-        raise UserError(f"sample: {folder} was trained on {place}, which is another file now; restore it")
-
-
-def _adapter(text: str) -> Adapter:
-    """FOLDER, or FOLDER:STRENGTH; a run folder stands for its adapter."""
-    name, colon, tail = text.rpartition(":")
-    folder, strength = Path(text), 1.0
-    if colon and not folder.exists():
-        folder = Path(name)
-        try:
-            strength = float(tail)
-        except ValueError:
-            strength = math.nan
-        if not abs(strength) <= STRONGEST:
-            raise UserError(
-                f"--adapter: got {text!r}, allowed are FOLDER and FOLDER:STRENGTH, a number to +-{STRONGEST}"
-            )
-    if place := lora_folder(folder):
-        return Adapter(place, strength)
-    raise UserError(f"--adapter: got {text!r}, no {LORA} there; allowed is FOLDER or FOLDER:STRENGTH")
-
-
-def _notes(folder: Path) -> dict[str, str]:
-    try:
-        return lora_notes(folder)
-    except ValueError as error:
-        raise UserError(f"sample: {error}") from error
 
 
 def sample(
-    source: Source,
+    source: Source | Path | str,
     prompts: Sequence[str],
     n: int = 4,
     seed: int = 0,
@@ -178,6 +32,7 @@ def sample(
     """Write `n` pictures or videos a prompt, a grid and an index page; picture k of a prompt uses `manual_seed(seed + k)`.
 
     Args:
+        source: a run, an adapter, a model, or what `resolve` made of them.
         negative: what guidance leads away from.
         base: also draw with the adapters off, from the same seeds, and show both.
         fps: frames per second of videos, which are mp4 files beside a picture of their middle frame.
@@ -189,12 +44,13 @@ def sample(
         UserError: if `out` cannot be written, an argument does not fit, or the model or an adapter does not load.
     """
     out = Path(out)
+    source = source if isinstance(source, Source) else resolve(str(source))
     call = call_of(source, steps, guidance, negative)
     if base and not source.adapters:
         raise UserError(f"--base: {source.model} is sampled without an adapter, there is nothing to compare")
     make_folder(out, "--out")
     pipe = pipeline(source)
-    if _films(pipe) and (mend := missing("imageio")):
+    if films(pipe) and (mend := missing("imageio")):
         raise UserError(f"sample: {type(pipe).__name__} makes videos, which need imageio; {mend}")
     aligned = _draw(pipe, prompts, range(seed, seed + n), call, out, "", fps)
     plain: list[Path] = []
@@ -206,96 +62,37 @@ def sample(
     return [*aligned, *plain, out / "grid.png", out / "index.html"]
 
 
-def call_of(source: Source, steps: int | None, guidance: float | None, negative: str | None) -> dict[str, Any]:
-    """The arguments of a source's call with those that the user changed.
+def captions(given: Sequence[str], file: str | None) -> list[str]:
+    """The captions of a command line: given ones, then a file's.
 
     Raises:
-        UserError: for a negative prompt where it has no effect.
+        UserError: if there is none, or the file cannot be read.
     """
-    call = dict(source.call)
-    if guidance is not None:
-        call["guidance_scale"] = guidance
-    if steps is not None:
-        call["num_inference_steps"] = steps
-        if "sigmas" in call:
-            call["sigmas"] = linear_sigmas(steps)
-    if negative is not None:
-        if call.get("guidance_scale", 2) <= 1:
-            raise UserError(
-                f"--negative: no effect at guidance {call['guidance_scale']:g}; allowed with --guidance above 1"
-            )
-        call["negative_prompt"] = negative
-    return call
+    texts = list(given)
+    if file is not None:
+        texts += [entry["prompt"] for entry in read(file, (), "test", "--prompts")]
+    if not texts:
+        raise UserError("sample: no caption; give --prompt TEXT or --prompts FILE")
+    return texts
 
 
-def pipeline(source: Source) -> Any:
-    """The pipeline of a source with its adapters, on the GPU where there is one.
-
-    Raises:
-        UserError: if the model or an adapter does not load.
-    """
-    import torch
-
-    from diffalign.backends import recorder
-    from diffalign.models import loading, lora_files
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe, _ = loading.load(source.model, device=device, revision=source.revision, weights=source.weights)
-    if source.ddim:
-        pipe.scheduler = recorder.as_ddim(pipe.scheduler)
-    for number, adapter in enumerate(source.adapters):
-        try:
-            lora_files.load(pipe, adapter.folder, f"adapter_{number}")
-        except ValueError as error:
-            raise UserError(f"sample: {adapter.folder} cannot be used on {source.model}: {error}") from error
-    if source.adapters:
-        names = [f"adapter_{number}" for number in range(len(source.adapters))]
-        pipe.set_adapters(names, [adapter.strength for adapter in source.adapters])
-    return pipe
+def label(path: Path) -> str:
+    """What to say of a file that was written."""
+    video = path.with_suffix(".mp4")
+    return f"{video}, {path.name} is its middle frame" if video.is_file() else str(path)
 
 
 def _draw(
     pipe: Any, prompts: Sequence[str], seeds: range, call: dict[str, Any], out: Path, ending: str, fps: int
 ) -> list[Path]:
     paths = []
-    batch = 1 if _films(pipe) else BATCH
+    batch = 1 if films(pipe) else BATCH
     for number, prompt in enumerate(prompts):
         for start in range(0, len(seeds), batch):
             some = seeds[start : start + batch]
             for s, shot in zip(some, shots(pipe, [prompt] * len(some), some, call), strict=True):
                 paths.append(_write(shot, out / f"{number:03d}_seed{s}{ending}.png", fps))
     return paths
-
-
-def shots(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: dict[str, Any]) -> Any:
-    """One call of a pipeline: n pictures (H, W, 3) or videos (F, H, W, 3) with values in [0, 1], each from a seed of its own.
-
-    Raises:
-        UserError: if the pipeline refuses the call.
-        Fault: if memory does not suffice.
-    """
-    import torch
-
-    from diffalign.runtime.memory import out_of_memory
-
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    given = {key: [value] * len(seeds) if key == "negative_prompt" else value for key, value in call.items()}
-    try:
-        return pipe(prompt=list(prompts), generator=generators, output_type="np", **given)[0]
-    except Exception as error:  # whatever a pipeline does with arguments that are not for it
-        if out_of_memory(error):
-            raise Fault(f"sample: out of memory with {len(seeds)} at a time: {one_line(error)}") from error
-        raise UserError(f"sample: {type(pipe).__name__} does not accept this: {_told(error)}") from error
-
-
-def _told(error: Exception) -> str:
-    """An error in one line, however many it takes to say something."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
-
-
-def _films(pipe: Any) -> bool:
-    """Whether a pipeline makes videos."""
-    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
 
 
 def _write(shot: Any, path: Path, fps: int) -> Path:

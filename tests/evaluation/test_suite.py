@@ -17,6 +17,7 @@ from diffalign.evaluation import samples
 from diffalign.evaluation.task import task_of
 from diffalign.runs import session
 from diffalign.sampling import pictures as sampling
+from diffalign.sampling import sources
 from diffalign.shapes import captions, models
 from tests.kit.helpers import tiny_config
 from tests.kit.processes import launch
@@ -136,7 +137,7 @@ def test_what_is_there_is_neither_drawn_nor_judged_again(prompts, tmp_path):
 
 def drawn_together(monkeypatch):
     """Pictures that depend on how many are drawn at once, as they do in their last bits on processors without AVX-512."""
-    plain = sampling.shots
+    plain = sources.shots
 
     def shots(pipe, prompts, seeds, call):
         return np.clip(plain(pipe, prompts, seeds, call) * (1 - 0.1 * len(prompts)), 0, 1)

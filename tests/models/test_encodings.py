@@ -162,13 +162,13 @@ def test_rows_of_several_lengths_are_padded_at_the_end_and_lists_are_joined():
 
 
 def test_a_full_disk_is_a_fault_that_leaves_nothing_half_written(tmp_path, monkeypatch):
-    from diffalign.models import encodings
+    from diffalign.models import encoding_store
 
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(encodings, "save_file", full)
+    monkeypatch.setattr(encoding_store, "save_file", full)
     with pytest.raises(Fault, match="prompts.cache: cannot write .*No space left"):
         policy("SD 1.5").texts.store(tmp_path, 1e9, TEXTS, TEXTS)
     assert files(tmp_path) == []

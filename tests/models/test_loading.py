@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from diffalign import config
 from diffalign.errors import UserError
 from diffalign.models import loading
-from diffalign.models.notes import lora_notes
+from diffalign.models.notes import Notes
 from diffalign.runs import session
-from diffalign.sampling.pictures import resolve
+from diffalign.sampling.sources import resolve
 from tests.backends.test_hub_configs import tiny
 from tests.families import folder, single_file
 from tests.kit.helpers import SMALL, THREE_STEPS
@@ -68,7 +68,7 @@ def test_a_run_records_the_commit_and_sampling_goes_back_to_it(hub, tmp_path):
         ],
     )
     session.train(settings, quiet=True)
-    assert lora_notes(tmp_path / "run" / "adapter")["base_revision"] == OLDER
+    assert Notes.read(tmp_path / "run" / "adapter").base_revision == OLDER
     assert resolve(str(tmp_path / "run")).revision == OLDER
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from diffalign.errors import Fault, UserError
 from diffalign.models import loading, lora_files
 from diffalign.models import lora as adapters
-from diffalign.models.notes import lora_notes
+from diffalign.models.notes import Notes, metadata
 from diffalign.shapes import models
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 1.0, "max_sequence_length": 1, "output_type": "pt"}
@@ -27,7 +27,7 @@ def picture(pipe):
 
 def test_plain_diffusers_loads_the_file_and_draws_the_training_pipelines_picture(tmp_path):
     pipe = trained()  # alpha differs from rank: a lost alpha would show
-    lora_files.save(pipe, tmp_path, lora_files.notes(base_model="shapes-sd3", seed=3))
+    lora_files.save(pipe, tmp_path, Notes(base_model="shapes-sd3", seed=3).written())
     lora_files.verify(pipe, tmp_path)
     plain = DiffusionPipeline.from_pretrained(models.path("shapes-sd3"))
     base = picture(plain)
@@ -35,7 +35,7 @@ def test_plain_diffusers_loads_the_file_and_draws_the_training_pipelines_picture
     assert plain.get_list_adapters()
     assert (picture(plain) - picture(pipe)).abs().max() < 1e-5
     assert (picture(plain) - base).abs().max() > 0.01
-    assert lora_notes(tmp_path)["seed"] == "3"
+    assert Notes.read(tmp_path).seed == 3
 
 
 def test_verify_leaves_the_trained_adapter_active_and_trainable(tmp_path):
@@ -58,10 +58,10 @@ def test_a_half_precision_pipeline_verifies_its_file_too(tmp_path):
 def test_a_damaged_file_is_caught(tmp_path):
     pipe = trained()
     path = lora_files.save(pipe, tmp_path, {})
-    tensors, metadata = load_file(path), lora_notes(tmp_path)
+    tensors, kept = load_file(path), metadata(path)
     name = next(iter(tensors))
     tensors[name] = tensors[name] + 1e-3
-    save_file(tensors, path, metadata=metadata)
+    save_file(tensors, path, metadata=kept)
     with pytest.raises(Fault, match="differs from what was trained"):
         lora_files.verify(pipe, tmp_path)
 

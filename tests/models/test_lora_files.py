@@ -1,7 +1,5 @@
 """Adapters that go on from others, and what ComfyUI would make of the exported file."""
 
-import json
-
 import pytest
 import torch
 from click.testing import CliRunner
@@ -14,7 +12,7 @@ from diffalign.errors import UserError
 from diffalign.models import comfyui as export
 from diffalign.models import lora as adapters
 from diffalign.models import lora_files
-from diffalign.models.notes import lora_notes
+from diffalign.models.notes import Notes
 from diffalign.runs import session
 from diffalign.types import Plan
 from tests.families import FAMILIES, build, folder
@@ -28,7 +26,7 @@ def saved(name: str, place):
     """A family's policy with a LoRA that has moved, and its adapter in a folder as a run leaves it."""
     made = policy(name)
     names = [type(module).__name__ for module in adapters.denoisers(made.pipe).values()]
-    lora_files.save(made.pipe, place, lora_files.notes(denoisers=names))
+    lora_files.save(made.pipe, place, Notes(denoisers=names).written())
     return made
 
 
@@ -137,8 +135,7 @@ def test_what_comfyui_cannot_read_is_refused(tmp_path):
 
 def test_a_run_says_its_denoisers(tmp_path):
     session.train(tiny_config(tmp_path / "run", "evaluation.enabled=false", "updates=1"), quiet=True)
-    notes = lora_notes(tmp_path / "run" / "adapter")
-    assert json.loads(notes["denoisers"]) == ["SD3Transformer2DModel"]
+    assert Notes.read(tmp_path / "run" / "adapter").denoisers == ["SD3Transformer2DModel"]
     assert export.comfyui(tmp_path / "run", tmp_path / "x.safetensors")[tmp_path / "x.safetensors"] > 10
     assert config.load("flow_grpo/shapes-sd3").lora.start is None
 
@@ -153,7 +150,7 @@ def test_an_adapter_of_another_model_is_not_gone_on_from(tmp_path):
     ):
         lora_files.go_on_from(pipe, tmp_path / "flux")
     made = policy("FLUX.1-dev")
-    lora_files.save(made.pipe, tmp_path / "named", lora_files.notes(base_model="shapes-flux"))
+    lora_files.save(made.pipe, tmp_path / "named", Notes(base_model="shapes-flux").written())
     with pytest.raises(UserError, match=r"lora.start: .*named belongs to shapes-flux, the run's model is shapes-sd3"):
         tiny_config(tmp_path / "run", f"lora.start={tmp_path / 'named'}")
     (tmp_path / "named" / "pytorch_lora_weights.safetensors").write_bytes(b"no tensors")

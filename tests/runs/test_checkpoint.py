@@ -4,9 +4,9 @@ import os
 import pytest
 import torch
 
+from diffalign.errors import Fault, UserError
 from diffalign.runs import checkpoint
 from diffalign.runs.budget import Spent
-from diffalign.errors import Fault, UserError
 
 
 def state(update: int, value: float = 1.0) -> checkpoint.RunState:

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from tests.kit import ROOT
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.kit import ROOT
 
 RUNS = {
     "flow_grpo": ("flow_grpo/shapes-sd3", "rule.window=null", "optimizer.ema=0.5"),

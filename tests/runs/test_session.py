@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from tests.kit import ROOT
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign import config as configs
+from diffalign.errors import Fault, UserError
 from diffalign.evaluation import fixed as evaluate
+from diffalign.evaluation import results
 from diffalign.evaluation.results import Summary
 from diffalign.planning import cost
 from diffalign.report import figures
@@ -27,9 +28,8 @@ from diffalign.runs.folder import RunFolder, open_run, read_rows
 from diffalign.runs.progress import Reporter
 from diffalign.runs.session import Interrupted, Session
 from diffalign.training.trainer import Trainer
-from diffalign.errors import Fault, UserError
+from tests.kit import ROOT
 from tests.kit.helpers import SMALL, TINY, tiny_config
-from diffalign.evaluation import results
 
 CONFIGS = ROOT / "configs"
 
@@ -262,7 +262,9 @@ def test_samples_without_a_score_are_counted_and_none_at_all_is_a_fault(tmp_path
     made = start(tmp_path / "run", "evaluation.enabled=false", "updates=1", "scoring.max_invalid=0.25")
     said: list[str] = []
     monkeypatch.setattr(made.reporter, "say", said.append)
-    made.trainer.scorer.rewards = {"shapes_geneval_partial": Wrapped(lambda media, prompts: [float("nan"), 0.0, 1.0, 0.5])}
+    made.trainer.scorer.rewards = {
+        "shapes_geneval_partial": Wrapped(lambda media, prompts: [float("nan"), 0.0, 1.0, 0.5])
+    }
     made.run()
     assert "update 1: 1 samples have no score and carry no weight" in said
     made.folder.close()
@@ -381,7 +383,9 @@ def test_rewards_that_are_not_finite_end_a_pathwise_run_with_its_state_intact(tm
     made = Session(settings, open_run(settings, False), Reporter(quiet=True))
     reward = made.trainer.scorer.rewards["shapes_pref"]
     calls = iter(range(100))
-    made.trainer.scorer.rewards = {"shapes_pref": Wrapped(lambda m, p: reward(m, p) * (float("nan") if next(calls) >= 2 else 1.0))}
+    made.trainer.scorer.rewards = {
+        "shapes_pref": Wrapped(lambda m, p: reward(m, p) * (float("nan") if next(calls) >= 2 else 1.0))
+    }
     with pytest.raises(Fault, match="reward shapes_pref: no sample got a score, none is finite"):
         made.run()
     state = checkpoint.load(checkpoint.complete(tmp_path / "run" / "checkpoints")[-1])
@@ -450,7 +454,9 @@ def test_a_reward_whose_gradient_does_not_come_from_the_pixels_is_a_fault(tmp_pa
     overrides = ("evaluation.enabled=false",)
     settings = tiny_config(tmp_path / "run", *overrides, name="truncated_bp/shapes-sd")
     made = Session(settings, open_run(settings, False), Reporter(quiet=True))
-    made.trainer.scorer.rewards = {"shapes_pref": Wrapped(lambda media, prompts: torch.zeros(len(prompts), requires_grad=True))}
+    made.trainer.scorer.rewards = {
+        "shapes_pref": Wrapped(lambda media, prompts: torch.zeros(len(prompts), requires_grad=True))
+    }
     with pytest.raises(Fault, match="reward shapes_pref: has no gradient to the pictures"):
         made.run()
     made.folder.close()
@@ -639,9 +645,7 @@ def test_some_samples_without_a_score_in_every_update_stop_the_run_too(tmp_path)
     )
     holes = iter([True, False, True, True, True])
     made.trainer.scorer.rewards = {
-        "shapes_geneval_partial": Wrapped(
-            lambda media, prompts: [float("nan") if next(holes) else 0.5, 0.2, 0.9, 0.3]
-        )
+        "shapes_geneval_partial": Wrapped(lambda media, prompts: [float("nan") if next(holes) else 0.5, 0.2, 0.9, 0.3])
     }
     with pytest.raises(
         Fault,
@@ -654,7 +658,9 @@ def test_some_samples_without_a_score_in_every_update_stop_the_run_too(tmp_path)
 
 def test_an_evaluation_with_too_many_holes_stops_the_run(tmp_path):
     made = start(tmp_path / "run")
-    made.parts.judges.rewards["shapes_geneval"] = Wrapped(lambda media, prompts: [float("nan"), *[1.0] * (len(prompts) - 1)])
+    made.parts.judges.rewards["shapes_geneval"] = Wrapped(
+        lambda media, prompts: [float("nan"), *[1.0] * (len(prompts) - 1)]
+    )
     with pytest.raises(
         Fault, match=r"evaluation after update 0: samples without a score, shapes_geneval: \d of 24; the same"
     ):
