@@ -7,6 +7,8 @@ import json
 from typing import Any, get_args
 
 import yaml
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from diffalign.config.schema import Config
 from diffalign.rules import RULES
@@ -73,6 +75,30 @@ def _lines(values: dict[str, Any], model: Any, models: dict[str, Any], indent: s
 def dump(config: Config) -> str:
     """The resolved config as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """A dumped config, of whatever version, with the keys it lacks at their defaults, those of its rule too; unknown ones stay."""
+    sections = {name: field.get_default(call_default_factory=True) for name, field in Config.model_fields.items()}
+    found = _merged({k: v for k, v in _plain(sections).items() if v is not PydanticUndefined}, values)
+    rule = found.get("rule")
+    if isinstance(rule, dict) and rule.get("name") in RULES:
+        settings = RULES[rule["name"]].Settings
+        found["rule"] = _merged({k: f.default for k, f in settings.model_fields.items()}, rule)
+    return json.loads(json.dumps(found))
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in values.items()}
+
+
+def _merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Values, and defaults where there are none, in nested sections alike; what is a mapping by itself (rewards, gate) is not merged."""
+    found = dict(defaults) | values
+    for key, default in defaults.items():
+        if isinstance(default, dict) and default and isinstance(values.get(key), dict):
+            found[key] = _merged(default, values[key])
+    return found
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -179,7 +179,7 @@ def _check_same(path: Path, config: configs.Config) -> None:
             raise ValueError("it holds no keys and values")
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"run_dir: {path / CONFIG} is damaged ({one_line(error)}); --fresh starts over") from error
-    changed = configs.differences(old, config.model_dump(mode="json"))
+    changed = configs.differences(configs.completed(old), configs.completed(config.model_dump(mode="json")))
     fixed = [line for line in changed if line.split(":")[0] not in MAY_CHANGE]
     done = max((int(p.name.removeprefix("update_")) for p in (path / "checkpoints").glob("update_*")), default=0)
     if config.updates < done:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from diffalign import config as configs
@@ -666,3 +667,33 @@ def test_an_evaluation_with_too_many_holes_stops_the_run(tmp_path):
     ):
         made.run()
     made.folder.close()
+
+
+@pytest.mark.parametrize(
+    "strip",
+    [
+        lambda values: values.pop("attention"),
+        lambda values: values["scoring"].pop("reduce"),
+        lambda values: values.pop("scoring"),
+        lambda values: values["prompts"].pop("cache_gib"),
+    ],
+    ids=["a key", "a key of a section", "a section", "a number"],
+)
+def test_a_run_from_before_a_key_was_added_goes_on(whole, tmp_path, strip):
+    folder = tmp_path / "run"
+    finish(start(folder, "updates=2", "evaluation.every=2"))
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    strip(values)
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    assert same(finish(start(folder, "updates=4", "evaluation.every=2")), whole[1])
+
+
+def test_a_setting_of_the_rule_that_is_its_default_is_no_change(whole, tmp_path):
+    folder = tmp_path / "run"
+    finish(start(folder, "updates=1", "evaluation.enabled=false"))
+    rule = configs.load("flow_grpo/shapes-sd3", TINY).make_rule().settings
+    assert rule.fan == 1
+    start(folder, "updates=1", "evaluation.enabled=false", "rule.fan=1").folder.close()
+    with pytest.raises(UserError) as caught:
+        start(folder, "updates=1", "evaluation.enabled=false", "rule.clip=0.5")
+    assert f"  rule.clip: {rule.clip} -> 0.5" in caught.value.problems
