@@ -37,7 +37,7 @@ def options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-def told(lines: Iterable[object]) -> None:
+def show(lines: Iterable[object]) -> None:
     """Print lines."""
     for line in lines:
         click.echo(str(line))
@@ -72,7 +72,7 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> 
 
     summary = session.train(settings, fresh=fresh, quiet=quiet, folder=folder)
     if launcher.leads():
-        told([*summary.gains(), session.adapter_file(settings)])
+        show([*summary.gains(), session.adapter_file(settings)])
 
 
 @app.command()
@@ -93,7 +93,7 @@ def sample(target: str, strength: float, more: tuple[str, ...], arguments: tuple
 
     texts = pictures.captions(asked.pop("prompts"), asked.pop("file"))
     source = sources.with_options(sources.resolve(target, strength, more), arguments)
-    told(map(pictures.label, pictures.sample(source, texts, asked.pop("count"), **asked)))
+    show(map(pictures.label, pictures.sample(source, texts, asked.pop("count"), **asked)))
 
 
 @app.command()
@@ -127,7 +127,7 @@ def export(folder: Path, out: Path) -> None:
     """Write an adapter under the names ComfyUI reads."""
     from diffalign.models.comfyui import comfyui
 
-    told(f"{path}: {count} layers" for path, count in comfyui(folder, out).items())
+    show(f"{path}: {count} layers" for path, count in comfyui(folder, out).items())
 
 
 @app.command()
@@ -140,11 +140,11 @@ def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: st
     if preview is not None:
         from diffalign.planning import preview as previews
 
-        told(previews.write(settings, preview))
+        show(previews.write(settings, preview))
         return
     from diffalign.planning import cost
 
-    told(cost.count(settings).lines(*cost.bound(card)))
+    show(cost.count(settings).lines(*cost.bound(card)))
 
 
 @app.command()
@@ -160,7 +160,8 @@ def gradients(words: tuple[str, ...], out: Path, batches: int, chain: bool) -> N
     """
     from diffalign.gradients import instrument
 
-    told(instrument.run(instrument.specifications(words), out, batches, chain, click.echo))
+    measured = instrument.run(instrument.specifications(words), out, batches, chain, click.echo)
+    show(instrument.table(measured, out))
 
 
 @app.command()
@@ -175,14 +176,14 @@ def stages(config: str, overrides: tuple[str, ...], out: str, **asked: Any) -> N
     from diffalign.prompts import stage_writer
 
     written = stage_writer.write(configs.load(config, overrides).book.entries, Path(out), say=click.echo, **asked)
-    told([f"{out}: {written} asked for; use prompts.stages={out}"])
+    show([f"{out}: {written} asked for; use prompts.stages={out}"])
 
 
 @app.command("config")
 @A_CONFIG
 def show_config(config: str, overrides: tuple[str, ...]) -> None:
     """Print every key of CONFIG with its value and meaning."""
-    told(configs.explained(configs.load(config, overrides)))
+    show(configs.explained(configs.load(config, overrides)))
 
 
 @app.group(invoke_without_command=True)
@@ -192,7 +193,7 @@ def rewards(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         from diffalign.rewards import catalog
 
-        told(entry.line for entry in catalog.builtin().values())
+        show(entry.line for entry in catalog.builtin().values())
 
 
 @rewards.command()
@@ -204,7 +205,7 @@ def check(name: str) -> None:
     catalog.known(name, "rewards")  # refused before torch is imported
     from diffalign.rewards.check import check as check_reward
 
-    told(check_reward(name))
+    show(check_reward(name))
 
 
 @app.command("serve-reward")
@@ -229,7 +230,7 @@ def doctor() -> None:
     from diffalign.doctor import examine
 
     findings = examine()
-    told(findings)
+    show(findings)
     if any(finding.broken for finding in findings):
         raise Fault("something does not work; see the lines with an arrow")
 

@@ -37,20 +37,20 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at this machine's installation."""
-    found = [Finding("python", platform.python_version())]
+    findings = [Finding("python", platform.python_version())]
     for package in CORE:
         try:
-            found.append(Finding(package, importlib.metadata.version(package)))
+            findings.append(Finding(package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
-            found.append(Finding(package, "missing", "pip install diffalign", broken=True))
+            findings.append(Finding(package, "missing", "pip install diffalign", broken=True))
     for module, part in PARTS.items():
         if mend := missing(module):
-            found.append(Finding(part.package, "not installed (optional)", mend))
+            findings.append(Finding(part.package, "not installed (optional)", mend))
         else:
-            found.append(_import(module, part))
-    if not any(item.broken for item in found):
-        found += _devices()
-    return found
+            findings.append(_import(module, part))
+    if not any(item.broken for item in findings):
+        findings += _devices()
+    return findings
 
 
 def _import(module: str, part: Part) -> Finding:
@@ -69,12 +69,12 @@ def _devices() -> list[Finding]:
 
     from diffalign.shapes import models
 
-    found = [Finding("cpu threads", str(torch.get_num_threads()))]
+    findings = [Finding("cpu threads", str(torch.get_num_threads()))]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             memory = torch.cuda.get_device_properties(index).total_memory / 2**30
-            found.append(Finding(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB"))
+            findings.append(Finding(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB"))
     else:
-        found.append(Finding("cuda", "no device; the embedded pipelines run on the CPU"))
-    found.append(Finding("embedded pipelines", ", ".join(models.names()) or "none", broken=not models.names()))
-    return found
+        findings.append(Finding("cuda", "no device; the embedded pipelines run on the CPU"))
+    findings.append(Finding("embedded pipelines", ", ".join(models.names()) or "none", broken=not models.names()))
+    return findings

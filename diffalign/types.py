@@ -55,7 +55,7 @@ class Prompts:
             [self.stages[k] for k in picked] if self.stages else [],
         )
 
-    def told(self, stretch: int) -> Prompts:
+    def on_stretch(self, stretch: int) -> Prompts:
         """The same with the texts of a stretch of the chain."""
         return replace(self, text=[texts[stretch] for texts in self.stages]) if self.stages else self
 

@@ -73,9 +73,9 @@ class ImageReward(Reward):
         """Scores (N,) of pixels (N, 3, H, W) in [0, 1]."""
         device = pixels.device
         seen = self.picture.to(device)(_clip.normalised(_clip.crop(pixels, self.size))).last_hidden_state
-        told = self.tokens(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+        encoded = self.tokens(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
         x = self.text.to(device)(
-            told["input_ids"].to(device), told["attention_mask"].to(device), encoder_hidden_states=seen
+            encoded["input_ids"].to(device), encoded["attention_mask"].to(device), encoder_hidden_states=seen
         ).last_hidden_state[:, 0]
         return (_clip.through(self.head, x) - MEAN) / STD
 

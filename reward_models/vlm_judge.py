@@ -59,7 +59,7 @@ FRAMES = 4  # of a video that are shown
 AT_ONCE = 8  # requests on their way
 
 
-class _Judge(Reward):
+class _Asked(Reward):
     """Asks about every sample; NaN where there was no answer in time or none that is a score."""
 
     name: ClassVar[str]
@@ -116,7 +116,7 @@ class _Judge(Reward):
         """The score in an answer."""
 
 
-class VLMJudge(_Judge):
+class VLMJudge(_Asked):
     """Scores (N,) of yes-no questions."""
 
     name, question, length = "vlm_judge", QUESTION, 1
@@ -125,7 +125,7 @@ class VLMJudge(_Judge):
         return probability(answer)
 
 
-class VLMPoints(_Judge):
+class VLMPoints(_Asked):
     """Scores (N,) of questions for points."""
 
     name, question, length = "vlm_points", POINTS, 512

@@ -58,8 +58,8 @@ class DiffusersPolicy(ChainPolicy):
         self.arguments = {**(call or {}), "num_inference_steps": steps, **guidance}
         # Undecorated: `__call__` runs under no_grad, what it wraps does not.
         self._call = inspect.unwrap(type(pipe).__call__)
-        told = (self._call, type(pipe.scheduler).set_timesteps)
-        if sigmas == "linear" and not all("sigmas" in inspect.signature(call).parameters for call in told):
+        calls = (self._call, type(pipe.scheduler).set_timesteps)
+        if sigmas == "linear" and not all("sigmas" in inspect.signature(call).parameters for call in calls):
             # Trained so, its adapter could not be sampled so by a plain call.
             raise UserError(
                 f"sampler.sigmas: got 'linear', this {type(pipe).__name__} cannot be told its levels; allowed is pipeline"

@@ -102,7 +102,7 @@ class Walk:
                 i + 1 for i, (k, to) in enumerate(pairs) if self.plan.branch[k] > 1 or self._circumstances(to) != now
             )
             end = next(ends, len(ahead))
-            texts = self.prompts.select(self.tree.root[ahead[0]]).told(stretch)
+            texts = self.prompts.select(self.tree.root[ahead[0]]).on_stretch(stretch)
             with self.policy.moved(shifted), torch.set_grad_enabled(learns):
                 self.policy.drive(texts, self._shown(), ahead[:end], self._on_step)
             ahead = ahead[end:]

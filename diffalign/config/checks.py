@@ -30,46 +30,46 @@ def validate(raw: dict[str, Any], problems: list[str] | None = None, book: Book 
     Raises:
         UserError: with every mistake found.
     """
-    found = list(problems or [])
+    mistakes = list(problems or [])
     rule = raw.get("rule")
-    before = len(found)
-    settings = _check_rule(rule, found)
-    whole = len(found) == before
+    before = len(mistakes)
+    settings = _check_rule(rule, mistakes)
+    whole = len(mistakes) == before
     try:
         config = Config(**raw)
     except ValidationError as error:
         own = [item for item in error.errors() if item["loc"][0] != "rule" or rule is None]
-        found += [explain(item, Config) for item in own]
+        mistakes += [explain(item, Config) for item in own]
         # Look at the rest with the broken keys at their defaults, so that all mistakes come at once.
         try:
             config = Config(**_without(raw, [item["loc"] for item in error.errors()]))
         except ValidationError:
-            raise UserError(*found) from None
+            raise UserError(*mistakes) from None
     if settings is not None:
-        found += _check_together(config, settings)
+        mistakes += _check_together(config, settings)
         if whole and hasattr(settings, "problems"):  # with keys left out, what it says about them is not so
-            found += settings.problems(config.sampler.steps)
-    found += _check_names(config, book)
-    if found:
-        raise UserError(*found)
+            mistakes += settings.problems(config.sampler.steps)
+    mistakes += _check_names(config, book)
+    if mistakes:
+        raise UserError(*mistakes)
     return config
 
 
-def _check_rule(rule: Any, found: list[str]) -> BaseModel | None:
+def _check_rule(rule: Any, problems: list[str]) -> BaseModel | None:
     if not isinstance(rule, dict):
         if rule is not None:
-            found.append(f"rule: got {rule!r}, expected a mapping with a name, such as {{name: flow_grpo}}")
+            problems.append(f"rule: got {rule!r}, expected a mapping with a name, such as {{name: flow_grpo}}")
         return None
     name = rule.get("name")
     if not isinstance(name, str) or name not in RULES:
-        found.append(f"rule.name: got {name!r}, allowed are {', '.join(RULES)}{near(str(name), RULES)}")
+        problems.append(f"rule.name: got {name!r}, allowed are {', '.join(RULES)}{near(str(name), RULES)}")
         return None
     settings = RULES[name].Settings
     given = {str(k): v for k, v in rule.items() if k != "name"}
     try:
         return settings(**given)
     except ValidationError as error:
-        found += [explain(item, settings, "rule.") for item in error.errors()]
+        problems += [explain(item, settings, "rule.") for item in error.errors()]
         return settings(**_without(given, [item["loc"] for item in error.errors()]))
 
 
@@ -150,9 +150,9 @@ def _check_rewards(config: Config, prompts: list[Entry]) -> list[str]:
     problems: list[str] = []
     for section, names in (("rewards", list(config.rewards)), ("eval_rewards", config.eval_rewards)):
         for name in names:
-            found, unfit = catalog.problems(name, prompts)
+            others, unfit = catalog.problems(name, prompts)
             suits = "shapes-motion" if "motion" in unfit else "shapes"
-            problems += [f"{section}: {name}{problem}" for problem in found]
+            problems += [f"{section}: {name}{problem}" for problem in others]
             problems += [f"{section}: {name}{unfit}; prompts.source: {suits} suits it"] if unfit else []
     return problems
 

@@ -80,12 +80,12 @@ def dump(config: Config) -> str:
 def completed(values: dict[str, Any]) -> dict[str, Any]:
     """A dumped config, of whatever version, with the keys it lacks at their defaults, those of its rule too; unknown ones stay."""
     sections = {name: field.get_default(call_default_factory=True) for name, field in Config.model_fields.items()}
-    found = _merged({k: v for k, v in _plain(sections).items() if v is not PydanticUndefined}, values)
-    rule = found.get("rule")
+    whole = _merged({k: v for k, v in _plain(sections).items() if v is not PydanticUndefined}, values)
+    rule = whole.get("rule")
     if isinstance(rule, dict) and rule.get("name") in RULES:
         settings = RULES[rule["name"]].Settings
-        found["rule"] = _merged({k: f.default for k, f in settings.model_fields.items()}, rule)
-    return json.loads(json.dumps(found))
+        whole["rule"] = _merged({k: f.default for k, f in settings.model_fields.items()}, rule)
+    return json.loads(json.dumps(whole))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -94,11 +94,11 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def _merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Values, and defaults where there are none, in nested sections alike; what is a mapping by itself (rewards, gate) is not merged."""
-    found = dict(defaults) | values
+    merged = dict(defaults) | values
     for key, default in defaults.items():
         if isinstance(default, dict) and default and isinstance(values.get(key), dict):
-            found[key] = _merged(default, values[key])
-    return found
+            merged[key] = _merged(default, values[key])
+    return merged
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -83,13 +83,13 @@ def thumbnails(frames: NDArray[np.uint8]) -> Floats:
 
 def diversity(pictures: Floats, prompt: Integers) -> Floats:
     """(n,) each sample's mean distance (root mean square) to the others of its prompt, NaN where it is alone."""
-    found, counts = np.zeros(len(pictures)), np.zeros(len(pictures))
+    distances, counts = np.zeros(len(pictures)), np.zeros(len(pictures))
     for name in np.unique(prompt):
         for a, b in combinations(np.flatnonzero(prompt == name), 2):
             apart = np.sqrt(np.mean((pictures[a] - pictures[b]) ** 2))
-            found[[a, b]] += apart
+            distances[[a, b]] += apart
             counts[[a, b]] += 1
-    return np.divide(found, counts, out=np.full(len(pictures), np.nan), where=counts > 0)
+    return np.divide(distances, counts, out=np.full(len(pictures), np.nan), where=counts > 0)
 
 
 def drift(pictures: Floats, base: Floats) -> Floats:
@@ -131,7 +131,7 @@ def interval(values: Floats, group: Integers, seed: int = 0) -> Interval:
     mean = float(values.mean())
     if len(sums) < 2 or np.ptp(sums / counts) == 0:
         return Interval(mean, mean, mean)
-    found = stats.bootstrap(
+    bounds = stats.bootstrap(
         (sums, counts),
         lambda s, c, axis: s.sum(axis) / c.sum(axis),
         paired=True,
@@ -139,4 +139,4 @@ def interval(values: Floats, group: Integers, seed: int = 0) -> Interval:
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(mean, float(found.low), float(found.high))
+    return Interval(mean, float(bounds.low), float(bounds.high))

@@ -55,8 +55,8 @@ def write(
 
 def _batches(task: Task, drawn: Sequence[Drawn]) -> list[int]:
     """How many samples were drawn at a time; of samples of older versions that is not known."""
-    found = np.array([samples.batch(one.folder, row) for one in drawn for row in range(task.total)])
-    return sorted({int(size) for size in found[np.isfinite(found)]})
+    sizes = np.array([samples.batch(one.folder, row) for one in drawn for row in range(task.total)])
+    return sorted({int(size) for size in sizes[np.isfinite(sizes)]})
 
 
 def _base(models: Sequence[sources.Source], drawn: Sequence[Drawn], number: int) -> Drawn | None:
@@ -64,14 +64,14 @@ def _base(models: Sequence[sources.Source], drawn: Sequence[Drawn], number: int)
     own = models[number]
     if not own.adapters:
         return None
-    for other, found in zip(models, drawn, strict=True):
+    for other, drawn_without in zip(models, drawn, strict=True):
         if not other.adapters and (other.model, other.call, other.revision, other.weights) == (
             own.model,
             own.call,
             own.revision,
             own.weights,
         ):
-            return found
+            return drawn_without
     return None
 
 
@@ -91,19 +91,19 @@ def _row(task: Task, label: str, model: sources.Source, own: Drawn, base: Drawn 
         if not np.isfinite(values).any():
             scores[name] = {"unscored": len(values)}
             continue
-        found: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "mean": statistics.mean(values, prompt).facts(),
             "unscored": int((~np.isfinite(values)).sum()),
         }
         if len(names) > 1:
             parts = {n: statistics.mean(values[tag == k], prompt[tag == k]).facts() for k, n in enumerate(names)}
-            found |= {"tasks": parts, "mean_of_tasks": statistics.mean_of_means(values, prompt, tag).facts()}
+            entry |= {"tasks": parts, "mean_of_tasks": statistics.mean_of_means(values, prompt, tag).facts()}
         if base is not None:
             gains = values - base.scores[name]
-            found["gain"] = interval(gains, prompt).facts()
+            entry["gain"] = interval(gains, prompt).facts()
             if len(names) > 1 and np.isfinite(gains).any():
-                found["gain_of_tasks"] = statistics.mean_of_means(gains, prompt, tag).facts()
-        scores[name] = found
+                entry["gain_of_tasks"] = statistics.mean_of_means(gains, prompt, tag).facts()
+        scores[name] = entry
     pictures = _thumbnails(task, own)
     row = {
         "label": label,
@@ -155,10 +155,10 @@ def _grid(task: Task, drawn: Sequence[Drawn]) -> Image.Image:
 def _page(task: Task, report: dict[str, Any], labels: Sequence[str], drawn: Sequence[Drawn], path: Path) -> None:
     from jinja2 import Environment
 
-    def shown(found: Any) -> str:
-        if not isinstance(found, dict):  # a base model has no gain
+    def shown(interval: Any) -> str:
+        if not isinstance(interval, dict):  # a base model has no gain
             return ""
-        return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+        return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
     groups_shown = [
         {

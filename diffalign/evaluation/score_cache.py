@@ -48,17 +48,17 @@ def _shipped() -> str:
 
 
 def _digest(files: list[Path]) -> str:
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for path in files:
-        found.update(path.read_bytes())
-    return found.hexdigest()
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()
 
 
 def key(frames: NDArray[np.uint8], metadata: dict[str, Any], name: str, version: str) -> str:
     """Name of a sample's score: its pixels (F, H, W, 3), its prompt and metadata, the reward and its version."""
-    found = hashlib.sha256(json.dumps([frames.shape, metadata, name, version], sort_keys=True, default=str).encode())
-    found.update(np.ascontiguousarray(frames).data)
-    return found.hexdigest()
+    hashed = hashlib.sha256(json.dumps([frames.shape, metadata, name, version], sort_keys=True, default=str).encode())
+    hashed.update(np.ascontiguousarray(frames).data)
+    return hashed.hexdigest()
 
 
 class ScoreCache:
@@ -79,11 +79,11 @@ class ScoreCache:
 
     def read(self, keys: list[str]) -> list[float | None]:
         """Scores by key, None where there is none."""
-        found = []
+        scores = []
         for name in keys:
             row = self._file.execute("SELECT score FROM scores WHERE key = ?", (name,)).fetchone()
-            found.append(None if row is None else float(row[0]))
-        return found
+            scores.append(None if row is None else float(row[0]))
+        return scores
 
     def write(self, keys: list[str], scores: list[float]) -> None:
         """Keep scores; those that are not finite are left out."""

@@ -77,14 +77,14 @@ def models_of(
     targets: Sequence[str], options: Sequence[str], steps: int | None, guidance: float | None
 ) -> list[sources.Source]:
     """What to sample from: every target, and before the first adapter of a model, that model without."""
-    found: list[sources.Source] = []
+    models: list[sources.Source] = []
     for target in targets:
         source = sources.with_options(sources.resolve(target), options)
         source = replace(source, call=sources.call_of(source, steps, guidance, None))
         for one in (replace(source, adapters=()), source):
-            if one not in found:
-                found.append(one)
-    return found
+            if one not in models:
+                models.append(one)
+    return models
 
 
 def run(task: Task, models: list[sources.Source], out: Path, fresh: bool, say: Callable[[str], None]) -> Path:
@@ -130,18 +130,18 @@ def _complete(drawn: Sequence[Drawn | None], scorer: Scorer) -> None:
 
 def labels(models: Sequence[sources.Source]) -> dict[str, sources.Source]:
     """A folder name for each model: its own name, or its last adapter's run."""
-    found = {}
+    named = {}
     for number, model in enumerate(models):
         folder = model.adapters[-1].folder if model.adapters else None
         name = model.model if folder is None else str(folder.parent if folder.name in ("adapter", "best") else folder)
-        found[f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(name).name)}"] = model
-    return found
+        named[f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(name).name)}"] = model
+    return named
 
 
 def _facts(task: Task, models: Sequence[sources.Source]) -> dict[str, Any]:
     """What samples depend on: with other facts they would have to be made again."""
 
-    def told(model: sources.Source) -> dict[str, Any]:
+    def facts_of(model: sources.Source) -> dict[str, Any]:
         adapters = []
         for adapter in model.adapters:
             content = hashlib.sha256(b"".join(path.read_bytes() for path in files_of(adapter.folder))).hexdigest()
@@ -152,7 +152,7 @@ def _facts(task: Task, models: Sequence[sources.Source]) -> dict[str, Any]:
         "prompts": task.digest(),
         "samples": task.samples,
         "seed": task.seed,
-        "models": {label: told(model) for label, model in labels(models).items()},
+        "models": {label: facts_of(model) for label, model in labels(models).items()},
     }
 
 
@@ -176,12 +176,12 @@ def _open(task: Task, models: Sequence[sources.Source], out: Path, fresh: bool) 
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not isinstance(found.get("models"), dict):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("models"), dict):
             raise ValueError("it lacks its models")
     except ValueError as error:
         raise UserError(f"--out: {path} is damaged ({one_line(error)}); choose another folder, or --fresh") from error
-    return found
+    return manifest
 
 
 def _clear(out: Path, path: Path, own: list[str]) -> None:
@@ -220,8 +220,8 @@ def _one(
     if not world.leads:
         return None
     whole = {name: np.full(task.total, np.nan) for name in scorer.rewards}
-    for own, found in scores:
-        for name, values in found.items():
+    for own, columns in scores:
+        for name, values in columns.items():
             whole[name][own] = values
     means = ", ".join(f"{name} {np.nanmean(values):.3f}" for name, values in whole.items() if np.isfinite(values).any())
     say(f"{folder.name}: {means or 'no scores'}")
@@ -239,25 +239,25 @@ def _scores(out: Path) -> Iterator[cache.ScoreCache]:
 
 def _judged(task: Task, folder: Path, rows: Sequence[int], scorer: Scorer) -> dict[str, np.ndarray]:
     """Scores of some samples by reward, from the cache where they are there."""
-    found = {name: np.full(len(rows), np.nan) for name in scorer.rewards}
+    scores = {name: np.full(len(rows), np.nan) for name in scorer.rewards}
     versions = {name: cache.version(catalog.find(name)) for name in scorer.rewards}
     with _scores(folder.parent) as kept:
         for part in chunks(len(rows), task.batch):
             frames = _stacked(folder, [rows[k] for k in part])
             entries = [task.entries[rows[k] // task.samples] for k in part]
             for name, reward in scorer.rewards.items():
-                found[name][list(part)] = _scored(name, reward, frames, entries, versions[name], kept)
-    return found
+                scores[name][list(part)] = _scored(name, reward, frames, entries, versions[name], kept)
+    return scores
 
 
 def _stacked(folder: Path, rows: Sequence[int]) -> np.ndarray:
     """Samples (n, F, H, W, 3) of one model, which all have one size."""
-    found = [samples.read(folder, row) for row in rows]
-    for row, frames in zip(rows, found, strict=True):
-        if frames.shape != found[0].shape:
-            why = f"its size is {frames.shape}, others' is {found[0].shape}"
+    shots = [samples.read(folder, row) for row in rows]
+    for row, frames in zip(rows, shots, strict=True):
+        if frames.shape != shots[0].shape:
+            why = f"its size is {frames.shape}, others' is {shots[0].shape}"
             raise samples.damaged(samples.path(folder, row), why)
-    return np.stack(found)
+    return np.stack(shots)
 
 
 def _scored(
@@ -275,8 +275,8 @@ def _scored(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         pixels = torch.from_numpy(frames[new]).to(device).permute(0, 1, 4, 2, 3).float() / 255
         numbers = np.arange(len(new))
-        told = Prompts([entries[k]["prompt"] for k in new], numbers, numbers, numbers, [entries[k] for k in new])
-        values = Scorer({name: reward}).scores(Media(pixels), told).by_name[name].tolist()
+        prompts = Prompts([entries[k]["prompt"] for k in new], numbers, numbers, numbers, [entries[k] for k in new])
+        values = Scorer({name: reward}).scores(Media(pixels), prompts).by_name[name].tolist()
         if version is not None:
             kept.write([keys[k] for k in new], values)
         for k, value in zip(new, values, strict=True):

@@ -94,8 +94,8 @@ def task_of(
         )
     problems = []
     for name in names:
-        found, unfit = catalog.problems(name, entries)
-        problems += [f"--reward: {name}{problem}" for problem in (*found, unfit) if problem]
+        others, unfit = catalog.problems(name, entries)
+        problems += [f"--reward: {name}{problem}" for problem in (*others, unfit) if problem]
     if problems:
         raise UserError(*problems)
     return Task(source, split, entries, names, count, seed, batch, drift)

@@ -13,7 +13,7 @@ from diffalign.errors import UserError
 from diffalign.runtime.files import make_folder
 
 if TYPE_CHECKING:
-    from diffalign.gradients.laboratory import Found
+    from diffalign.gradients.laboratory import Measured
 
 RESULTS = "gradients.json"
 
@@ -30,13 +30,13 @@ def specifications(words: Sequence[str]) -> dict[str, Config]:
         raise UserError("gradients: no CONFIG given, only overrides")
     first, *settings = names[0].split("@")
     base = configs.load(first, [*overrides, *(f"rule.{setting}" for setting in settings)])
-    found: dict[str, Config] = {}
+    specs: dict[str, Config] = {}
     problems: list[str] = []
     for name in names:
         place, *settings = name.split("@")
         try:
             rule = configs.rule_of(place, settings)
-            found[name] = configs.validate({**base.model_dump(), "rule": rule}, book=base.book)
+            specs[name] = configs.validate({**base.model_dump(), "rule": rule}, book=base.book)
         except UserError as error:
             problems += [f"{name}: {problem}" for problem in error.problems]
             continue
@@ -45,12 +45,12 @@ def specifications(words: Sequence[str]) -> dict[str, Config]:
                 f"{name}: rewards: full backpropagation needs differentiable ones, got {', '.join(base.rewards)}"
             )
     if not problems:
-        labels = _labels(list(found.values()))
+        labels = _labels(list(specs.values()))
         problems = [f"{label}: given twice" for label in dict.fromkeys(labels) if labels.count(label) > 1]
         problems += [f"{name}: given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    return dict(zip(labels, found.values(), strict=True))
+    return dict(zip(labels, specs.values(), strict=True))
 
 
 def _differentiable(reward: str) -> bool:
@@ -59,9 +59,9 @@ def _differentiable(reward: str) -> bool:
     return catalog.find(reward).differentiable
 
 
-def _labels(found: list[Config]) -> list[str]:
+def _labels(configs: list[Config]) -> list[str]:
     """Each rule's name, and those settings that are not the default for every rule of that name."""
-    rules: list[Any] = [config.make_rule() for config in found]
+    rules: list[Any] = [config.make_rule() for config in configs]
     shown: dict[str, set[str]] = {rule.name: set() for rule in rules}
     for rule in rules:
         shown[rule.name] |= rule.settings.model_dump(exclude_defaults=True).keys()
@@ -71,8 +71,8 @@ def _labels(found: list[Config]) -> list[str]:
     ]
 
 
-def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Callable[[str], None]) -> list[str]:
-    """Measure each and write `gradients.json`, again after every one, and `gradients.png`; returns a table, and where the figure is.
+def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Callable[[str], None]) -> list[Measured]:
+    """Measure each and write `gradients.json`, again after every one, and `gradients.png`.
 
     Raises:
         UserError: if the folder holds results already.
@@ -99,16 +99,22 @@ def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Cal
         "batches": batches,
         "config": base.model_dump(mode="json"),
     }
-    found: list[Found] = []
+    measured: list[Measured] = []
     for label, config in specs.items():
-        found.append(laboratory.measure(label, config))
-        report.save(out / RESULTS, found, **facts)
-        say(
-            f"{label}: bias {found[-1].bias:.3f} [{found[-1].bias_low:.3f}, {found[-1].bias_high:.3f}], {found[-1].seconds:.3g} s a batch"
-        )
+        measured.append(laboratory.measure(label, config))
+        report.save(out / RESULTS, measured, **facts)
+        last = measured[-1]
+        say(f"{label}: bias {last.bias:.3f} [{last.bias_low:.3f}, {last.bias_high:.3f}], {last.seconds:.3g} s a batch")
     noise = (True,) * (base.sampler.steps - 1) + (False,)
     parts = laboratory.contributions(noise, max(2, batches // 4))
-    report.save(out / RESULTS, found, contributions=parts, **facts)
+    report.save(out / RESULTS, measured, contributions=parts, **facts)
     title = f"{facts['model']}, {base.sampler.steps} steps, {batches} batches of {base.samples_per_update}, {facts['device']}"
-    report.figure(found, parts, out / "gradients.png", title)
-    return [*report.table(found), str(out / "gradients.png")]
+    report.figure(measured, parts, out / "gradients.png", title)
+    return measured
+
+
+def table(measured: list[Measured], out: Path) -> list[str]:
+    """What was measured as lines, and where the figure is."""
+    from diffalign.gradients import report
+
+    return [*report.table(measured), str(out / "gradients.png")]

@@ -48,7 +48,7 @@ class FullBackpropagation(Rule):
 
 
 @dataclass(frozen=True)
-class Found:
+class Measured:
     """What was found of one rule; norms in the reward's units.
 
     bias, bias_low, bias_high: ||E[g] - E[G]|| / ||E[G]||, G full backpropagation with the same noise; cosine and its
@@ -109,16 +109,16 @@ class Laboratory:
         self.draw: Callable[[int], Prompts] = functools.partial(book.draw, groups, size, config.seed)
         self.reference = cache(self._reference)
 
-    def measure(self, label: str, config: Config) -> Found:
+    def measure(self, label: str, config: Config) -> Measured:
         """Everything about one config's rule."""
         rule = config.make_rule()
         fit(rule, self.policy, self.scorer, self._batch(0).select(range(config.optimizer.micro_batch)))
-        found = self._sample(rule)
+        sample = self._sample(rule)
         noise = rule.plan(self.policy.schedule, 0, np.random.default_rng(0)).noise
-        products = statistics.Products.of(found.gradients, self.reference(noise).gradients)
+        products = statistics.Products.of(sample.gradients, self.reference(noise).gradients)
         bias, angle = statistics.relative_bias(products), statistics.cosine(products)
         signal = statistics.signal_to_noise(products.rule)
-        return Found(
+        return Measured(
             label,
             config.rule,
             self.batches,
@@ -131,14 +131,14 @@ class Laboratory:
             angle.low,
             angle.high,
             statistics.variance(products.rule) * config.samples_per_update,
-            found.term_norm,
-            found.rows_forward,
-            found.rows_backward,
-            found.seconds,
-            found.peak_bytes,
-            found.memory_bytes,
+            sample.term_norm,
+            sample.rows_forward,
+            sample.rows_backward,
+            sample.seconds,
+            sample.peak_bytes,
+            sample.memory_bytes,
             signal,
-            signal / found.seconds,
+            signal / sample.seconds,
         )
 
     def contributions(self, noise: tuple[bool, ...], batches: int) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diffalign.gradients.laboratory import Found
+from diffalign.gradients.laboratory import Measured
 from diffalign.runtime.files import write_text
 
 HEADS = (
@@ -26,7 +26,7 @@ HEADS = (
 )
 
 
-def rows(found: Sequence[Found]) -> list[tuple[str, ...]]:
+def rows(measured: Sequence[Measured]) -> list[tuple[str, ...]]:
     """One row of text a rule."""
     return [
         (
@@ -40,47 +40,47 @@ def rows(found: Sequence[Found]) -> list[tuple[str, ...]]:
             f"{item.signal_to_noise:.3g}",
             f"{item.signal_to_noise_per_second:.3g}",
         )
-        for item in found
+        for item in measured
     ]
 
 
-def table(found: Sequence[Found]) -> list[str]:
+def table(measured: Sequence[Measured]) -> list[str]:
     """The rows as aligned text."""
-    cells = [HEADS, *rows(found)]
+    cells = [HEADS, *rows(measured)]
     widths = [max(len(row[k]) for row in cells) for k in range(len(HEADS))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
-def save(path: Path, found: Sequence[Found], **facts: Any) -> None:
+def save(path: Path, measured: Sequence[Measured], **facts: Any) -> None:
     """Everything as JSON."""
-    rules = [{k: None if v != v else v for k, v in asdict(item).items()} for item in found]  # JSON has no NaN
+    rules = [{k: None if v != v else v for k, v in asdict(item).items()} for item in measured]  # JSON has no NaN
     write_text(path, json.dumps({**facts, "rules": rules}, indent=1, allow_nan=False) + "\n")
 
 
-def figure(found: Sequence[Found], contributions: Sequence[float], path: Path, title: str) -> None:
+def figure(measured: Sequence[Measured], contributions: Sequence[float], path: Path, title: str) -> None:
     """Bias, variance, cost, and where in the chain the gradient and each rule's terms lie."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = [plt.get_cmap("tab10")(k % 10) for k in range(len(found))]
-    places, names = np.arange(len(found))[::-1], [item.label for item in found]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 4 + 0.32 * len(found)), height_ratios=(0.32 * len(found), 2.4))
+    colours = [plt.get_cmap("tab10")(k % 10) for k in range(len(measured))]
+    places, names = np.arange(len(measured))[::-1], [item.label for item in measured]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 4 + 0.32 * len(measured)), height_ratios=(0.32 * len(measured), 2.4))
     bias, spread, steps, cost = axes.flat
-    for item, place, colour in zip(found, places, colours, strict=True):
+    for item, place, colour in zip(measured, places, colours, strict=True):
         ends = [[item.bias - item.bias_low], [item.bias_high - item.bias]]
         bias.errorbar([item.bias], [place], xerr=ends, fmt="o", color=colour, capsize=3)
     bias.axvline(0, color="grey", linewidth=0.8)
     bias.set_title("relative bias, 95 % interval (left of 0: less than noise)", fontsize=9)
-    spread.barh(places, [item.variance for item in found], color=colours)
+    spread.barh(places, [item.variance for item in measured], color=colours)
     spread.set_xscale("log")
     spread.set_title("variance of one sample's gradient (trace)", fontsize=9)
     for axis, labels in ((bias, names), (spread, [""] * len(names))):
         axis.set_yticks(places, labels, fontsize=8)
         axis.grid(axis="x", alpha=0.3)
-    _steps(steps, found, contributions, colours)
-    for item, colour in zip(found, colours, strict=True):
+    _steps(steps, measured, contributions, colours)
+    for item, colour in zip(measured, colours, strict=True):
         cost.scatter(item.seconds, item.peak_bytes / 2**20, color=colour, s=40)
     cost.set_xlabel("seconds a batch", fontsize=8)
     cost.set_title("graph held at once, MiB", fontsize=9)
@@ -93,10 +93,10 @@ def figure(found: Sequence[Found], contributions: Sequence[float], path: Path, t
     plt.close(figure)
 
 
-def _steps(axis: Any, found: Sequence[Found], contributions: Sequence[float], colours: Sequence[Any]) -> None:
+def _steps(axis: Any, measured: Sequence[Measured], contributions: Sequence[float], colours: Sequence[Any]) -> None:
     """Norms by step: of what the exact gradient is made of, and of each rule's terms on one batch, noise included."""
     axis.plot(contributions, color="black", marker="o", markersize=3, label="exact gradient: each step's part")
-    for item, colour in zip(found, colours, strict=True):
+    for item, colour in zip(measured, colours, strict=True):
         axis.plot([np.nan if v is None else v for v in item.term_norm], color=colour, marker=".", linewidth=1)
     axis.set_yscale("log")
     axis.xaxis.get_major_locator().set_params(integer=True)

@@ -72,8 +72,8 @@ def relative_bias(products: Products) -> Interval:
     scale = off_diagonal_mean(products.reference)
     if not scale > 0:
         return Interval(np.nan, np.nan, np.nan)
-    found = squared_norm(products.difference)
-    return Interval(*(float(np.sign(v) * np.sqrt(abs(v) / scale)) for v in (found.value, found.low, found.high)))
+    squared = squared_norm(products.difference)
+    return Interval(*(float(np.sign(v) * np.sqrt(abs(v) / scale)) for v in (squared.value, squared.low, squared.high)))
 
 
 def cosine(products: Products) -> Interval:

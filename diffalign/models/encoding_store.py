@@ -64,15 +64,15 @@ class Store:
 
     def _shrink(self) -> None:
         """Remove what was used longest ago, down to nine tenths of the budget."""
-        found = []
+        files = []
         for path in self._own():
             try:
                 facts = path.stat()
             except FileNotFoundError:  # another process removed it
                 continue
-            found.append((facts.st_mtime_ns, facts.st_size, path))
-        self.used = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+            files.append((facts.st_mtime_ns, facts.st_size, path))
+        self.used = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
             if self.used <= 0.9 * self.budget:
                 break
             path.unlink(missing_ok=True)

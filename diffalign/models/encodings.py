@@ -49,15 +49,15 @@ def stored_bytes(value: Any) -> int:
 
 def digest(encoders: Iterable[torch.nn.Module], tokenizers: Iterable[Any], *more: str) -> str:
     """A name for what encodings depend on besides the call: weights and their precision, vocabularies, versions."""
-    found = hashlib.sha256(json.dumps(more).encode())
+    hashed = hashlib.sha256(json.dumps(more).encode())
     for module in encoders:
         for name, tensor in module.state_dict().items():
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     for tokenizer in tokenizers:
         vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else repr(tokenizer)
-        found.update(json.dumps([vocabulary, str(getattr(tokenizer, "chat_template", None))]).encode())
-    return found.hexdigest()
+        hashed.update(json.dumps([vocabulary, str(getattr(tokenizer, "chat_template", None))]).encode())
+    return hashed.hexdigest()
 
 
 # Of a leaf of a single text's encoding: True: it has a row for each text; False: it is the same for all; a dtype: there is none, and a
@@ -135,11 +135,13 @@ class Encodings:
         """One text's encoding, from disk where it is there."""
         assert self._store is not None
         name, device = _name(self._depends, arguments), arguments.get("device")
-        found = self._store.read(name)
-        if found is None:
-            found = self._fresh(arguments)
-            self._store.write(name, found)
-        return mapped(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf, found)
+        encoding = self._store.read(name)
+        if encoding is None:
+            encoding = self._fresh(arguments)
+            self._store.write(name, encoding)
+        return mapped(
+            lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf, encoding
+        )
 
     @property
     def splits(self) -> bool:
@@ -156,8 +158,8 @@ class Encodings:
         if len(calls) != 1:
             return f"the pipeline encodes a prompt in {len(calls)} calls"
         short, long = min(texts, key=len), max(texts, key=len)
-        rows = [self._fresh(_told(calls[0], [text])) for text in (short, long)]
-        whole = self._fresh(_told(calls[0], [short, long]))
+        rows = [self._fresh(_with_texts(calls[0], [text])) for text in (short, long)]
+        whole = self._fresh(_with_texts(calls[0], [short, long]))
         layout = _layout(rows[1], whole)
         if layout is None or not _close(joined(rows, layout), whole):
             return "the pipeline encodes a batch otherwise than its texts one by one"
@@ -168,7 +170,7 @@ class Encodings:
             allowed = self._store.budget / 2**30
             return f"{len(texts)} encoded prompts take up to {needed / 2**30:.3g} GiB, prompts.cache_gib allows {allowed:g}"
         for row in [
-            *(_told(calls[0], [text]) for text in mine),
+            *(_with_texts(calls[0], [text]) for text in mine),
             *itertools.chain.from_iterable(map(_single, self._calls)),
         ]:
             self._kept(row)
@@ -179,15 +181,15 @@ def _texts(name: str, value: Any) -> bool:
     return "prompt" in name and isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _told(arguments: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+def _with_texts(arguments: dict[str, Any], texts: list[str]) -> dict[str, Any]:
     """A call's arguments with other texts."""
 
-    def told(name: str, value: Any) -> Any:
+    def replaced(name: str, value: Any) -> Any:
         if not _texts(name, value):
             return value
         return [value[0]] * len(texts) if name.startswith("negative") else texts
 
-    return {name: told(name, value) for name, value in arguments.items()}
+    return {name: replaced(name, value) for name, value in arguments.items()}
 
 
 def _single(arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -200,8 +202,8 @@ def _single(arguments: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _name(depends: str, arguments: dict[str, Any]) -> str:
     """Where an encoding depends on it, a call's arguments: all but the device."""
-    told = sorted((name, repr(value)) for name, value in arguments.items() if name != "device")
-    return hashlib.sha256(json.dumps([depends, told]).encode()).hexdigest()
+    asked = sorted((name, repr(value)) for name, value in arguments.items() if name != "device")
+    return hashlib.sha256(json.dumps([depends, asked]).encode()).hexdigest()
 
 
 def _layout(one: Any, two: Any) -> Layout | None:
@@ -222,7 +224,7 @@ def _layout(one: Any, two: Any) -> Layout | None:
     return [True] if one.ndim and two.shape[0] == 2 * one.shape[0] else None
 
 
-def _close(found: Any, expected: Any) -> bool:
+def _close(joined_rows: Any, expected: Any) -> bool:
     """Whether two encodings are equal but for rounding."""
 
     def alike(a: Any, b: Any) -> bool:
@@ -233,8 +235,8 @@ def _close(found: Any, expected: Any) -> bool:
         size = b.double().abs().max().clamp(min=1e-12) if b.numel() else torch.tensor(1.0)
         return bool((a.double() - b.double()).abs().max() <= CLOSE * size) if b.numel() else True
 
-    pairs = zip(leaves(found), leaves(expected), strict=False)
-    return len(leaves(found)) == len(leaves(expected)) and all(itertools.starmap(alike, pairs))
+    pairs = zip(leaves(joined_rows), leaves(expected), strict=False)
+    return len(leaves(joined_rows)) == len(leaves(expected)) and all(itertools.starmap(alike, pairs))
 
 
 @functools.cache

@@ -51,8 +51,8 @@ def quiet() -> Iterator[None]:
 
 def denoisers(pipe: Any) -> dict[str, Any]:
     """The pipeline's denoising components by name."""
-    found = {name: getattr(pipe, name, None) for name in DENOISERS}
-    return {name: module for name, module in found.items() if module is not None}
+    components = {name: getattr(pipe, name, None) for name in DENOISERS}
+    return {name: module for name, module in components.items() if module is not None}
 
 
 def attach(pipe: Any, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> dict[str, Tensor]:

@@ -123,11 +123,11 @@ def load(pipe: Any, folder: Path, name: str) -> None:
     """
     for part in parts(pipe):
         keys = _read(pipe, part, folder, name)
-        found = len(list(layers(getattr(pipe, part.component), name)))
-        if not found:
+        present = len(list(layers(getattr(pipe, part.component), name)))
+        if not present:
             raise ValueError(f"{part.file} names no layer of this model's {part.component}")
-        if (named := sum("lora_A" in key for key in keys)) > found:
-            raise ValueError(f"{part.file} has {named} layers, this model's {part.component} has {found} of them")
+        if (named := sum("lora_A" in key for key in keys)) > present:
+            raise ValueError(f"{part.file} has {named} layers, this model's {part.component} has {present} of them")
 
 
 def _read(pipe: Any, part: Part, folder: Path, name: str) -> list[str]:

@@ -40,8 +40,8 @@ class Notes:
     def written(self) -> dict[str, str]:
         """As metadata of a safetensors file: strings."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        found = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in values.items()}
-        return found | {"notes_format": str(FORMAT)}
+        strings = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in values.items()}
+        return strings | {"notes_format": str(FORMAT)}
 
     @classmethod
     def of(cls, metadata: dict[str, str]) -> Notes:
@@ -53,16 +53,16 @@ class Notes:
         if (written := metadata.get("notes_format", "1")) not in map(str, range(1, FORMAT + 1)):
             raise ValueError(f"its notes have format {written}, this version reads up to {FORMAT}")
         kinds = {f.name: type(getattr(cls(), f.name)) for f in fields(cls)}
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, kind in kinds.items():
             if name in metadata:
                 try:
-                    found[name] = metadata[name] if kind is str else json.loads(metadata[name])
+                    values[name] = metadata[name] if kind is str else json.loads(metadata[name])
                 except ValueError as error:
                     raise ValueError(f"its note {name} is not JSON") from error
-                if not isinstance(found[name], kind):
+                if not isinstance(values[name], kind):
                     raise ValueError(f"its note {name} is {metadata[name][:80]!r}, expected a {kind.__name__}")
-        return cls(**found)
+        return cls(**values)
 
     @classmethod
     def read(cls, folder: Path) -> Notes:

@@ -57,13 +57,13 @@ def read(path: str, folder: str, dtype: torch.dtype) -> Read:
             content = load_single_file_checkpoint(path)
         except Exception as error:  # each format has its own
             raise UserError(f"weights: cannot read {path!r} as a {kind}: {one_line(error)}") from error
-        found = {names[0]: _component(path, content, folder, names[0], kind, dtype)}
+        components = {names[0]: _component(path, content, folder, names[0], kind, dtype)}
         if "vae" in index and _begins(content, AUTOENCODER):
-            found["vae"] = _component(path, content, folder, "vae", index["vae"][1], dtype)
+            components["vae"] = _component(path, content, folder, "vae", index["vae"][1], dtype)
         for name, (library, encoder) in index.items():
             if library == "transformers" and name.startswith("text_encoder") and _has_encoder(content, encoder):
-                found[name] = _encoder(path, content, folder, name, encoder, dtype)
-    return Read(found, _left(content, found))
+                components[name] = _encoder(path, content, folder, name, encoder, dtype)
+    return Read(components, _left(content, components))
 
 
 def _begins(content: dict[str, Any], prefixes: tuple[str, ...]) -> bool:
@@ -121,11 +121,11 @@ def _whole(path: str, module: Any, kind: str) -> Any:
     return module
 
 
-def _left(content: dict[str, Any], found: dict[str, Any]) -> tuple[str, ...]:
+def _left(content: dict[str, Any], components: dict[str, Any]) -> tuple[str, ...]:
     """Beginnings of names of an autoencoder's or text encoders' weights that nothing was made of."""
     parts = {".".join(key.split(".")[:2]) for key in content if key.startswith(ENCODERS)}
-    encoders = [name for name in found if name.startswith("text_encoder")]
+    encoders = [name for name in components if name.startswith("text_encoder")]
     left = sorted(parts) if parts and not encoders else []
-    if "vae" not in found:
+    if "vae" not in components:
         left += [prefix for prefix in AUTOENCODER if _begins(content, (prefix,))]
     return tuple(left)

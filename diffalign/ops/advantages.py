@@ -126,10 +126,10 @@ def gated(scores: Scores, group: NDArray[np.int64], least: dict[str, float]) -> 
         return scores
 
     def lowered(values: Floats) -> Floats:
-        found = values.copy()
+        changed = values.copy()
         for name in np.unique(group[short]):
-            found[short & (group == name)] = values[(group == name) & scores.valid].min()
-        return found
+            changed[short & (group == name)] = values[(group == name) & scores.valid].min()
+        return changed
 
     return replace(scores, total=lowered(scores.total), by_name={k: lowered(v) for k, v in scores.by_name.items()})
 

@@ -70,20 +70,20 @@ def official(detections: Sequence[Detection], metadata: Metadata) -> Verdict:
     groups: list[list[Detection]] = []
     for clause in metadata["include"]:
         name, count, colour = clause["class"], clause["count"], clause.get("color")
-        found = _of_class(detections, name)[:count]
-        if len(found) < count:
-            return Verdict(False, f"expected {count} {name}, found {len(found)}")
-        if colour and sum(d.colour == colour for d in found) < count:
-            return Verdict(False, f"expected {colour} {name}, found {', '.join(d.colour for d in found)}")
+        detected = _of_class(detections, name)[:count]
+        if len(detected) < count:
+            return Verdict(False, f"expected {count} {name}, found {len(detected)}")
+        if colour and sum(d.colour == colour for d in detected) < count:
+            return Verdict(False, f"expected {colour} {name}, found {', '.join(d.colour for d in detected)}")
         if "position" in clause:
             relation, target = clause["position"]
-            if not all(relation in relations(a.box, b.box) for a in found for b in groups[target]):
+            if not all(relation in relations(a.box, b.box) for a in detected for b in groups[target]):
                 return Verdict(False, f"{name} is not {relation} {metadata['include'][target]['class']}")
-        groups.append(found)
+        groups.append(detected)
     for clause in metadata.get("exclude", ()):
-        found = _of_class(detections, clause["class"])
-        if len(found) >= clause["count"]:
-            return Verdict(False, f"expected fewer than {clause['count']} {clause['class']}, found {len(found)}")
+        detected = _of_class(detections, clause["class"])
+        if len(detected) >= clause["count"]:
+            return Verdict(False, f"expected fewer than {clause['count']} {clause['class']}, found {len(detected)}")
     return Verdict(True)
 
 
@@ -110,15 +110,15 @@ def partial(detections: Sequence[Detection], metadata: Metadata) -> float:
     groups: list[list[Detection]] = []
     for clause in metadata["include"]:
         name, count, colour = clause["class"], clause["count"], clause.get("color")
-        found = _of_class(detections, name)
-        right = len(found) == count
-        terms.append(max(0.0, 1 - abs(count - len(found)) / count))
+        detected = _of_class(detections, name)
+        right = len(detected) == count
+        terms.append(max(0.0, 1 - abs(count - len(detected)) / count))
         if colour:
-            terms.append(max(0.0, 1 - abs(count - sum(d.colour == colour for d in found)) / count) if right else 0.0)
+            terms.append(max(0.0, 1 - abs(count - sum(d.colour == colour for d in detected)) / count) if right else 0.0)
         if "position" in clause:
             relation, target = clause["position"]
-            pairs = [(a, b) for a in found[:count] for b in groups[target]]
+            pairs = [(a, b) for a in detected[:count] for b in groups[target]]
             holds = bool(pairs) and all(relation in relations(a.box, b.box) for a, b in pairs)
             terms.append(float(right and holds))
-        groups.append(found[:count])
+        groups.append(detected[:count])
     return sum(terms) / len(terms)

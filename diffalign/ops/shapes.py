@@ -15,5 +15,5 @@ def same(**tensors: Tensor) -> None:
         ValueError: naming them with their shapes.
     """
     if len({tensor.shape for tensor in tensors.values()}) > 1:
-        told = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(f"shapes differ: {told}")
+        given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"shapes differ: {given}")

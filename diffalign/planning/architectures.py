@@ -48,10 +48,10 @@ def sizes(config: Config) -> Sizes:
         raise UserError(
             f"sampler.pipeline_args: {' and '.join(missing)} missing; plan needs them for a model on the hub"
         )
-    found = {f"{key[0]}{by}": call[key] // by for key in ("height", "width") for by in (8, 16, 32)}
+    named = {f"{key[0]}{by}": call[key] // by for key in ("height", "width") for by in (8, 16, 32)}
     frames = int(call.get("num_frames", 1))
-    found |= {f"f{by}": (frames - 1) // by + 1 for by in (4, 8)}
-    return found | {"text": int(call.get("max_sequence_length", known()[config.model]["text"]))}
+    named |= {f"f{by}": (frames - 1) // by + 1 for by in (4, 8)}
+    return named | {"text": int(call.get("max_sequence_length", known()[config.model]["text"]))}
 
 
 def dimension(value: Any, given: Sizes) -> Any:
@@ -116,9 +116,9 @@ def _row(run: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) -> Ro
         return tensor
 
     with _fused_attention(), _Flops() as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = run()
+        output = run()
         forward = flops.total
-        found.sum().backward()
+        output.sum().backward()
     return Row(forward, flops.total, float(sum(kept.values())))
 
 
@@ -169,7 +169,7 @@ def row(config: Config, module: torch.nn.Module) -> Row:
         inputs = {key: made(spec) for key, spec in known()[config.model]["inputs"].items()}
 
     def run() -> torch.Tensor:
-        found = module(**inputs, return_dict=False)[0]
-        return torch.stack(found) if isinstance(found, list) else found
+        output = module(**inputs, return_dict=False)[0]
+        return torch.stack(output) if isinstance(output, list) else output
 
     return _row(run, module.parameters())

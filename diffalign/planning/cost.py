@@ -148,18 +148,20 @@ def _outline(config: Config) -> Cost:
     rule = config.make_rule()
     if rule.needs.graph_bytes:
         raise UserError("rule.memory_gib: plan cannot fit depth and span into memory without the model's folder")
-    found = _cost(config, rule, toy.levels, toy.schedule, network, notes)
+    counted = _cost(config, rule, toy.levels, toy.schedule, network, notes)
     copies = 4 + len(rule.decays(0)) + (config.optimizer.ema is not None)
     memory = {
-        "denoiser": found.parameters * WIDTH[config.precision],
+        "denoiser": counted.parameters * WIDTH[config.precision],
         "autoencoder": (decoder[1] if decoder else 0) * WIDTH[config.precision],
         "text encoders": float(architectures.known()[config.model]["encoders"]) * WIDTH[config.precision],
-        "what is trained": 4 * copies * found.trained,  # float32: itself, its gradient, Adam's two moments, slow copies
-        "graph": _graph(config, found.plan, row.kept * network.calls, decode.kept),
+        "what is trained": 4
+        * copies
+        * counted.trained,  # float32: itself, its gradient, Adam's two moments, slow copies
+        "graph": _graph(config, counted.plan, row.kept * network.calls, decode.kept),
     }
     if config.prompts.cache is not None:
         del memory["text encoders"]
-    return replace(found, memory={name: float(taken) for name, taken in memory.items() if taken})
+    return replace(counted, memory={name: float(taken) for name, taken in memory.items() if taken})
 
 
 def _graph(config: Config, plan: Plan, step: float, decode: float) -> float:

@@ -93,16 +93,16 @@ def _entries(training: Any, evaluation: Any) -> tuple[list[Entry], list[Entry]]:
     source = evaluation.source or training.source
     tasks = training.tasks if evaluation.tasks is None else evaluation.tasks
     once = cache(lambda place: read(place, (), ""))  # a file without splits of its own is read once for both
-    found: list[list[Entry]] = []
+    read_entries: list[list[Entry]] = []
     problems: list[str] = []
     for place, chosen, split in ((training.source, training.tasks, training.split), (source, tasks, evaluation.split)):
         try:
-            found.append(read(place, chosen, split) if has_splits(place) else once(place))
+            read_entries.append(read(place, chosen, split) if has_splits(place) else once(place))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    trained, judged = found
+    trained, judged = read_entries
     if evaluation.enabled and evaluation.source is None and not has_splits(training.source):
         trained, judged = held_out(trained, evaluation.holdout)
     most = min(evaluation.prompts or len(judged), len(judged))
@@ -140,11 +140,11 @@ def draw(
         seed=np.array([key(seed, Purpose.SAMPLE, update, k) for k in range(count)]),
         group_seed=np.array([key(seed, Purpose.GROUP, update, int(g)) for g in group]),
         metadata=chosen,
-        stages=_told(chosen, stages),
+        stages=_stages_of(chosen, stages),
     )
 
 
-def _told(chosen: list[Entry], stages: Stages | None) -> list[tuple[str, ...]]:
+def _stages_of(chosen: list[Entry], stages: Stages | None) -> list[tuple[str, ...]]:
     return [stages[entry["prompt"]] for entry in chosen] if stages else []
 
 
@@ -161,4 +161,4 @@ def fixed(entries: list[Entry], images_per_prompt: int, seed: int, stages: Stage
     chosen = [entries[k] for k in places]
     group = same_text(entries)[places]
     texts = [entry["prompt"] for entry in chosen]
-    return Prompts(texts, group, seeds, seeds, chosen, _told(chosen, stages))
+    return Prompts(texts, group, seeds, seeds, chosen, _stages_of(chosen, stages))

@@ -103,8 +103,8 @@ def _ask(client: Any, url: str, model: str, prompt: str, count: int) -> list[str
 def _parsed(response: Any, count: int) -> list[str] | None:
     """The list in an answer, whatever stands around it."""
     try:
-        found = re.search(r"\[.*\]", response.json()["choices"][0]["message"]["content"], re.DOTALL)
-        texts = json.loads(found.group()) if found else None
+        match = re.search(r"\[.*\]", response.json()["choices"][0]["message"]["content"], re.DOTALL)
+        texts = json.loads(match.group()) if match else None
     except (ValueError, KeyError, IndexError, TypeError):
         return None
     whole = isinstance(texts, list) and len(texts) == count and all(isinstance(t, str) and t.strip() for t in texts)

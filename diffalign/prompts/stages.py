@@ -21,14 +21,14 @@ def table(source: str, field: str = "prompts.stages") -> Table:
         from diffalign.shapes import captions
 
         return captions.stages
-    found: Stages = {}
+    staged: Stages = {}
     for entry in read(source, (), "", field):
         texts = entry.get("stages")
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
             raise UserError(f"{field}: {source}: {entry['prompt']!r} has stages {texts!r}, expected a list of texts")
-        if found.setdefault(entry["prompt"], tuple(texts)) != tuple(texts):
+        if staged.setdefault(entry["prompt"], tuple(texts)) != tuple(texts):
             raise UserError(f"{field}: {source} has {entry['prompt']!r} twice, with different stages")
-    return found.get
+    return staged.get
 
 
 def of(written: Table | None, entries: list[Entry], source: str | None, field: str = "prompts.stages") -> Stages:
@@ -39,10 +39,10 @@ def of(written: Table | None, entries: list[Entry], source: str | None, field: s
     """
     if written is None:
         return {}
-    found = {entry["prompt"]: written(entry["prompt"]) for entry in entries}
-    if missing := [prompt for prompt, texts in found.items() if texts is None]:
-        raise UserError(f"{field}: {source} lacks {len(missing)} of {len(found)} prompts, such as {missing[0]!r}")
-    whole = {prompt: texts for prompt, texts in found.items() if texts is not None}
+    staged = {entry["prompt"]: written(entry["prompt"]) for entry in entries}
+    if missing := [prompt for prompt, texts in staged.items() if texts is None]:
+        raise UserError(f"{field}: {source} lacks {len(missing)} of {len(staged)} prompts, such as {missing[0]!r}")
+    whole = {prompt: texts for prompt, texts in staged.items() if texts is not None}
     if len(counts := {len(texts) for texts in whole.values()}) > 1:
         raise UserError(f"{field}: {source} has {min(counts)} to {max(counts)} stages a prompt; allowed is one number")
     return whole

@@ -41,7 +41,7 @@ def grid(images: Pixels, columns: int = COLUMNS, gap: int = 2) -> Image.Image:
 def framed(pictures: Sequence[Pixels]) -> Pixels:
     """Pictures (H, W, 3) of any sizes as one array (n, H, W, 3), each in the upper left of white."""
     height, width = (max(picture.shape[k] for picture in pictures) for k in (0, 1))
-    found = np.full((len(pictures), height, width, 3), 255, np.uint8)
-    for sheet, picture in zip(found, pictures, strict=True):
+    sheets = np.full((len(pictures), height, width, 3), 255, np.uint8)
+    for sheet, picture in zip(sheets, pictures, strict=True):
         sheet[: picture.shape[0], : picture.shape[1]] = picture
-    return found
+    return sheets

@@ -144,7 +144,7 @@ def builtin() -> dict[str, Entry]:
     spec = importlib.util.find_spec("reward_models")
     assert spec is not None
     assert spec.submodule_search_locations
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
         facts_of = _literal(_parsed(path), "REWARDS")
         assert facts_of, f"{path.name} has no literal REWARDS"
@@ -152,16 +152,16 @@ def builtin() -> dict[str, Entry]:
             known = {field.name for field in fields(Entry)} & facts.keys()
             assert known | {"object"} == facts.keys(), f"{path.name}: {name} has unknown facts"
             given = {key: facts[key] for key in known} | {k: tuple(facts.get(k, ())) for k in ("needs", "known")}
-            found[name] = Entry(name, f"reward_models.{path.stem}", facts["object"], **given)
-    return found
+            entries[name] = Entry(name, f"reward_models.{path.stem}", facts["object"], **given)
+    return entries
 
 
 def plugged(name: str) -> str | None:
     """`module:attr` of an entry point of that name in the group `diffalign.rewards`, if an installed package has one."""
     from importlib.metadata import entry_points
 
-    found = list(entry_points(group="diffalign.rewards", name=name))
-    return found[0].value if found else None
+    points = list(entry_points(group="diffalign.rewards", name=name))
+    return points[0].value if points else None
 
 
 def _served(name: str) -> Entry:
@@ -260,12 +260,12 @@ def problems(name: str, prompts: Iterable[dict[str, Any]]) -> tuple[list[str], s
         entry = find(name)
     except LookupError as error:
         return [f": {error}"], ""
-    found, place = [], entry.place
+    problems, place = [], entry.place
     if place is not None and not (
         Path(place).exists() or HUB_ID.fullmatch(place) or place.startswith(("http://", "https://"))
     ):
-        found.append(f": {place} is not there; allowed is a file, a folder or a hub id")
+        problems.append(f": {place} is not there; allowed is a file, a folder or a hub id")
     if entry.missing:
-        found.append(f" needs {entry.missing}")
+        problems.append(f" needs {entry.missing}")
     unfit = entry.unfit(prompts)
-    return found, f" {unfit}" if unfit else ""
+    return problems, f" {unfit}" if unfit else ""

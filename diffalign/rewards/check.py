@@ -46,8 +46,8 @@ def check(name: str) -> list[str]:
         raise Fault(f"reward {name}: {problem}")
     if entry.differentiable:
         _check_gradient(name, reward, Media(pixels.float().requires_grad_()), prompts)
-    told = [f", known is {value:g}" for value in entry.known] or [""] * 3
-    lines = [f"{label:9} {value:.4f}{known}" for label, value, known in zip(LABELS, values, told, strict=True)]
+    beside = [f", known is {value:g}" for value in entry.known] or [""] * 3
+    lines = [f"{label:9} {value:.4f}{known}" for label, value, known in zip(LABELS, values, beside, strict=True)]
     kind = "differentiable" if entry.differentiable else "black box"
     if not entry.known:
         lines.append("no known values" + (", but the right order" if entry.ordered else ""))

@@ -21,11 +21,11 @@ def chosen(policy: str, count: int) -> Integers:
     Raises:
         ValueError: for another policy.
     """
-    found = POLICY.fullmatch(policy)
-    if found is None:
+    match = POLICY.fullmatch(policy)
+    if match is None:
         raise ValueError(f"got {policy!r}, allowed are first, middle, all and uniform:N")
-    if found.group(1):
-        return np.unique(np.linspace(0, count - 1, min(int(found.group(1)), count)).round().astype(np.int64))
+    if match.group(1):
+        return np.unique(np.linspace(0, count - 1, min(int(match.group(1)), count)).round().astype(np.int64))
     return {"first": np.arange(1), "middle": np.array([count // 2]), "all": np.arange(count)}[policy]
 
 

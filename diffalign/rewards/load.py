@@ -34,10 +34,10 @@ def load(name: str, deadline: float = 300.0, batch: int = 16, frames: str = "all
         module = _module(entry)
     except (Exception, SystemExit) as error:  # whatever a user's file does while it is imported
         raise UserError(f"rewards: {name}: cannot be imported: {one_line(error)}") from error
-    found = getattr(module, entry.attribute, None)
-    if not callable(found):
+    target = getattr(module, entry.attribute, None)
+    if not callable(target):
         raise UserError(f"rewards: {name}: {entry.source} has no function {entry.attribute!r}")
-    made = _made(entry, found) if inspect.isclass(found) else found
+    made = _made(entry, target) if inspect.isclass(target) else target
     reward = made if isinstance(made, Reward) else Wrapped(made, entry.background)
     reward.background = reward.background or entry.background
     return PerFrame(reward, frames, reduce) if entry.modality == "image" else reward

@@ -56,11 +56,11 @@ class Remote(Reward):
                 raise UserError(f"rewards: {url} wants another token ({status}); set {TOKEN} as at the server")
             if status in (404, 405):
                 raise UserError(f"rewards: {url} is not where scores are ({status}); allowed is http://host:port/score")
-        told = {url: (f.get("name"), f.get("version")) for url in self.urls if (f := self._client.facts(url))}
-        if len(set(told.values())) > 1:
+        served = {url: (f.get("name"), f.get("version")) for url in self.urls if (f := self._client.facts(url))}
+        if len(set(served.values())) > 1:
             raise UserError(
                 "rewards: addresses with | between them must serve one reward, they serve "
-                + ", ".join(f"{name} {version} at {url}" for url, (name, version) in told.items())
+                + ", ".join(f"{name} {version} at {url}" for url, (name, version) in served.items())
             )
 
     def __call__(self, media: Media, prompts: Prompts) -> list[float]:
@@ -96,9 +96,9 @@ class Remote(Reward):
         if answer is None:
             return [float("nan")] * count
         try:
-            found = [float("nan") if score is None else float(score) for score in answer["scores"]]
+            scores = [float("nan") if score is None else float(score) for score in answer["scores"]]
         except (ValueError, KeyError, TypeError) as error:
             raise Fault(f"{str(answer)[:200]!r} was answered, expected scores") from error
-        if len(found) != count:
-            raise Fault(f"gave {len(found)} scores for {count} samples")
-        return found
+        if len(scores) != count:
+            raise Fault(f"gave {len(scores)} scores for {count} samples")
+        return scores

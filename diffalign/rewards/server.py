@@ -53,8 +53,8 @@ class Served:
             return 422, {"error": str(error)}
         try:
             with self._lock, torch.no_grad():
-                found = self._reward(media, prompts)
-            values = torch.as_tensor(found).detach().cpu().double().numpy()
+                output = self._reward(media, prompts)
+            values = torch.as_tensor(output).detach().cpu().double().numpy()
         except Exception as error:  # whatever a user's function does
             return self._failed(one_line(error))
         if values.shape != (len(prompts),):
@@ -83,12 +83,12 @@ class Served:
         if len(pixels) != len(texts):
             raise ValueError(f"media: {len(pixels)} samples for {len(texts)} prompts")
         keys = np.arange(len(texts))
-        told = [{"prompt": text, **m} for text, m in zip(texts, metadata, strict=True)]
+        entries = [{"prompt": text, **m} for text, m in zip(texts, metadata, strict=True)]
         fps = body.get("fps", 8.0)
         if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < 1000:
             raise ValueError(f"fps: got {fps!r}, allowed are numbers above 0")
         media = check_media(Media(pixels.to(self._device), float(fps)))
-        return media, Prompts(texts, keys, keys, keys, told)
+        return media, Prompts(texts, keys, keys, keys, entries)
 
 
 def application(served: Served, token: str | None = None, most_bytes: int = 2**28) -> Any:

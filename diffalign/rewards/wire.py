@@ -65,7 +65,7 @@ def _pngs(samples: Any) -> NDArray[np.uint8]:
 
     if not isinstance(samples, list) or not samples or not all(isinstance(s, list) and s for s in samples):
         raise ValueError("media.data: expected a list of lists of PNG files, one a frame")
-    found, pixels = [], 0
+    samples_read, pixels = [], 0
     for sample in samples:
         frames = []
         for text in sample:
@@ -77,10 +77,10 @@ def _pngs(samples: Any) -> NDArray[np.uint8]:
                     frames.append(np.asarray(picture.convert("RGB")))
             except (OSError, SyntaxError, Image.DecompressionBombError) as error:
                 raise ValueError(f"media.data: not a PNG file ({one_line(error)})") from error
-        found.append(frames)
-    if len({tuple(frame.shape for frame in frames) for frames in found}) > 1:
+        samples_read.append(frames)
+    if len({tuple(frame.shape for frame in frames) for frames in samples_read}) > 1:
         raise ValueError("media.data: samples of one request must have one size and number of frames")
-    return np.stack([np.stack(frames) for frames in found])
+    return np.stack([np.stack(frames) for frames in samples_read])
 
 
 def _bytes(text: Any, where: str) -> bytes:

@@ -45,10 +45,10 @@ def merged(
 
     of: a column's name and values (N,), anything where invalid, to advantages, any number of arrays.
     """
-    found = {name: of(name, values) for name, values in columns(scores, group, settings).items()}
+    advantages = {name: of(name, values) for name, values in columns(scores, group, settings).items()}
     if settings.combine == "sum":
-        return found["total"]
+        return advantages["total"]
     # sum_k w_k A(r_k), clipped as A is
-    parts = [[weight * part for part in found[name]] for name, weight in scores.weights.items()]
+    parts = [[weight * part for part in advantages[name]] for name, weight in scores.weights.items()]
     limit = settings.advantage_limit
     return [np.clip(np.sum(level, 0), -limit, limit) for level in zip(*parts, strict=True)]

@@ -76,8 +76,8 @@ class SurrogateSettings(PolicyGradientSettings):
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
-        found = super().problems(steps)
-        return found if self.kl > 0 else [*found, *self.idle(("kl_space",), "rule.kl")]
+        problems = super().problems(steps)
+        return problems if self.kl > 0 else [*problems, *self.idle(("kl_space",), "rule.kl")]
 
 
 class Risk(RuleSettings):
@@ -118,16 +118,16 @@ class GroupSettings(SurrogateSettings):
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
-        found = super().problems(steps)
+        problems = super().problems(steps)
         if self.keep is not None and self.keep % 2:
-            found.append(f"rule.keep: got {self.keep}, allowed are even numbers: half best, half worst")
+            problems.append(f"rule.keep: got {self.keep}, allowed are even numbers: half best, half worst")
         if self.risk is not None and self.risk.low >= self.risk.high:
-            found.append(
+            problems.append(
                 f"rule.risk.low: got {self.risk.low:g}, allowed is less than rule.risk.high ({self.risk.high:g})"
             )
         if self.window is None and self.window_steps is None:
-            found += self.idle(("flash",), "rule.window")
-        return found
+            problems += self.idle(("flash",), "rule.window")
+        return problems
 
 
 def plan(
@@ -203,7 +203,7 @@ class Step:
         return {"ratio": self.log_ratio.detach().exp().mean(), "advantage": self.advantage.abs().mean()}
 
 
-def evaluate(step: int, policy: Policy, part: Rollout, credit: Credit | None) -> Step:
+def revisited(step: int, policy: Policy, part: Rollout, credit: Credit | None) -> Step:
     """Run the network at a stored step and compare with the rollout."""
     assert credit is not None
     now, old = policy.transition(part, step), part.log_prob[step]

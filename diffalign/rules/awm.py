@@ -44,8 +44,8 @@ class AWM(forward.ForwardRule):
 
     def decays(self, update: int) -> dict[str, float]:
         s = self.settings
-        found = {"anchor": forward.rising(update, s.anchor_decay)} if s.anchor > 0 else {}
-        return {**found, "old": 0.0} if s.inner_updates > 1 else found  # old: the policy that samples
+        anchor = {"anchor": forward.rising(update, s.anchor_decay)} if s.anchor > 0 else {}
+        return {**anchor, "old": 0.0} if s.inner_updates > 1 else anchor  # old: the policy that samples
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         return forward.plan(schedule, self.settings, rng)

@@ -51,22 +51,22 @@ class BranchGRPO(policy_gradient.SurrogateRule):
 
         def problems(self, steps: int) -> list[str]:
             """What is wrong with these settings for a sampler of `steps` steps."""
-            found = super().problems(steps)
+            problems = super().problems(steps)
             if sorted(set(self.splits)) != self.splits or not 0 <= self.splits[0] <= self.splits[-1] < steps - 1:
-                found.append(
+                problems.append(
                     f"rule.splits: got {self.splits}, allowed are rising steps from 0 to {steps - 2}; the last step has no noise"
                 )
             elif self.skip_depths > (most := steps - 2 - self.splits[-1]):
-                found.append(
+                problems.append(
                     f"rule.skip_depths: got {self.skip_depths}, allowed is up to the depths after the last split ({most})"
                 )
             if (leaves := self.factor ** len(self.splits)) > MOST_LEAVES:
-                found.append(f"rule.splits: got {leaves} leaves a sample, allowed are up to {MOST_LEAVES}")
+                problems.append(f"rule.splits: got {leaves} leaves a sample, allowed are up to {MOST_LEAVES}")
             if self.width != "extremes":
-                found += self.idle(("extremes",), "rule.width: extremes")
+                problems += self.idle(("extremes",), "rule.width: extremes")
             if self.window_steps is not None and self.window is None:
-                found.append("rule.window_steps: got a number without rule.window, which makes the Mix variant")
-            return found
+                problems.append("rule.window_steps: got a number without rule.window, which makes the Mix variant")
+            return problems
 
     settings: Settings
 
@@ -138,6 +138,6 @@ class BranchGRPO(policy_gradient.SurrogateRule):
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) + kl * divergence, averaged over the part's edges at the term's step."""
-        step = policy_gradient.evaluate(term.start, policy, part, credit)
+        step = policy_gradient.revisited(term.start, policy, part, credit)
         value, metrics = self.surrogate(term, policy, part, step, self.settings.clip)
         return Loss(value, metrics, gap=step.gap)

@@ -36,17 +36,17 @@ class DDPO(Rule):
 
         def problems(self, steps: int) -> list[str]:
             """What is wrong with these settings for a sampler of `steps` steps."""
-            found = super().problems(steps)
+            problems = super().problems(steps)
             if self.history_least > self.history:
-                found.append(
+                problems.append(
                     f"rule.history_least: got {self.history_least}, allowed is rule.history ({self.history}) or less"
                 )
             if self.estimator == "score" and self.inner_updates > 1:
-                found.append(
+                problems.append(
                     f"rule.inner_updates: got {self.inner_updates}, the score estimator is on-policy; allowed is 1, or "
                     "rule.estimator: importance"
                 )
-            return found
+            return problems
 
     settings: Settings
 
@@ -75,11 +75,11 @@ class DDPO(Rule):
     def _joined(self, name: str, texts: list[str], reward: Floats, valid: NDArray[np.bool_]) -> dict[str, list[float]]:
         """The last rewards of each of some prompts, with these (N,) among them."""
         before = self.rewards.get(name, {})
-        found = {text: list(before.get(text, ())) for text in dict.fromkeys(texts)}
+        joined = {text: list(before.get(text, ())) for text in dict.fromkeys(texts)}
         for text, value, given in zip(texts, reward, valid, strict=True):
             if given:
-                found[text] = [*found[text], float(value)][-self.settings.history :]
-        return found
+                joined[text] = [*joined[text], float(value)][-self.settings.history :]
+        return joined
 
     def _standardised(
         self, history: dict[str, list[float]], texts: list[str], reward: Floats, valid: NDArray[np.bool_]
@@ -96,7 +96,7 @@ class DDPO(Rule):
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """At the term's step, -A log p (score) or max(-A r, -A clip(r)) (importance), averaged over the part."""
-        step = policy_gradient.evaluate(term.start, policy, part, credit)
+        step = policy_gradient.revisited(term.start, policy, part, credit)
         if self.settings.estimator == "score":
             return Loss(-(step.advantage * step.log_prob).mean(), step.metrics, gap=step.gap)
         value, metrics = policy_gradient.clipped(step, self.settings.clip)

@@ -42,7 +42,7 @@ class FlowGRPO(policy_gradient.GroupRule):
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) + kl * divergence at the term's step, averaged over the part."""
         s = self.settings
-        step = policy_gradient.evaluate(term.start, policy, part, credit)
+        step = policy_gradient.revisited(term.start, policy, part, credit)
         if s.ratio == "unweighted":
             # -(x' - mu)^2 instead of -(x' - mu)^2 / (2 std^2)
             step = replace(step, log_ratio=step.log_ratio * 2 * step.now.std**2)

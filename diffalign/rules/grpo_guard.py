@@ -66,7 +66,7 @@ class GRPOGuard(policy_gradient.GroupRule):
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) with the normalised ratio r, + kl * divergence, averaged over the part."""
         s = self.settings
-        plain = policy_gradient.evaluate(term.start, policy, part, credit)
+        plain = policy_gradient.revisited(term.start, policy, part, credit)
         old = part.mean[term.start]
         assert old is not None
         change = (plain.now.mean - old)[part.tree.parent[term.start]]
@@ -80,9 +80,9 @@ class GRPOGuard(policy_gradient.GroupRule):
 
     def after_update(self, update: Update) -> None:
         """Keep the running spread of log-ratios."""
-        found = update.metrics.get("log_ratio_std")
-        if found is not None and np.isfinite(found):
-            self.spread = found if self.spread is None else DECAY * self.spread + (1 - DECAY) * found
+        spread = update.metrics.get("log_ratio_std")
+        if spread is not None and np.isfinite(spread):
+            self.spread = spread if self.spread is None else DECAY * self.spread + (1 - DECAY) * spread
 
     def state_dict(self) -> dict[str, Any]:
         return {"spread": self.spread}

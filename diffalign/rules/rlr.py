@@ -73,23 +73,23 @@ class RLRSettings(RuleSettings):
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
-        found = []
+        problems = []
         auto = [name for name in ("depth", "span") if getattr(self, name) == "auto"]
         if bool(auto) != (self.memory_gib is not None):
             given = f"got {self.memory_gib} with depth {self.depth} and span {self.span}"
             wanted = "a number, which auto needs" if auto else "null, as neither is auto"
-            found.append(f"rule.memory_gib: {given}; allowed is {wanted}")
+            problems.append(f"rule.memory_gib: {given}; allowed is {wanted}")
         if self.depth == "auto" and self.noise is not None:
-            found.append("rule.depth: got auto with rule.noise; allowed is a number, or rule.noise null")
+            problems.append("rule.depth: got auto with rule.noise; allowed is a number, or rule.noise null")
         if self.cover == "is" and self.between is not None:
-            found.append("rule.between: got steps with cover is, which must be able to draw all; allowed is null")
+            problems.append("rule.between: got steps with cover is, which must be able to draw all; allowed is null")
         if self.between is not None and not 0 <= self.between[0] < self.between[1] <= steps:
-            found.append(
+            problems.append(
                 f"rule.between: got {list(self.between)}, allowed is 0 <= first < stop <= sampler.steps ({steps})"
             )
         if self.cover != "zo":
-            found += self.idle(("pairs", "perturbation"), "cover zo")
-        return found if found or "auto" in (self.depth, self.span) else self._uncovered(steps)
+            problems += self.idle(("pairs", "perturbation"), "cover zo")
+        return problems if problems or "auto" in (self.depth, self.span) else self._uncovered(steps)
 
     def _uncovered(self, steps: int) -> list[str]:
         assert isinstance(self.depth, int)
@@ -98,28 +98,28 @@ class RLRSettings(RuleSettings):
             return [
                 f"rule.depth: got {self.depth}, allowed is less than sampler.steps ({steps}); all of it is truncated_bp"
             ]
-        found, noisy, last = [], self.noisy(steps, self.depth), steps - self.depth - 1
+        problems, noisy, last = [], self.noisy(steps, self.depth), steps - self.depth - 1
         if noisy[0] < 0 or noisy[-1] >= steps or last not in noisy:
-            found.append(
+            problems.append(
                 f"rule.noise: got {noisy}, allowed are steps 0 to {steps - 1} with {last}, the one before the last rule.depth, "
                 "among them: what lies between two noisy steps is covered by the later one's noise"
             )
         elif self.span > (count := sum(k <= last for k in noisy)):
-            found.append(
+            problems.append(
                 f"rule.span: got {self.span}, allowed is 1 to the number of noisy steps before the last rule.depth ({count})"
             )
         elif self.between is not None and not self.spans(steps, self.depth, self.span):
-            found.append(f"rule.between: got {list(self.between)}, no span of {self.span} noisy steps lies in it")
-        return found
+            problems.append(f"rule.between: got {list(self.between)}, no span of {self.span} noisy steps lies in it")
+        return problems
 
-    def stretches(self, steps: int, depth: int) -> list[Span]:
+    def cuts(self, steps: int, depth: int) -> list[Span]:
         """The chain before the last `depth` steps, cut after every noisy step."""
         noisy = [k for k in self.noisy(steps, depth) if k < steps - depth]
         return list(zip([0, *(k + 1 for k in noisy)], (k + 1 for k in noisy), strict=False))
 
     def spans(self, steps: int, depth: int, span: int) -> list[Span]:
-        """What can be drawn: every run of `span` stretches, or, for `is`, blocks that cover each stretch once."""
-        cut = self.stretches(steps, depth)
+        """What can be drawn: every run of `span` cuts, or, for `is`, blocks that cover each stretch once."""
+        cut = self.cuts(steps, depth)
         if self.cover == "is":
             return [(cut[k][0], cut[min(k + span, len(cut)) - 1][1]) for k in range(0, len(cut), span)]
         low, high = self.between or (0, steps)
@@ -175,7 +175,7 @@ class RLR(Rule):
             self.depth = min(longest, steps - 1)
         assert isinstance(self.depth, int)
         if s.span == "auto":
-            count = len(s.stretches(steps, self.depth))
+            count = len(s.cuts(steps, self.depth))
             self.span = max(1, min(fitting_steps(budget, measured, steps), steps // 2 - 1, count))
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
@@ -192,10 +192,10 @@ class RLR(Rule):
             raise UserError(
                 f"rule: steps {still} have no noise with this sampler, so theirs cannot be borrowed; see rule.noise"
             )
-        found = s.spans(steps, self.depth, self.span)
-        spans = [span for span in found if s.cover == "is" or schedule.std[span[1] - 1] >= s.least_std]
+        drawable = s.spans(steps, self.depth, self.span)
+        spans = [span for span in drawable if s.cover == "is" or schedule.std[span[1] - 1] >= s.least_std]
         if not spans:
-            highest = max(schedule.std[stop - 1] for _, stop in found)
+            highest = max(schedule.std[stop - 1] for _, stop in drawable)
             raise UserError(
                 f"rule.least_std: got {s.least_std:g}, allowed is {highest:.3g} or less, the most a span ends in"
             )
@@ -205,7 +205,7 @@ class RLR(Rule):
         weight = 1 / chance[drawn] if s.cover == "is" else 1.0
         terms = [Term(steps - self.depth, steps, "reward")] if self.depth else []
         terms += [Term(start, stop, "log_prob", weight)]
-        rest = [cut for cut in s.stretches(steps, self.depth) if cut[1] <= start or cut[0] >= stop]
+        rest = [cut for cut in s.cuts(steps, self.depth) if cut[1] <= start or cut[0] >= stop]
         if s.cover == "lr":
             terms += [Term(a, b, "log_prob") for a, b in rest]
         elif s.cover == "zo" and rest:

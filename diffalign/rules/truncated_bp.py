@@ -70,38 +70,40 @@ class TruncatedBP(Rule):
 
         def problems(self, steps: int) -> list[str]:
             """What is wrong with these settings for a sampler of `steps` steps."""
-            found = []
+            problems = []
             low, high = self.range(steps)
             if not low <= high <= steps:
                 given = low if low == high else [low, high]
-                found.append(f"rule.depth: got {given}, allowed is 1 <= low <= high <= sampler.steps ({steps}), or all")
+                problems.append(
+                    f"rule.depth: got {given}, allowed is 1 <= low <= high <= sampler.steps ({steps}), or all"
+                )
             if self.variants and (self.depth, self.judged, self.detached) != (1, None, False):
-                found.append(
+                problems.append(
                     f"rule.variants: got {self.variants}; allowed with depth 1, without judged and detached, which noise no finished latent"
                 )
             if self.judged is not None and not 1 <= self.judged[0] <= self.judged[1] <= steps:
-                found.append(
+                problems.append(
                     f"rule.judged: got {list(self.judged)}, allowed is 1 <= low <= high <= sampler.steps ({steps})"
                 )
             elif self.judged is not None and self.depth != "all" and high > self.judged[0]:
-                found.append(
+                problems.append(
                     f"rule.depth: got {high}, allowed is up to the least of rule.judged ({self.judged[0]}), or all"
                 )
             if self.trained is not None and not self.detached:
-                found.append(
+                problems.append(
                     f"rule.trained: got {self.trained} without rule.detached; allowed is null, or detached: true"
                 )
             elif self.trained is not None and self.trained > (
                 least := low if self.judged is None else min(low, self.judged[0])
             ):
-                found.append(
+                problems.append(
                     f"rule.trained: got {self.trained}, allowed is up to the least steps with gradient ({least})"
                 )
             if (self.objective == "hinge") != (self.target is not None):
-                found.append(
+                problems.append(
                     f"rule.target: got {self.target} with objective {self.objective}; a hinge has a target, linear none"
                 )
-            return found
+            return problems
 
         def range(self, steps: int) -> tuple[int, int]:
             """Smallest and largest K."""

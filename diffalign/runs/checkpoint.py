@@ -54,8 +54,8 @@ class RunState:
     def facts(self) -> dict[str, Any]:
         """What is no tensor, JSON-serialisable."""
         tensors = {"parameters", "shadows", "optimizer"}
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
-        return found | {"spent": asdict(self.spent)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
+        return values | {"spent": asdict(self.spent)}
 
 
 def _from_2(header: dict[str, Any]) -> dict[str, Any]:

@@ -59,9 +59,9 @@ class World:
         """Everybody's item, in the order of ranks; a plain object, no tensors."""
         if self.size == 1:
             return [item]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, item)
-        return found
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
 
     def together(self, work: Callable[[], T]) -> T:
         """Do some work that does not communicate; if it fails anywhere it fails everywhere.
@@ -105,11 +105,11 @@ class World:
         """Numbers averaged over the processes that have them, by weight."""
         if self.size == 1:
             return metrics
-        found = self.gather((metrics, weight))
-        names = dict.fromkeys(name for other, _ in found for name in other)
+        gathered = self.gather((metrics, weight))
+        names = dict.fromkeys(name for other, _ in gathered for name in other)
         return {
-            name: sum(other[name] * w for other, w in found if name in other)
-            / sum(w for other, w in found if name in other)
+            name: sum(other[name] * w for other, w in gathered if name in other)
+            / sum(w for other, w in gathered if name in other)
             for name in names
         }
 

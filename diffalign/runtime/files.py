@@ -32,12 +32,12 @@ def is_file(path: Path) -> bool:
 
 def fingerprint(path: Path) -> str:
     """A name for a large file's content: its size, its first and its last megabyte."""
-    found = hashlib.sha256(str(path.stat().st_size).encode())
+    hashed = hashlib.sha256(str(path.stat().st_size).encode())
     with path.open("rb") as file:
-        found.update(file.read(2**20))
+        hashed.update(file.read(2**20))
         file.seek(max(0, path.stat().st_size - 2**20))
-        found.update(file.read())
-    return found.hexdigest()
+        hashed.update(file.read())
+    return hashed.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -96,8 +96,8 @@ class Patient:
         except httpx.HTTPError as error:
             raise _Down(f"{url}: {one_line(error)}") from error
         if response.status_code in RETRIED:
-            told = f"{url}: status {response.status_code} {response.text[:200]}".rstrip()
-            raise _Down(told, failed=response.status_code == 500)
+            said = f"{url}: status {response.status_code} {response.text[:200]}".rstrip()
+            raise _Down(said, failed=response.status_code == 500)
         if response.status_code != 200:
             raise Fault(f"{url} refused ({response.status_code}): {response.text[:300]!r}")
         try:
@@ -123,10 +123,10 @@ class Patient:
 
         try:
             response = self._client.get(urllib.parse.urljoin(url, "health"))
-            found = response.json() if response.status_code == 200 else {}
+            answer = response.json() if response.status_code == 200 else {}
         except (httpx.HTTPError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return answer if isinstance(answer, dict) else {}
 
 
 def reward_token() -> str | None:

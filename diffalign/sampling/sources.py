@@ -226,10 +226,10 @@ def shots(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: dict[st
     except Exception as error:  # whatever a pipeline does with arguments that are not for it
         if out_of_memory(error):
             raise Fault(f"sample: out of memory with {len(seeds)} at a time: {one_line(error)}") from error
-        raise UserError(f"sample: {type(pipe).__name__} does not accept this: {_told(error)}") from error
+        raise UserError(f"sample: {type(pipe).__name__} does not accept this: {_shortened(error)}") from error
 
 
-def _told(error: Exception) -> str:
+def _shortened(error: Exception) -> str:
     """An error in one line, however many it takes to say something."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
 

@@ -106,11 +106,11 @@ def split(task: str, name: str) -> tuple[Combination, ...]:
 
 def captions(task: str, name: str) -> list[dict[str, Any]]:
     """All metadata of a task's split, both wordings where there are two, in a fixed order."""
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for combination, flip in itertools.product(split(task, name), (False, True)):
         metadata = caption(combination, flip)
-        found.setdefault(metadata["prompt"], metadata)
-    return list(found.values())
+        entries.setdefault(metadata["prompt"], metadata)
+    return list(entries.values())
 
 
 def stages(prompt: str) -> tuple[str, str, str]:

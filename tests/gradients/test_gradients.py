@@ -35,7 +35,7 @@ def found(tmp_path_factory):
         "rlr/shapes-sd3@depth=1@span=1@cover=none",
     )
     out = tmp_path_factory.mktemp("lab") / "out"
-    specs = gradients.specifications(names, BASE)
+    specs = gradients.specifications([*names, *BASE])
     return gradients.run(specs, out, 48, chain=True, say=lambda line: None), out
 
 
@@ -72,8 +72,8 @@ def test_costs_are_counted(found):
 def test_the_steps_parts_are_those_of_the_exact_gradient(found):
     """Against autograd with a copy of the parameters of its own for every step."""
     laboratory = Laboratory(
-        gradients.specifications((f"{TBP}@depth=1",), BASE)[
-            next(iter(gradients.specifications((f"{TBP}@depth=1",), BASE)))
+        gradients.specifications((f"{TBP}@depth=1", *BASE))[
+            next(iter(gradients.specifications((f"{TBP}@depth=1", *BASE))))
         ],
         4,
         chain=True,
@@ -184,6 +184,6 @@ def test_the_same_gradient_is_not_measured_twice():
     from diffalign.gradients.instrument import specifications
 
     with pytest.raises(UserError, match="rlr/shapes-sd3: given twice"):
-        specifications(("rlr/shapes-sd3", "rlr/shapes-sd3"), ())
+        specifications(("rlr/shapes-sd3", "rlr/shapes-sd3"))
     with pytest.raises(UserError, match="given twice"):
-        specifications(("rlr/shapes-sd3@depth=2", "rlr/shapes-sd3"), ())
+        specifications(("rlr/shapes-sd3@depth=2", "rlr/shapes-sd3"))

@@ -47,7 +47,7 @@ def test_a_file_of_another_tool_says_nothing(tmp_path):
         ({"notes_format": "3"}, "its notes have format 3, this version reads up to 2"),
         ({"notes_format": "two"}, "its notes have format two"),
         ({"call": "{"}, "its note call is not JSON"),
-        ({"call": "[]"}, "its note call is '[]', expected a dict"),
+        ({"call": "[]"}, "its note call is '\\[\\]', expected a dict"),
         ({"seed": '"x"'}, "its note seed is .* expected a int"),
         ({"denoisers": "{}"}, "its note denoisers is '{}', expected a list"),
     ],

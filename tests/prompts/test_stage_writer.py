@@ -47,9 +47,9 @@ def test_a_file_tells_each_prompt_its_stages(tmp_path):
     found = read(file(tmp_path, *lines), ENTRIES)
     drawn = book.draw(ENTRIES, 2, 2, 0, 0, found)
     assert drawn.stages == [(f"0 {text}", f"1 {text}") for text in drawn.text]
-    assert drawn.told(1).text == [f"1 {text}" for text in drawn.text]
+    assert drawn.on_stretch(1).text == [f"1 {text}" for text in drawn.text]
     assert drawn.select([3, 0]).stages == [drawn.stages[3], drawn.stages[0]]
-    assert book.fixed(ENTRIES, 1, 0).told(0).text == [entry["prompt"] for entry in ENTRIES]
+    assert book.fixed(ENTRIES, 1, 0).on_stretch(0).text == [entry["prompt"] for entry in ENTRIES]
 
 
 @pytest.mark.parametrize(

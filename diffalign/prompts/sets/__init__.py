@@ -34,8 +34,8 @@ SETS: dict[str, Callable[[Sequence[str], str], list[Entry]]] = {
 
 
 def _reason(error: Exception) -> str:
-    told = " ".join(str(error).split())[:300]
-    return f"it has no {told}" if isinstance(error, KeyError) else told
+    message = " ".join(str(error).split())[:300]
+    return f"it has no {message}" if isinstance(error, KeyError) else message
 
 
 def has_splits(source: str) -> bool:

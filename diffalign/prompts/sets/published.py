@@ -37,29 +37,29 @@ def partiprompts(place: Path) -> list[Entry]:
 def _table(place: Path, delimiter: str, column: str) -> list[Entry]:
     with place.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter=delimiter))
-    found = [{"prompt": row[column].strip(), "tag": row["Category"]} for row in rows if row[column].strip()]
-    if not found:
+    entries = [{"prompt": row[column].strip(), "tag": row["Category"]} for row in rows if row[column].strip()]
+    if not entries:
         raise ValueError("it has no prompt")
-    return found
+    return entries
 
 
 def hpdv2(place: Path) -> list[Entry]:
     """HPSv2's benchmark, 800 prompts for each of four styles; `tag` is the style."""
-    found = []
+    entries = []
     for style in STYLES:
         texts = json.loads((place / f"{style}.json").read_text(encoding="utf-8"))
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{style}.json is no list of texts")
-        found += [{"prompt": text, "tag": style} for text in texts]
-    return found
+        entries += [{"prompt": text, "tag": style} for text in texts]
+    return entries
 
 
 def geneval(place: Path) -> list[Entry]:
     """GenEval's 553 prompts, from its own file and no other."""
     content = place.read_bytes().replace(b"\r\n", b"\n")
-    if (found := hashlib.sha256(content).hexdigest()) != GENEVAL:
+    if (digest := hashlib.sha256(content).hexdigest()) != GENEVAL:
         raise ValueError(
-            f"its sha256 is {found[:12]}..., GenEval's is {GENEVAL[:12]}...; other prompts go by their .jsonl file"
+            f"its sha256 is {digest[:12]}..., GenEval's is {GENEVAL[:12]}...; other prompts go by their .jsonl file"
         )
     return [json.loads(line) for line in content.decode().splitlines()]
 
