@@ -64,6 +64,11 @@ def adapter_file(config: Config) -> Path:
     return Path(config.run_dir) / "adapter" / LORA
 
 
+def listeners(config: Config, folder: RunFolder, reporter: Reporter) -> Listeners:
+    """Who hears what happens in a run, in this order."""
+    return Listeners([reporter, Trackers(config.output.trackers, folder / "trackers"), folder])
+
+
 class Session:
     """A run: what to train, where it is kept, how far it is."""
 
@@ -90,7 +95,7 @@ class Session:
         reporter.place = folder.path
         self.judged, self.files = world.led(judged), world.led(folder)
         self.outputs = world.led(Outputs(config, made, folder, judged, reporter.say))
-        self.listeners = world.led(Listeners([reporter, Trackers(config.output.trackers, folder / "trackers"), folder]))
+        self.listeners = world.led(listeners(config, folder, reporter))
         parts.introduce(config, made, reporter.say)
         parts.store_prompts(config, made, world, reporter.say)
         self.budget, self.spent, self.last = Budget(updates=config.updates), Spent(), Spent()

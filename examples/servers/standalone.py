@@ -8,7 +8,7 @@
 
     serve(score, name="mine", version="1")
 
-The wire format is that of `diffalign.rewards.remote`; a config names the server `http://127.0.0.1:8090/score`.
+The wire format is that of `diffalign.rewards.wire`; a config names the server `http://127.0.0.1:8090/score`.
 """
 
 from __future__ import annotations

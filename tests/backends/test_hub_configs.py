@@ -14,7 +14,9 @@ from diffalign.runs.progress import Reporter
 from diffalign.runs.session import Session
 from diffalign.shapes import models
 from tests.families import FAMILIES, folder
+from tests.kit import ROOT
 from tests.kit.helpers import SMALL, THREE_STEPS
+from tools import hub_configs
 
 HUB = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "SD 1.5",
@@ -40,6 +42,13 @@ CONFIGS = [
     for path in sorted(config.folders()[0].rglob("*.yaml"))
     if config.load(str(path)).model not in models.names()
 ]
+
+
+def test_the_configs_are_what_the_table_of_families_makes():
+    """`python -m tools.hub_configs --write` makes them."""
+    made = hub_configs.configs()
+    assert sorted(str(path.relative_to("configs").with_suffix("")) for path in made) == sorted(CONFIGS)
+    assert [path for path, text in made.items() if (ROOT / path).read_text() != text] == []
 
 
 def tiny(name: str, run_dir: Path) -> config.Config:

@@ -1,0 +1,105 @@
+"""`python -m tools.hub_configs [--write]`: the configs for models on the hub, each a whole file, from one table of families.
+
+Without --write it says which files differ from what the table makes. A setting that is to be another for one config alone does not belong
+here: copy the config.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = Path(__file__).parent / "families.yaml"
+RULES = {
+    "awm": "{name: awm}",
+    "branch_grpo": "{name: branch_grpo, splits: [0, 1, 2], window: [0, 3], step_weight: equal}",
+    "ddpo": "{name: ddpo}",
+    "flow_grpo": "{name: flow_grpo, window: [0, 5], kl: 0.01, clip: 1.0e-4}",
+    "grpo_guard": "{name: grpo_guard, window: [0, 5]}",
+    "nft": "{name: nft}",
+    "truncated_bp": "{name: truncated_bp, depth: 1}",
+}
+# prompts an update and samples each, micro-batch, learning rate
+IMAGES, VIDEOS = (4, 16, 4, "3.0e-4"), (2, 8, 1, "3.0e-4")
+BY_RULE = {"truncated_bp": (8, 1, 1, "1.0e-4"), "branch_grpo": (4, 2, 4, "3.0e-4")}
+PROMPTS = "source: geneval-like, tasks: [counting, colors], cache: runs/encoded"
+TEMPLATE = """\
+# diffalign train configs/{rule}/{name}.yaml
+#
+# Not run: it needs a GPU and the weights of {model}
+# ({terms}; its card decides). Published: {published}
+# A test trains it for two updates on a pipeline of the same class with tiny random weights.
+model: {model}
+rule: {rule_line}
+rewards: {{pickscore: 1.0}}
+eval_rewards: [clipscore, hpsv2.1]       # held out
+prompts: {{{prompts}, groups: {groups}, group_size: {size}}}  # or your own .txt or .jsonl
+sampler:
+  process: {process}
+  noise_level: {noise}
+  steps: {steps}
+  guidance_scale: {guidance}
+  pipeline_args: {call}
+lora: {lora}
+optimizer: {{lr: {lr}, ema: 0.9, micro_batch: {micro_batch}, gradient_checkpointing: true}}
+evaluation: {{images_per_prompt: 1, prompts: 64, every: 50}}
+output: {{samples: 8}}
+precision: bfloat16
+updates: 300
+seed: 0
+"""
+
+
+def families() -> dict[str, dict[str, Any]]:
+    """The table, by the configs' name."""
+    return yaml.safe_load(FAMILIES.read_text(encoding="utf-8"))
+
+
+def configs() -> dict[Path, str]:
+    """Every config's path in the repository and its text."""
+    return {
+        Path("configs") / rule / f"{name}.yaml": text(name, rule, facts)
+        for name, facts in families().items()
+        for rule in facts["rules"]
+    }
+
+
+def text(name: str, rule: str, facts: dict[str, Any]) -> str:
+    """One config."""
+    usual = VIDEOS if "num_frames" in facts["call"] else IMAGES
+    groups, size, micro_batch, lr = BY_RULE.get(rule, usual)
+    return TEMPLATE.format(
+        **facts,
+        name=name,
+        rule=rule,
+        rule_line=facts["rules"][rule] or RULES[rule],
+        noise={"flow_sde": 0.7, "ddim": 1.0}[facts["process"]],
+        prompts=PROMPTS,
+        groups=groups,
+        size=size,
+        micro_batch=micro_batch,
+        lr=lr,
+    )
+
+
+def main(write: bool) -> int:
+    """Write the files, or say which differ; the exit code is how many do."""
+    differ = 0
+    for path, content in configs().items():
+        place = ROOT / path
+        if place.is_file() and place.read_text(encoding="utf-8") == content:
+            continue
+        differ += 1
+        print(f"{path} {'written' if write else 'differs'}")
+        if write:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(content, encoding="utf-8")
+    return 0 if write else differ
+
+
+if __name__ == "__main__":
+    sys.exit(main("--write" in sys.argv))
