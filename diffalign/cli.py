@@ -61,16 +61,17 @@ def app() -> None:
 @app.command()
 @A_CONFIG
 @click.option("--fresh", is_flag=True, help="Start over; what the run folder holds of this run is deleted.")
+@click.option("--change", is_flag=True, help="Go on with other settings or files than the run began with.")
 @click.option("--quiet", is_flag=True, help="Print nothing but the result.")
-def train(config: str, overrides: tuple[str, ...], fresh: bool, quiet: bool) -> None:
+def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, quiet: bool) -> None:
     """Train CONFIG, a path or a name such as flow_grpo/shapes-sd3. The same command again resumes."""
     from diffalign.runs.folder import open_run
 
     settings = configs.load(config, overrides)
-    folder = open_run(settings, fresh) if launcher.leads() else None  # refused before torch is imported
+    folder = open_run(settings, fresh, change) if launcher.leads() else None  # refused before torch is imported
     from diffalign.runs import session
 
-    summary = session.train(settings, fresh=fresh, quiet=quiet, folder=folder)
+    summary = session.train(settings, fresh=fresh, change=change, quiet=quiet, folder=folder)
     if launcher.leads():
         show([*summary.gains(), session.adapter_file(settings)])
 

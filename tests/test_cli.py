@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.kit import ROOT
-from tests.kit.helpers import TINY
+from tests.kit.helpers import TINY, checkpoints, saved_state
 
 # A reward that tells any two pictures apart, so that two updates really train; alpha differs from rank.
 TRAINED = ["rewards={jpeg_compressibility: 1}", "lora.rank=4", "lora.alpha=20", "optimizer.lr=0.02"]
@@ -63,9 +63,8 @@ numpy.save({str(out)!r}, pipe("a photo of two stars", generator=torch.Generator(
     assert done.returncode == 0, done.stderr
     settings = config.load("flow_grpo/shapes-sd3", [*TINY, *TRAINED, f"run_dir={trained}"])
     parts = build.build(settings)
-    from diffalign.runs import checkpoint
 
-    state = checkpoint.load(checkpoint.complete(trained / "checkpoints")[-1])
+    state = saved_state(checkpoints(trained)[-1])
     with torch.no_grad():
         for name, parameter in parts.policy.parameters.items():
             parameter.copy_(state.shadows.get("ema", state.parameters)[name])

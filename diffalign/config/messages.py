@@ -101,13 +101,30 @@ def _merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` for every key that differs."""
-    lines: list[str] = []
+def settings(config: Config) -> dict[str, Any]:
+    """All of a config as plain data, its rule's defaults too."""
+    return completed(config.model_dump(mode="json"))
+
+
+def given(config: Config) -> list[str]:
+    """The keys that the user named, dotted; the others have their defaults."""
+    return _leaves(config.model_dump(mode="json", exclude_unset=True))
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in values.items():
+        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
+    return keys
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Old and new value of every key that differs, dotted."""
+    found: dict[str, tuple[Any, Any]] = {}
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{prefix}{key}.")
+            found |= differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return lines
+            found[f"{prefix}{key}"] = (a, b)
+    return found

@@ -20,12 +20,21 @@ LARGEST = 100_000  # samples per update
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+# Whether a key may change when a run is taken up again. Held: never; free: as the user likes; on request: with --change.
+# A section's mark is that of its keys, unless they have their own.
+HELD: dict[str, Any] = {"resume": "held"}
+FREE: dict[str, Any] = {"resume": "free"}
+ASKED: dict[str, Any] = {"resume": "on request"}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PromptsConfig(_Section):
     """What is drawn in training."""
+
+    model_config = ConfigDict(json_schema_extra=ASKED)
 
     source: str = Field(
         "shapes", description="shapes, shapes-motion, geneval-like, animals, a .txt or .jsonl file, or NAME@PLACE"
@@ -42,8 +51,11 @@ class PromptsConfig(_Section):
         None,
         min_length=1,
         description="folder for encoded prompts, for any number of runs; the text encoders then leave memory. null: neither",
+        json_schema_extra=FREE,
     )
-    cache_gib: float = Field(20.0, gt=0, description="what the cache may take on disk; the least recently used go")
+    cache_gib: float = Field(
+        20.0, gt=0, description="what the cache may take on disk; the least recently used go", json_schema_extra=FREE
+    )
     groups: int = Field(4, ge=1, le=LARGEST, description="prompts per update")
     group_size: int = Field(16, ge=1, le=LARGEST, description="samples per prompt")
 
@@ -51,8 +63,12 @@ class PromptsConfig(_Section):
 class SamplerConfig(_Section):
     """How trajectories are sampled, in training and evaluation."""
 
+    model_config = ConfigDict(json_schema_extra=HELD)
+
     process: str = Field("flow_sde", description="how a step follows from a prediction")
-    noise_level: float = Field(0.7, ge=0, le=100, description="a of flow_sde, eta of dance_sde and ddim")
+    noise_level: float = Field(
+        0.7, ge=0, le=100, description="a of flow_sde, eta of dance_sde and ddim", json_schema_extra=ASKED
+    )
     steps: int = Field(10, ge=2, le=1000)
     guidance_scale: float | None = Field(1.0, ge=0, description="null: not passed on, the pipeline's own default")
     sigmas: Literal["pipeline", "linear"] = Field("pipeline", description="noise levels: the scheduler's, or even")
@@ -63,6 +79,8 @@ class SamplerConfig(_Section):
 
 class LoraSection(_Section):
     """What is trained."""
+
+    model_config = ConfigDict(json_schema_extra=HELD)
 
     rank: int = Field(16, ge=1, le=4096)
     alpha: float = Field(32.0, gt=0)
@@ -75,20 +93,33 @@ class LoraSection(_Section):
 class OptimizerConfig(_Section):
     """AdamW and what surrounds its step."""
 
+    model_config = ConfigDict(json_schema_extra=ASKED)
+
     lr: float = Field(3e-4, gt=0, le=10)
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    ema: float | None = Field(None, ge=0, lt=1, description="decay per update of averaged weights: evaluated and saved")
-    micro_batch: int = Field(16, ge=1, description="samples per forward pass, in sampling and training alike")
+    ema: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="decay per update of averaged weights: evaluated and saved",
+        json_schema_extra=HELD,
+    )
+    micro_batch: int = Field(
+        16, ge=1, description="samples per forward pass, in sampling and training alike", json_schema_extra=FREE
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="keep only the inputs of each network call, of the decoder and of a reward's layers; they run again for the gradient",
+        json_schema_extra=FREE,
     )
 
 
 class EvaluationConfig(_Section):
     """The fixed set that is scored before and after, with the same noises."""
+
+    model_config = ConfigDict(json_schema_extra=HELD)
 
     source: str | None = Field(None, description="null: prompts.source")
     holdout: float = Field(
@@ -105,13 +136,17 @@ class EvaluationConfig(_Section):
     )
     prompts: int | None = Field(None, ge=1, description="at most so many of them, evenly spread; null: all")
     images_per_prompt: int = Field(4, ge=1)
-    every: int = Field(0, ge=0, description="updates between evaluations; 0: before and after only")
+    every: int = Field(
+        0, ge=0, description="updates between evaluations; 0: before and after only", json_schema_extra=FREE
+    )
     seed: int = 1234
     enabled: bool = True
 
 
 class OutputConfig(_Section):
     """What is kept, and how often."""
+
+    model_config = ConfigDict(json_schema_extra=FREE)
 
     checkpoint_every: int = Field(10, ge=1, description="updates")
     keep: int = Field(2, ge=1, description="checkpoints kept")
@@ -123,6 +158,8 @@ class OutputConfig(_Section):
 class ScoringConfig(_Section):
     """How rewards are asked, and when too many samples go without a score."""
 
+    model_config = ConfigDict(json_schema_extra=FREE)
+
     max_invalid: float = Field(
         0.05, ge=0, le=1, description="share of an update's or evaluation's samples without a score that stops the run"
     )
@@ -132,22 +169,30 @@ class ScoringConfig(_Section):
     )
     batch: int = Field(16, ge=1, description="samples in a request to a reward server")
     frames: str = Field(
-        "all", pattern=r"^(first|middle|all|uniform:[1-9]\d*)$", description="of a video, for rewards that see pictures"
+        "all",
+        pattern=r"^(first|middle|all|uniform:[1-9]\d*)$",
+        description="of a video, for rewards that see pictures",
+        json_schema_extra=ASKED,
     )
-    reduce: Literal["mean", "min"] = Field("mean", description="over those frames")
+    reduce: Literal["mean", "min"] = Field("mean", description="over those frames", json_schema_extra=ASKED)
 
 
 class Config(_Section):
     """A run: `model`, `rule`, `rewards` and everything around them."""
 
-    model: str = Field(description="hub id, local folder, or an embedded pipeline")
-    revision: str | None = Field(None, min_length=1, description="of a hub id: commit, tag or branch; null: the newest")
+    model_config = ConfigDict(json_schema_extra=HELD)
+
+    model: str = Field(description="hub id, local folder, or an embedded pipeline", json_schema_extra=ASKED)
+    revision: str | None = Field(
+        None, min_length=1, description="of a hub id: commit, tag or branch; null: the newest", json_schema_extra=ASKED
+    )
     weights: str | None = Field(
         None,
         description="a single file, as other tools save models: its denoiser and what else it holds take the place of the model's",
+        json_schema_extra=ASKED,
     )
-    rule: dict[str, Any] = Field(description="name and the rule's settings")
-    rewards: dict[str, float] = Field(min_length=1, description="name: weight")
+    rule: dict[str, Any] = Field(description="name and the rule's settings", json_schema_extra=ASKED)
+    rewards: dict[str, float] = Field(min_length=1, description="name: weight", json_schema_extra=ASKED)
     eval_rewards: list[str] = []
     prompts: PromptsConfig = PromptsConfig()  # type: ignore[call-arg]
     sampler: SamplerConfig = SamplerConfig()  # type: ignore[call-arg]
@@ -156,13 +201,17 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
     scoring: ScoringConfig = ScoringConfig()  # type: ignore[call-arg]
     output: OutputConfig = OutputConfig()  # type: ignore[call-arg]
-    updates: int = Field(100, ge=1, le=10_000_000)
+    updates: int = Field(100, ge=1, le=10_000_000, json_schema_extra=FREE)
     seed: int = Field(0, ge=0, lt=2**63)
-    run_dir: str = Field(min_length=1)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen base model")
+    run_dir: str = Field(min_length=1, json_schema_extra=FREE)
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=FREE)
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the frozen base model", json_schema_extra=ASKED
+    )
     attention: Literal["native", "xformers"] = Field(
-        "native", description="native: torch's own; xformers: its memory-efficient one, on CUDA"
+        "native",
+        description="native: torch's own; xformers: its memory-efficient one, on CUDA",
+        json_schema_extra=ASKED,
     )
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffalign.protocols import Policy
 from diffalign.report.pictures import strips
 from diffalign.rewards.base import to_uint8
 from diffalign.rewards.scorer import Scorer
+from diffalign.runtime import numbered
 from diffalign.types import Floats, Plan, Prompts, Rollout, Rows, chunks
 
 
@@ -24,7 +26,8 @@ class FixedSet:
     """What a run is evaluated on, before and after and on the way, and what was found.
 
     prompts: what is sampled; scorer: its first reward decides what is best; folder: of the files, one an evaluation; max_invalid: share of
-    the images that may be without a score.
+    the images that may be without a score; since: the last update after which something changed that evaluations depend on: those before
+    are not compared with those after.
     """
 
     prompts: Prompts
@@ -32,10 +35,12 @@ class FixedSet:
     folder: Path
     seed: int
     max_invalid: float = 1.0
+    since: int = 0
+    _means: dict[int, float] = field(default_factory=dict)  # of the first reward, by update, NaN where it gave no score
 
     def path(self, update: int) -> Path:
         """The file of the evaluation after `update` updates."""
-        return self.folder / f"update_{update:06d}.json"
+        return self.folder / numbered.name(update, ".json")
 
     def read(self, update: int) -> Evaluation | None:
         """An evaluation that was made; None if there is none.
@@ -48,7 +53,11 @@ class FixedSet:
     def summary(self, update: int) -> Summary | None:
         """What an evaluation found, with gains over the one before training if that is still there; None if none was made."""
         made = self.read(update)
-        return None if made is None else made.summary(self.read(0) if update else None)
+        return None if made is None else made.summary(self._before(update))
+
+    def _before(self, update: int) -> Evaluation | None:
+        """The evaluation before training that one after `update` updates is compared with; None where there is none."""
+        return self.read(0) if update and not self.since else None
 
     def keep(self, parts: Sequence[tuple[Rows, dict[str, Floats]]], update: int) -> Summary:
         """Keep an evaluation from parts: which images, and their scores by reward.
@@ -57,17 +66,17 @@ class FixedSet:
             Unscored: if too many images have no score, or none has.
         """
         made = joined(parts, self.prompts, update, self.scorer, self.max_invalid)
+        self._means.pop(update, None)
         made.save(self.path(update), seed=self.seed, prompts=self.prompts.text)
-        return made.summary(self.read(0) if update else None)
+        return made.summary(self._before(update))
 
     def best(self) -> int | None:
         """The update whose evaluation has the highest mean of the first reward; None before the second evaluation."""
-        name = next(iter(self.scorer.rewards))
-        means: dict[int, float] = {}
-        for path in sorted(self.folder.glob("update_*.json")):
-            made = Evaluation.read(path)
-            if made.update > 0 and np.isfinite(made.scores[name]).any():
-                means[made.update] = float(np.nanmean(made.scores[name]))
+        files = numbered.files(self.folder, ".json")
+        for update in files.keys() - self._means.keys():
+            values = Evaluation.read(files[update]).scores.get(next(iter(self.scorer.rewards)), np.empty(0))
+            self._means[update] = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+        means = {k: mean for k in files if k > self.since and math.isfinite(mean := self._means[k])}
         return max(means, key=lambda update: (means[update], -update)) if means else None
 
     def shown(self, count: int) -> NDArray[np.int64]:

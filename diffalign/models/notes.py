@@ -20,8 +20,8 @@ class Notes:
     """Where an adapter comes from and how it is called; empty where a file says nothing of that.
 
     base_model, base_revision, base_weights, base_weights_digest: what it was trained on: a name, a commit of the hub, a single file and
-    its fingerprint; denoisers: their classes; call: arguments of the pipeline's call that give what training saw; scheduler: `DDIM`
-    if it was walked.
+    its fingerprint; denoisers: their classes; updates: how many it was trained for; call: arguments of the pipeline's call that give what
+    training saw; scheduler: `DDIM` if it was walked.
     """
 
     base_model: str = ""
@@ -32,6 +32,7 @@ class Notes:
     rule: dict[str, Any] = field(default_factory=dict)
     rewards: dict[str, float] = field(default_factory=dict)
     seed: int = 0
+    updates: int = 0
     precision: str = ""
     diffalign_version: str = ""
     call: dict[str, Any] = field(default_factory=dict)

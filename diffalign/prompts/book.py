@@ -82,6 +82,12 @@ class Book:
         """What every evaluation samples."""
         return fixed(self.evaluation, images_per_prompt, seed, self.evaluation_stages)
 
+    @property
+    def content(self) -> str:
+        """A name for what was read."""
+        read = [self.training, self.evaluation, self.stages, self.evaluation_stages, self.stretches]
+        return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
     def digest(self, judged: Prompts) -> str:
         """A name for all of it, with the evaluation's prompts as `fixed` gives them."""
         content = [self.training, self.stages, judged.text, judged.stages, judged.metadata]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from diffalign.types import Media, Prompts
 class Reward(ABC):
     """One number a sample; NaN where there is none, never a stand-in.
 
-    background: whether it may score in a thread of its own while sampling goes on.
+    background: whether it may score in a thread of its own while sampling goes on; files: the user's, which its scores depend on.
     """
 
     background: bool = False
+    files: tuple[Path, ...] = ()
 
     @property
     def said(self) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError, one_line
+from diffalign.rewards import content
 from diffalign.rewards.base import Reward, Wrapped
 from diffalign.rewards.catalog import Entry, find
 from diffalign.rewards.frames import PerFrame
@@ -30,17 +31,25 @@ def load(name: str, deadline: float = 300.0, batch: int = 16, frames: str = "all
         raise UserError(f"rewards: {name}: {error}") from error
     if entry.urls:
         return Remote(name, entry.urls, deadline, batch)
+    with content.opened() as seen:
+        reward = _loaded(entry)
+    reward.background = reward.background or entry.background
+    reward = PerFrame(reward, frames, reduce) if entry.modality == "image" else reward
+    reward.files = content.own_files(entry, seen)
+    return reward
+
+
+def _loaded(entry: Entry) -> Reward:
+    """An entry's object, imported and created."""
     try:
         module = _module(entry)
     except (Exception, SystemExit) as error:  # whatever a user's file does while it is imported
-        raise UserError(f"rewards: {name}: cannot be imported: {one_line(error)}") from error
+        raise UserError(f"rewards: {entry.name}: cannot be imported: {one_line(error)}") from error
     target = getattr(module, entry.attribute, None)
     if not callable(target):
-        raise UserError(f"rewards: {name}: {entry.source} has no function {entry.attribute!r}")
+        raise UserError(f"rewards: {entry.name}: {entry.source} has no function {entry.attribute!r}")
     made = _made(entry, target) if inspect.isclass(target) else target
-    reward = made if isinstance(made, Reward) else Wrapped(made, entry.background)
-    reward.background = reward.background or entry.background
-    return PerFrame(reward, frames, reduce) if entry.modality == "image" else reward
+    return made if isinstance(made, Reward) else Wrapped(made, entry.background)
 
 
 def _made(entry: Entry, kind: Any) -> Any:

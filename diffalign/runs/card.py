@@ -7,15 +7,14 @@ import shutil
 from pathlib import Path
 
 import diffalign
-from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.config import Config
 from diffalign.evaluation.results import Summary
 from diffalign.models import lora as adapters
 from diffalign.models import lora_files
-from diffalign.models.loading import Place
 from diffalign.models.notes import DDIM, Notes
 from diffalign.processes import PROCESSES, linear_sigmas
 from diffalign.runs.folder import RunFolder
+from diffalign.runs.parts import Parts
 from diffalign.runtime import keys
 
 CARD = """---
@@ -64,42 +63,43 @@ def call_arguments(config: Config) -> dict[str, object]:
     return arguments
 
 
-def write_adapter(
-    config: Config,
-    policy: DiffusersPolicy,
-    run: RunFolder,
-    summary: Summary,
-    name: str,
-    update: int,
-    place: Place,
-) -> Path:
-    """Write the adapter as a folder of a run and check that it loads back as it was trained.
-
-    place: where the base model was.
-
-    Raises:
-        Fault: if the saved file differs from the trained weights.
-    """
-    folder = run / name
-    notes = Notes(
+def notes(config: Config, parts: Parts, update: int) -> Notes:
+    """What an adapter's files say of the run after `update` updates."""
+    place = parts.place
+    return Notes(
         base_model=config.model,
         base_revision=place.commit or "",
         base_weights=config.weights or "",
         base_weights_digest=place.digest,
-        denoisers=[type(module).__name__ for module in adapters.denoisers(policy.pipe).values()],
+        denoisers=[type(module).__name__ for module in adapters.denoisers(parts.pipe).values()],
         rule=config.rule,
         rewards=config.rewards,
         seed=config.seed,
+        updates=update,
         precision=config.precision,
         diffalign_version=diffalign.__version__,
         call=call_arguments(config),
         scheduler=DDIM if _is_ddim(config) else "",
     )
-    lora_files.save(policy.pipe, folder, notes.written())
-    lora_files.verify(policy.pipe, folder)
+
+
+def write_adapter(config: Config, parts: Parts, run: RunFolder, summary: Summary, name: str, update: int) -> Path:
+    """Write the adapter as a folder of a run and check that it loads back as it was trained; each file is whole or as it was before.
+
+    Raises:
+        Fault: if the saved file differs from the trained weights.
+    """
+    folder, aside = run / name, run / f".{name}.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    lora_files.save(parts.pipe, aside, notes(config, parts, update).written())
+    lora_files.verify(parts.pipe, aside)
     for file in ("curves.png", "config.yaml"):
-        shutil.copy(run / file, folder / file)
-    (folder / "README.md").write_text(_card(config, summary, folder, update), encoding="utf-8")
+        shutil.copy(run / file, aside / file)
+    (aside / "README.md").write_text(_card(config, summary, folder, update), encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+    for path in sorted(aside.iterdir()):
+        path.replace(folder / path.name)
+    aside.rmdir()
     return folder
 
 

@@ -15,13 +15,14 @@ from diffalign.errors import Fault, one_line
 from diffalign.evaluation import fixed
 from diffalign.evaluation.fixed import FixedSet
 from diffalign.evaluation.results import Summary
+from diffalign.models import lora_files
 from diffalign.protocols import TrainablePolicy
 from diffalign.report import figures
 from diffalign.report.pictures import grid
-from diffalign.runs.card import write_adapter
+from diffalign.runs.card import notes, write_adapter
 from diffalign.runs.folder import RunFolder
 from diffalign.runs.parts import Parts
-from diffalign.runtime import keys
+from diffalign.runtime import keys, numbered
 from diffalign.runtime.memory import fitting
 
 AVERAGES = "ema"  # the shadow that is evaluated and saved where the config asks for averaged weights
@@ -48,7 +49,12 @@ class Outputs:
         return f"{self.config.rule['name']} on {self.config.model}, seed {self.config.seed}"
 
     def _sample(self, update: int, ending: str) -> Path:
-        return self.folder / "samples" / f"update_{update:06d}.{ending}"
+        return self.folder / "samples" / numbered.name(update, f".{ending}")
+
+    def adapter_beside(self, folder: Path, update: int) -> None:
+        """The adapter after some updates, into a checkpoint's folder: every checkpoint can be sampled and exported."""
+        with published(self.config, self.parts.policy):
+            lora_files.save(self.parts.pipe, folder, notes(self.config, self.parts, update).written())
 
     def samples(self, update: int) -> None:
         """A grid of samples, and their pixels, after some updates."""
@@ -63,7 +69,7 @@ class Outputs:
         """The adapter after some updates, as a folder of the run, with a card that says what its evaluation found."""
         self.curves()
         with published(self.config, self.parts.policy):
-            write_adapter(self.config, self.parts.policy, self.folder, summary, name, update, self.parts.place)
+            write_adapter(self.config, self.parts, self.folder, summary, name, update)
 
     def best(self, update: int) -> None:
         """The adapter of the best evaluation so far, if that is the one after `update` updates."""
@@ -83,7 +89,7 @@ class Outputs:
         """The run so far, from its log."""
         rewards: dict[str, list[tuple[int, float]]] = defaultdict(list)
         evaluations: dict[str, figures.Points] = defaultdict(list)
-        for row in self.folder.rows():
+        for row in self.folder.logs.rows():
             for key in keys.rewards(row):
                 rewards[key].append((row["update"], row[key]))
             for name, judged in Summary.of_row(row).rewards.items():

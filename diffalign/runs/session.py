@@ -11,18 +11,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffalign import config as configs
 from diffalign.config import Config
 from diffalign.errors import Fault, Interrupted, Unscored, UserError
 from diffalign.evaluation import fixed
 from diffalign.evaluation.fixed import FixedSet
 from diffalign.evaluation.results import Summary
 from diffalign.models.notes import LORA
-from diffalign.runs import checkpoint, parts
+from diffalign.runs import digests, parts
 from diffalign.runs.budget import Budget, Spent
 from diffalign.runs.events import Ended, Evaluated, Listeners, Updated
 from diffalign.runs.folder import RunFolder, open_run
 from diffalign.runs.outputs import AVERAGES, Outputs, published
 from diffalign.runs.progress import Reporter
+from diffalign.runs.resume import with_kept
+from diffalign.runs.savepoints import SavePoints
 from diffalign.runs.stop import Stop
 from diffalign.runs.trackers import Trackers
 from diffalign.runtime.distributed import ALONE, World
@@ -32,10 +35,13 @@ from diffalign.types import Floats, Update
 NONFINITE_LIMIT = 10  # gradients in a row that are not finite and end a run
 
 
-def train(config: Config, *, fresh: bool = False, quiet: bool = False, folder: RunFolder | None = None) -> Summary:
+def train(
+    config: Config, *, fresh: bool = False, change: bool = False, quiet: bool = False, folder: RunFolder | None = None
+) -> Summary:
     """Train a config to its end, resuming what its run folder holds; returns the final evaluation's summary.
 
-    folder: if it was opened before; None: it is opened here.
+    fresh: start over, what the folder holds of a run is deleted; change: go on with other settings and files than the run began with, as
+    far as docs/run-folder.md says that they may change; folder: if it was opened before, None: it is opened here.
 
     Raises:
         UserError: if the run folder cannot be used, or the model or a reward cannot be loaded.
@@ -46,9 +52,11 @@ def train(config: Config, *, fresh: bool = False, quiet: bool = False, folder: R
     reporter = Reporter(quiet or not world.leads)
     held = folder or RunFolder(Path(config.run_dir))
     try:
+        agreed(config, world)
         opens = folder is None and world.leads
-        held = world.together(lambda: open_run(config, fresh) if opens else None) or held
-        return Session(config, held, reporter, world).run()
+        held = world.together(lambda: open_run(config, fresh, change) if opens else None) or held
+        held.taken = taken = world.lead(lambda: held.taken)
+        return Session(with_kept(config, taken.kept), held, reporter, world, change).run()
     except OSError as error:
         raise Fault(
             f"{error.filename or config.run_dir}: {error.strerror or error}; the last checkpoint is kept"
@@ -57,6 +65,19 @@ def train(config: Config, *, fresh: bool = False, quiet: bool = False, folder: R
         reporter.close()
         held.close()
         world.leave()
+
+
+def agreed(config: Config, world: World) -> None:
+    """Hold the processes' configs against each other.
+
+    Raises:
+        UserError: in every process, if one has another config than the first.
+    """
+    gathered = world.gather((configs.settings(config), config.book.content))
+    for rank, (other, content) in enumerate(gathered):
+        if (other, content) != gathered[0]:
+            lines = [f"  {key}: {a!r} -> {b!r}" for key, (a, b) in configs.differences(gathered[0][0], other).items()]
+            raise UserError(f"process {rank} has another config than process 0", *(lines or ["  other prompts"]))
 
 
 def adapter_file(config: Config) -> Path:
@@ -72,7 +93,9 @@ def listeners(config: Config, folder: RunFolder, reporter: Reporter) -> Listener
 class Session:
     """A run: what to train, where it is kept, how far it is."""
 
-    def __init__(self, config: Config, folder: RunFolder, reporter: Reporter, world: World = ALONE) -> None:
+    def __init__(
+        self, config: Config, folder: RunFolder, reporter: Reporter, world: World = ALONE, change: bool = False
+    ) -> None:
         self.config, self.folder, self.reporter, self.world = config, folder, reporter, world
         self.parts = made = world.together(lambda: parts.build(config))
         self.policy, self.averages = (
@@ -89,18 +112,22 @@ class Session:
             evaluation.seed,
             config.scoring.max_invalid,
         )
-        self.prompts_digest = config.book.digest(judged.prompts)
         self.fixed = judged
+        folder.logs.say = reporter.say
         # What the first process does for all.
         reporter.place = folder.path
         self.judged, self.files = world.led(judged), world.led(folder)
-        self.outputs = world.led(Outputs(config, made, folder, judged, reporter.say))
+        outputs = Outputs(config, made, folder, judged, reporter.say)
+        self.outputs = world.led(outputs)
+        began = world.lead(lambda: digests.of(made, config.book.digest(judged.prompts)))
+        self.points = SavePoints(config, folder, self.trainer, judged, outputs, world, began, reporter.say, change)
         self.listeners = world.led(listeners(config, folder, reporter))
+        for key, value in folder.taken.kept.items():
+            reporter.say(f"{key}: {value!r}, as the run began; this version's default is another")
         parts.introduce(config, made, reporter.say)
         parts.store_prompts(config, made, world, reporter.say)
         self.budget, self.spent, self.last = Budget(updates=config.updates), Spent(), Spent()
         self.skipped = self.nonfinite = self.unscored = 0  # updates; gradients and updates in a row
-        self.saved = -1
         self.stop = Stop()
 
     @property
@@ -108,59 +135,16 @@ class Session:
         """How many updates are done."""
         return self.spent.updates
 
-    # -- state
-
-    def state(self) -> checkpoint.RunState:
-        return checkpoint.RunState(
-            update=self.done,
-            parameters=dict(self.policy.parameters),
-            shadows=self.policy.shadows,
-            optimizer=self.trainer.optimizer.state_dict(),
-            rule=self.trainer.rule.state_dict(),
-            micro_batch=self.policy.micro_batch,
-            skipped=self.skipped,
-            prompts=self.prompts_digest,
-            weights=self.parts.place.digest,
-            spent=self.spent,
-        )
-
     def save(self) -> None:
-        if self.saved != self.done:
-            keep, folder = self.config.output.keep, self.folder / "checkpoints"
-            self.world.lead(lambda: checkpoint.save(folder, self.state(), keep, best=self.fixed.best()))
-            self.saved = self.done
-
-    def resume(self) -> None:
-        """Take up the newest whole checkpoint, if there is one; processes may be more or fewer than before."""
-        newest = self.world.lead(lambda: checkpoint.newest(self.folder / "checkpoints", self.reporter.say))
-        if newest is None:
-            if self.files.rows():
-                self.reporter.say("no whole checkpoint: starting from the beginning")
-            self.files.rewind(-1)
-            return
-        state = checkpoint.load(newest)
-        self._check_same(state)
-        checkpoint.restore(state, self.policy, self.trainer.optimizer, self.trainer.rule)
-        self.spent, self.skipped, self.saved = state.spent, state.skipped, state.update
-        self.files.rewind(self.done)
-        self.reporter.say(f"resuming after update {self.done} from {newest}")
-
-    def _check_same(self, state: checkpoint.RunState) -> None:
-        """Refuse to go on with other prompts or weights than a run began with."""
-        if state.prompts != self.prompts_digest:
-            raise UserError("prompts.source: the prompts are not those the run began with; restore them, or --fresh")
-        if state.weights != self.parts.place.digest:
-            raise UserError(
-                f"weights: {self.config.weights} is not the file the run began with; restore it, or --fresh"
-            )
+        """Keep everything that the run needs to go on."""
+        self.points.save(self.spent, self.skipped)
 
     # -- the run
 
     def run(self) -> Summary:
         """Train as far as the budget goes, evaluate, and write the adapter; returns the final evaluation's summary."""
         started = time.perf_counter()
-        self.files.begin(self.config)
-        self.resume()
+        self.spent, self.skipped = self.points.resume()
         with self.stop.listening(self.reporter.say), self._saved_if_unscored():
             if self.done == 0:
                 self.outputs.samples(0)

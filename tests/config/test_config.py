@@ -186,7 +186,7 @@ def test_a_mistake_is_reported_once():
 
 
 def test_differences_show_both_sides():
-    assert config.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2 -> 3"]
+    assert config.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == {"a.c": (2, 3)}
 
 
 def test_one_mistake_in_a_rule_is_one_line():

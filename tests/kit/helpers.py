@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -9,6 +11,8 @@ from diffalign.backends.toy import ToyPolicy, toy_reward
 from diffalign.prompts import book
 from diffalign.rewards.scorer import Scorer
 from diffalign.rules import Rule
+from diffalign.runs import state as states
+from diffalign.runs.store import Store
 from diffalign.training.scoring import Clock
 from diffalign.training.trainer import Trainer
 from diffalign.types import Credit, Plan, Prompts, Rollout
@@ -49,6 +53,15 @@ def rolled(rule: Rule, policy: ToyPolicy, groups: int = 2, size: int = 8) -> tup
     part = policy.rollout(given, plan)
     scores = toy_trainer(rule, policy, groups, size).sampling.score(part, Clock(torch.device("cpu")))
     return plan, part, rule.credit(part.tree, scores, given)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's whole checkpoints, oldest first."""
+    return Store(run / "checkpoints").complete()
+
+
+def saved_state(checkpoint: Path) -> states.RunState:
+    return states.load(Store(checkpoint.parent), checkpoint)
 
 
 SMALL = [

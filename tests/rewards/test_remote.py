@@ -25,13 +25,12 @@ from diffalign.rewards.remote import Remote
 from diffalign.rewards.scorer import Scorer
 from diffalign.rewards.server import Served, application
 from diffalign.rewards.wire import packed, unpacked
-from diffalign.runs import checkpoint
 from diffalign.runs.folder import open_run, read_rows
 from diffalign.runs.progress import Reporter
 from diffalign.runs.session import Session
 from diffalign.runtime import http
 from diffalign.types import Media, Prompts
-from tests.kit.helpers import tiny_config
+from tests.kit.helpers import checkpoints, saved_state, tiny_config
 
 
 def samples(n, frames=1, size=8):
@@ -457,6 +456,6 @@ def test_a_server_that_stays_dead_ends_the_run_and_leaves_a_checkpoint(tmp_path)
     ):
         made.run()
     made.folder.close()
-    (kept,) = checkpoint.complete(tmp_path / "run" / "checkpoints")
-    assert checkpoint.load(kept).update == 2
+    (kept,) = checkpoints(tmp_path / "run")
+    assert saved_state(kept).update == 2
     assert os.path.getsize(tmp_path / "run" / "metrics.jsonl") > 0

@@ -24,13 +24,13 @@ from diffalign.evaluation.results import Summary
 from diffalign.planning import cost
 from diffalign.report import figures
 from diffalign.rewards.base import Wrapped
-from diffalign.runs import checkpoint, session
+from diffalign.runs import session
 from diffalign.runs.folder import RunFolder, open_run, read_rows
 from diffalign.runs.progress import Reporter
 from diffalign.runs.session import Interrupted, Session
 from diffalign.training.trainer import Trainer
 from tests.kit import ROOT
-from tests.kit.helpers import SMALL, TINY, tiny_config
+from tests.kit.helpers import SMALL, TINY, checkpoints, saved_state, tiny_config
 
 CONFIGS = ROOT / "configs"
 
@@ -213,7 +213,7 @@ def test_a_signal_finishes_the_update_saves_and_leaves_its_code(tmp_path, monkey
     with pytest.raises(Interrupted) as caught:
         made.run()
     assert caught.value.code == 128 + number
-    assert checkpoint.load(checkpoint.complete(tmp_path / "run" / "checkpoints")[-1]).update == 1
+    assert saved_state(checkpoints(tmp_path / "run")[-1]).update == 1
     assert signal.getsignal(number) is not made
 
 
@@ -228,7 +228,7 @@ def test_kill_9_loses_at_most_the_updates_since_the_last_checkpoint(whole, tmp_p
             time.sleep(0.005)
         process.kill()
         process.wait()
-        saved = checkpoint.complete(folder / "checkpoints")
+        saved = checkpoints(folder)
         assert int(saved[-1].name[-6:]) >= updates - 1 if saved else updates == 1
     assert same(finish(start(folder, "updates=4", "evaluation.every=2", "output.checkpoint_every=1")), whole[1])
 
@@ -322,7 +322,7 @@ def test_a_disk_that_is_really_full_is_exit_code_3_and_the_run_goes_on_later(who
     assert full.returncode == 3, full.stderr
     assert "Traceback" not in full.stderr
     assert "checkpoint: cannot write" in full.stderr.splitlines()[-1]
-    assert [p.name for p in checkpoint.complete(folder / "checkpoints")] == ["update_000001"]
+    assert [p.name for p in checkpoints(folder)] == ["update_000001"]
     later = subprocess.run(command, capture_output=True, text=True, check=False)
     assert later.returncode == 0, later.stderr
     assert same(load_file(folder / "adapter" / "pytorch_lora_weights.safetensors"), whole[1])
@@ -349,7 +349,7 @@ def test_out_of_memory_halves_the_micro_batch_says_so_and_a_resumed_run_remember
         "update 1: old log-probabilities are computed again, for the smaller micro-batch",
     ]
     resumed = start(tmp_path / "run", *overrides)
-    resumed.resume()
+    resumed.points.resume()
     assert resumed.policy.micro_batch == 2
     resumed.folder.close()
 
@@ -366,13 +366,11 @@ def test_the_best_evaluation_keeps_its_checkpoint_and_its_adapter(tmp_path, monk
     monkeypatch.setattr(evaluate, "joined", scored)
     made = start(tmp_path / "run", "updates=4", "evaluation.every=1", "output.keep=1", "output.checkpoint_every=4")
     finish(made)
-    kept = checkpoint.complete(tmp_path / "run" / "checkpoints")
+    kept = checkpoints(tmp_path / "run")
     assert [path.name for path in kept] == ["update_000002", "update_000004"]
     best = load_file(tmp_path / "run" / "best" / "pytorch_lora_weights.safetensors")
     assert not same(best, load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors"))
-    ema = {
-        name.replace(".default", "").split(".", 1)[1]: v for name, v in checkpoint.load(kept[0]).shadows["ema"].items()
-    }
+    ema = {name.replace(".default", "").split(".", 1)[1]: v for name, v in saved_state(kept[0]).shadows["ema"].items()}
     assert {name.split(".", 1)[1] for name in best} == set(ema)
     assert all(torch.equal(v, ema[name.split(".", 1)[1]]) for name, v in best.items())
     assert "best of this run's evaluations" in (tmp_path / "run" / "best" / "README.md").read_text()
@@ -389,7 +387,7 @@ def test_rewards_that_are_not_finite_end_a_pathwise_run_with_its_state_intact(tm
     }
     with pytest.raises(Fault, match="reward shapes_pref: no sample got a score, none is finite"):
         made.run()
-    state = checkpoint.load(checkpoint.complete(tmp_path / "run" / "checkpoints")[-1])
+    state = saved_state(checkpoints(tmp_path / "run")[-1])
     assert all(value.isfinite().all() for value in state.parameters.values())
     made.folder.close()
 
@@ -410,12 +408,11 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_taken(whole, tmp_pa
     folder = tmp_path / "run"
     overrides = ("evaluation.every=2", "output.checkpoint_every=1")
     finish(start(folder, "updates=3", *overrides))
-    newest = checkpoint.complete(folder / "checkpoints")[-1]
+    newest = checkpoints(folder)[-1]
     (newest / "optimizer.pt").write_bytes(b"")
-    made = start(folder, "updates=4", *overrides)
     said: list[str] = []
-    monkeypatch.setattr(made.reporter, "say", said.append)
-    assert same(finish(made), whole[1])
+    monkeypatch.setattr(Reporter, "say", lambda reporter, line: said.append(line))
+    assert same(finish(start(folder, "updates=4", *overrides)), whole[1])
     assert f"{newest} is damaged and passed over" in said
     assert any(line.startswith("resuming after update 2") for line in said)
 
@@ -425,10 +422,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_written_over(tmp_path):
     for path in (folder / "checkpoints").glob("update_*/tensors.safetensors"):
         path.write_bytes(path.read_bytes()[:100])
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", "config.yaml")}
-    made = start(folder, "evaluation.enabled=false", "updates=3")
     with pytest.raises(UserError, match="no checkpoint of .* is whole; choose another run_dir, or --fresh"):
-        made.run()
-    made.folder.close()
+        start(folder, "evaluation.enabled=false", "updates=3")
     assert {p: p.read_bytes() for p in before} == before
 
 
@@ -480,7 +475,7 @@ def test_fresh_starts_over_and_leaves_other_files_alone(tmp_path):
     made = start(folder, "evaluation.enabled=false", "updates=1", "optimizer.lr=0.1", fresh=True)
     made.folder.begin(made.config)
     assert (folder / "notes.txt").read_text() == "mine"
-    assert not checkpoint.complete(folder / "checkpoints")
+    assert not checkpoints(folder)
     made.folder.close()
 
 
@@ -499,7 +494,7 @@ def test_fresh_deletes_nothing_before_everything_has_loaded(tmp_path):
     with pytest.raises(UserError, match="cannot fetch"):
         session.train(tiny_config(folder, "model=owner/name"), fresh=True, quiet=True)
     assert same(load_file(folder / "adapter" / "pytorch_lora_weights.safetensors"), kept)
-    assert checkpoint.complete(folder / "checkpoints")
+    assert checkpoints(folder)
 
 
 def test_changed_prompts_are_refused(tmp_path):
@@ -509,7 +504,9 @@ def test_changed_prompts_are_refused(tmp_path):
     finish(start(tmp_path / "run", *overrides))
     path.write_text("a photo of a circle\n")
     made = start(tmp_path / "run", "updates=3", *overrides)
-    with pytest.raises(UserError, match=r"prompts.source: the prompts are not those the run began with"):
+    with pytest.raises(
+        UserError, match=r"began with other content; restore it, --change .*\n  content of prompts: \w+ -> "
+    ):
         made.run()
 
 
@@ -549,6 +546,8 @@ def test_damaged_files_of_a_run_are_named(tmp_path):
     (folder / "evaluation" / "update_000000.json").unlink()
     finish(start(folder, "updates=2"))
     (folder / "config.yaml").write_text("[")
+    start(folder, "updates=2").folder.close()  # its checkpoints say what the run is
+    shutil.rmtree(folder / "checkpoints")
     with pytest.raises(UserError, match=r"config.yaml is damaged .* --fresh starts over"):
         start(folder, "updates=2")
 
@@ -560,16 +559,16 @@ def test_a_full_disk_outside_checkpoints_is_a_fault_too(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "curves", full)
     with pytest.raises(Fault, match="curves.png: No space left on device; the last checkpoint is kept"):
         session.train(tiny_config(tmp_path / "run", "evaluation.enabled=false"), quiet=True)
-    assert checkpoint.complete(tmp_path / "run" / "checkpoints")
+    assert checkpoints(tmp_path / "run")
 
 
 def test_rows_cut_short_by_a_kill_are_left_out_and_rewound(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"update": 1}\n{"update": 2}\n{"upd')
-    folder = RunFolder(tmp_path, (tmp_path / ".lock").open("w"))
-    assert [row["update"] for row in folder.rows()] == [1, 2]
-    folder.rewind(1)
-    folder.append({"update": 2, "x": 1, "y": float("nan")})
-    assert folder.rows()[-1] == {"update": 2, "x": 1}
+    folder = RunFolder(tmp_path)
+    assert [row["update"] for row in folder.logs.rows()] == [1, 2]
+    folder.rewind(1, {})
+    folder.logs.append({"update": 2, "x": 1, "y": float("nan")})
+    assert folder.logs.rows()[-1] == {"update": 2, "x": 1}
     assert [json.loads(line)["update"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
@@ -631,9 +630,9 @@ def test_too_many_samples_without_a_score_stop_the_run_before_anything_is_learnt
     ):
         made.run()
     made.folder.close()
-    (kept,) = checkpoint.complete(tmp_path / "run" / "checkpoints")
-    assert checkpoint.load(kept).update == 2
-    assert same(checkpoint.load(kept).parameters, dict(made.policy.parameters))
+    (kept,) = checkpoints(tmp_path / "run")
+    assert saved_state(kept).update == 2
+    assert same(saved_state(kept).parameters, dict(made.policy.parameters))
 
 
 def test_some_samples_without_a_score_in_every_update_stop_the_run_too(tmp_path):
@@ -654,7 +653,7 @@ def test_some_samples_without_a_score_in_every_update_stop_the_run_too(tmp_path)
     ):
         made.run()
     made.folder.close()
-    assert checkpoint.complete(tmp_path / "run" / "checkpoints")[-1].name.endswith("4")
+    assert checkpoints(tmp_path / "run")[-1].name.endswith("4")
 
 
 def test_an_evaluation_with_too_many_holes_stops_the_run(tmp_path):

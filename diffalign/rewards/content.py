@@ -1,0 +1,65 @@
+"""What a reward's scores depend on besides the samples: the user's code, the files it reads, its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffalign.rewards.catalog import Entry
+from diffalign.runtime.files import fingerprint
+
+_watching: list[set[Path]] = []  # hooks of the interpreter stay for good: this one does nothing unless somebody watches
+
+
+def _heard(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "open" and _watching and isinstance(arguments[0], str):
+        for seen in _watching:
+            seen.add(Path(arguments[0]))
+
+
+@contextmanager
+def opened() -> Iterator[set[Path]]:
+    """Files that Python opens meanwhile, by whatever name."""
+    if not _hooked:
+        sys.addaudithook(_heard)
+        _hooked.append(True)
+    seen: set[Path] = set()
+    _watching.append(seen)
+    try:
+        yield seen
+    finally:
+        _watching.remove(seen)
+
+
+_hooked: list[bool] = []
+
+
+def own_files(entry: Entry, seen: set[Path]) -> tuple[Path, ...]:
+    """The user's files behind a reward that has been loaded: its code, what that imported or opened (`seen`) beneath its folder, and its
+    weights where they were named. What ships, and what a server runs, is not among them.
+    """
+    files: set[Path] = set()
+    if entry.source.endswith(".py"):
+        source = Path(entry.source)
+        code = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+        near = [Path(path).absolute() for path in (*(p for p in code if p), *seen)]
+        files |= {source, *(path for path in near if source.parent in path.parents and _own(path))}
+    if entry.place and (place := Path(entry.place)).exists():
+        files |= {place.absolute()} if place.is_file() else {p.absolute() for p in place.rglob("*") if p.is_file()}
+    return tuple(sorted(files))
+
+
+def _own(path: Path) -> bool:
+    installed = {"site-packages", "dist-packages", "__pycache__"} & set(path.parts)
+    return not installed and path.suffix != ".pyc" and path.is_file()
+
+
+def digest(files: tuple[Path, ...]) -> str:
+    """A name for what some files hold."""
+    hashed = hashlib.sha256()
+    for path in files:
+        hashed.update(f"{path.name} {fingerprint(path)}\n".encode())
+    return hashed.hexdigest()
