@@ -15,6 +15,7 @@ import click
 import diffalign
 from diffalign import config as configs
 from diffalign.errors import Fault, Interrupted, UserError
+from diffalign.evaluation.task import SUITES
 from diffalign.runtime import launcher
 
 
@@ -99,7 +100,7 @@ def sample(target: str, strength: float, more: tuple[str, ...], arguments: tuple
 
 @app.command()
 @click.argument("targets", nargs=-1, required=True, metavar="RUN|ADAPTER|MODEL...")
-@click.option("--suite", required=True, metavar="NAME|FILE", help="shapes, shapes-motion, geneval, pickscore, a file.")
+@click.option("--suite", required=True, metavar="NAME|FILE", help=f"{', '.join(SUITES)}, a file.")
 @click.option("--prompts", help="Other prompts for the suite's rewards: a set's name or a file.")
 @click.option("--reward", "rewards", multiple=True, help="What judges, instead of the suite's; several times.")
 @click.option("--split", type=click.Choice(("train", "validation", "test")), default="test", show_default=True)

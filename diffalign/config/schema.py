@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from diffalign.prompts.book import Book
+from diffalign.prompts.sets import SETS
 from diffalign.rules import RULES, Rule
 from diffalign.shapes.captions import SPLITS, TASKS
 
@@ -36,9 +37,7 @@ class PromptsConfig(_Section):
 
     model_config = ConfigDict(json_schema_extra=ASKED)
 
-    source: str = Field(
-        "shapes", description="shapes, shapes-motion, geneval-like, animals, a .txt or .jsonl file, or NAME@PLACE"
-    )
+    source: str = Field("shapes", description=f"{', '.join(SETS)}, a .txt or .jsonl file, or NAME@PLACE")
     tasks: list[Task] = Field([], description="of shapes and geneval-like; empty: all six")
     split: Split = Field("train", description="of a named set; splits share no combination")
     stages: str | None = Field(

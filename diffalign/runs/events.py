@@ -13,6 +13,13 @@ if TYPE_CHECKING:  # the folder is opened before anything heavy is imported
 
 
 @dataclass(frozen=True)
+class Began:
+    """A run begins, or is taken up, after `number` updates: whatever was written of later ones will come again."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Updated:
     """An update is done, the `number`-th of `total`; row: what is logged of it."""
 
@@ -40,8 +47,13 @@ class Ended:
 
 
 class Listener:
-    """Hears of a run's events; each does nothing unless said otherwise."""
+    """Hears of a run's events, in the process that writes; each does nothing unless said otherwise.
 
+    A run that is taken up begins again, and one that was finished and is asked for again ends again. A file of a listener's own is named in
+    `folder.FILES`, so that `--fresh` deletes it.
+    """
+
+    def began(self, event: Began) -> None: ...
     def updated(self, event: Updated) -> None: ...
     def evaluated(self, event: Evaluated) -> None: ...
     def ended(self, event: Ended) -> None: ...
@@ -52,6 +64,10 @@ class Listeners(Listener):
 
     def __init__(self, members: Sequence[Listener]) -> None:
         self.members = list(members)
+
+    def began(self, event: Began) -> None:
+        for member in self.members:
+            member.began(event)
 
     def updated(self, event: Updated) -> None:
         for member in self.members:

@@ -20,7 +20,7 @@ from diffalign.evaluation.results import Summary
 from diffalign.models.notes import LORA
 from diffalign.runs import digests, parts
 from diffalign.runs.budget import Budget, Spent
-from diffalign.runs.events import Ended, Evaluated, Listeners, Updated
+from diffalign.runs.events import Began, Ended, Evaluated, Listeners, Updated
 from diffalign.runs.folder import RunFolder, open_run
 from diffalign.runs.outputs import AVERAGES, Outputs, published
 from diffalign.runs.progress import Reporter
@@ -145,6 +145,7 @@ class Session:
         """Train as far as the budget goes, evaluate, and write the adapter; returns the final evaluation's summary."""
         started = time.perf_counter()
         self.spent, self.skipped = self.points.resume()
+        self.listeners.began(Began(self.done))
         with self.stop.listening(self.reporter.say), self._saved_if_unscored():
             if self.done == 0:
                 self.outputs.samples(0)

@@ -7,6 +7,7 @@ import yaml
 
 from diffalign import config
 from diffalign.errors import UserError
+from diffalign.processes import PROCESSES
 from diffalign.prompts import book
 from diffalign.rules import RULES
 
@@ -64,7 +65,7 @@ def test_all_mistakes_come_at_once_each_names_its_field():
         ("sampler.noise_level=0", "flow_grpo needs a stochastic sampler, flow_sde with noise_level 0 has no noise"),
         (
             "sampler.process=flowsde",
-            "sampler.process: got 'flowsde', allowed are flow_sde, dance_sde, cps, ode, ddim; did you mean flow_sde?",
+            f"sampler.process: got 'flowsde', allowed are {', '.join(PROCESSES)}; did you mean flow_sde?",
         ),
         ("optimizer.micro_batch=7", "optimizer.micro_batch: got 7, allowed are divisors of"),
         (

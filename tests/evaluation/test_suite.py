@@ -14,7 +14,9 @@ from PIL import Image
 from diffalign.cli import app
 from diffalign.errors import Fault, UserError
 from diffalign.evaluation import samples
-from diffalign.evaluation.task import task_of
+from diffalign.evaluation.task import SUITES, task_of
+from diffalign.prompts.files import read
+from diffalign.rewards import catalog
 from diffalign.runs import session
 from diffalign.sampling import pictures as sampling
 from diffalign.sampling import sources
@@ -316,3 +318,16 @@ def test_the_shapes_suite_has_its_own_rewards():
     assert task.rewards == ("shapes_geneval", "shapes_geneval_strict")
     assert {entry["tag"] for entry in task.entries} == set(captions.TASKS)
     assert sys.maxsize >= task.seed_of(3) != task.seed_of(4)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_has_rewards_that_exist_and_fit_its_prompts(name):
+    suite = SUITES[name]
+    entries = read(suite.source, (), "test") if suite.source else []
+    assert suite.rewards
+    for reward in suite.rewards:
+        others, unfit = catalog.problems(reward, entries)
+        assert not unfit, unfit
+        assert not [
+            problem for problem in others if not problem.startswith(" needs ")
+        ]  # an extra that is not installed

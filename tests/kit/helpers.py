@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from diffalign.backends.toy import ToyPolicy, toy_reward
 from diffalign.prompts import book
 from diffalign.rewards.scorer import Scorer
-from diffalign.rules import Rule
+from diffalign.rules import RULES, Rule
 from diffalign.runs import state as states
 from diffalign.runs.store import Store
 from diffalign.training.scoring import Clock
@@ -73,7 +74,7 @@ SMALL = [
     "output.samples=4",
     "updates=2",
 ]
-# What of a rule's settings must change for three steps.
+# What of a rule's settings must change for three steps; nothing for others.
 THREE_STEPS = {
     "flow_grpo": ["rule.window=null"],
     "grpo_guard": ["rule.window=null"],
@@ -89,8 +90,8 @@ TINY = [*SMALL, *THREE_STEPS["flow_grpo"]]
 
 def tiny(name: str) -> list[str]:
     """The overrides that make a config, or a command with its name, as little work as possible."""
-    rule = next((rule for rule in THREE_STEPS if rule in name), "flow_grpo")
-    return [*SMALL, *THREE_STEPS[rule]]
+    rules = [rule for rule in re.findall(r"\w+", name) if rule in RULES]
+    return [*SMALL, *THREE_STEPS.get(rules[0] if rules else "flow_grpo", [])]
 
 
 def tiny_config(run_dir, *overrides: str, name: str = "flow_grpo/shapes-sd3"):

@@ -11,7 +11,7 @@ from diffalign import config
 from diffalign.errors import UserError
 from diffalign.ops.geneval import Detection, official
 from diffalign.prompts import files as prompts
-from diffalign.prompts.sets import animals, geneval_like, published
+from diffalign.prompts.sets import SETS, animals, geneval_like, published
 
 
 def key(entry):
@@ -204,7 +204,7 @@ def test_pick_a_pic_has_splits_and_each_caption_once(tmp_path, monkeypatch):
         ("partiprompts@{bad}", "expected a TSV file"),
         ("geneval@{bad}", "expected GenEval's evaluation_metadata.jsonl"),
         ("hpdv2@{bad}", "expected a folder with anime.json"),
-        ("drawbanch@{bad}", "allowed are shapes, shapes-motion, geneval-like, animals"),
+        ("drawbanch@{bad}", f"allowed are {', '.join(SETS)}"),
         ("drawbench", "NAME@PLACE of drawbench, partiprompts, hpdv2, geneval, pickapic"),
     ],
 )
@@ -213,3 +213,12 @@ def test_what_is_laid_out_otherwise_is_refused(source, problem, tmp_path):
     bad.write_text("something\nelse\n")
     with pytest.raises(UserError, match=problem):
         prompts.read(source.format(bad=bad), (), "test")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_has_prompts_in_three_splits_that_share_none(name):
+    splits = [prompts.read(name, (), split) for split in ("train", "validation", "test")]
+    texts = [{entry["prompt"] for entry in entries} for entries in splits]
+    assert all(texts)
+    assert all(isinstance(text, str) and text.strip() for split in texts for text in split)
+    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])

@@ -25,10 +25,6 @@ DIFFERENTIABLE = [
 every = pytest.mark.parametrize("name", DIFFERENTIABLE)
 
 
-def test_the_promised_ones_are_these():
-    assert sorted(DIFFERENTIABLE) == ["shapes_judge", "shapes_pref", "soft_colour"]
-
-
 @every
 @pytest.mark.parametrize("task", ["counting", "position"])
 def test_the_gradient_is_that_of_finite_differences(name, task):

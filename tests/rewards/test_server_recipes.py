@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -57,6 +58,15 @@ STANDINS = {
 }
 
 
+def test_every_server_that_ships_is_run_by_a_test():
+    """And none has the name of a module that it imports: beside the script it would be found first."""
+    for script in SERVERS.glob("serve_*.py"):
+        assert f'served("{script.stem.removeprefix("serve_")}"' in Path(__file__).read_text(), script.name
+    assert {path.name for path in SERVERS.glob("*.py")} - {path.name for path in SERVERS.glob("serve_*.py")} == {
+        "standalone.py"
+    }
+
+
 @pytest.fixture(scope="module")
 def standins(tmp_path_factory):
     place = tmp_path_factory.mktemp("packages")
@@ -72,21 +82,15 @@ def served(standins, tmp_path):
     begun = []
 
     def start(name, *options, **environment):
-        script = SERVERS / f"{name}.py"
-        if not script.exists():
-            script = tmp_path / f"{name}.py"
-        places = os.pathsep.join([str(SERVERS), str(standins)])
+        shipped = SERVERS / f"serve_{name}.py"
+        script = shipped if shipped.exists() else tmp_path / f"{name}.py"
         given = {
             **os.environ,
-            "PYTHONPATH": places,
+            "PYTHONPATH": str(standins) if shipped.exists() else os.pathsep.join([str(SERVERS), str(standins)]),
             "VIDEOALIGN": str(standins),
             "GENEVAL": str(standins),
             **environment,
         }
-        if name == "hpsv3":  # its own name would be found first, beside the script
-            script = tmp_path / "serve_hpsv3.py"
-            script.write_bytes((SERVERS / "hpsv3.py").read_bytes())
-            given["PYTHONPATH"] = os.pathsep.join([str(standins), str(SERVERS)])
         command = [sys.executable, str(script), "--port", "0", *options]
         process = subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         begun.append(process)

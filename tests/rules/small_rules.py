@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from diffalign.ops import advantages, gaussian, matching
+from diffalign import ops
 from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import Rule
 from diffalign.runtime.randomness import normal
@@ -17,7 +17,7 @@ class TruncatedBP(Rule):
     """The reward's gradient through the last `depth` steps (all of them: exact)."""
 
     name: ClassVar[str] = "small_truncated_bp"
-    needs = Needs(differentiable_reward=True)
+    needs = Needs(stochastic_sampler=True, differentiable_reward=True)
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -64,8 +64,8 @@ class Reinforce(Rule):
         return Plan(T, (True,) * noisy + (False,) * (T - noisy), (terms,))
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
-        advantage = advantages.leave_one_out(scores.total, prompts.group[tree.leaf_root], scores.valid)
-        return advantages.average_to_parents(advantage, tree.parent)[1:]
+        advantage = ops.advantages.leave_one_out(scores.total, prompts.group[tree.leaf_root], scores.valid)
+        return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         assert credit is not None
@@ -73,7 +73,7 @@ class Reinforce(Rule):
         eps = part.eps[term.stop - 1]
         assert eps is not None
         advantage = span.mean.new_tensor(credit[term.stop - 1])
-        return Loss(-(advantage * gaussian.score_inner(span.mean, eps, span.std)).mean())
+        return Loss(-(advantage * ops.gaussian.score_inner(span.mean, eps, span.std)).mean())
 
 
 class RLR(Reinforce):
@@ -114,7 +114,7 @@ class Branching(Reinforce):
         step = term.start
         now, eps, parent = policy.transition(part, step), part.eps[step], part.tree.parent[step]
         assert eps is not None
-        score = gaussian.score_inner(now.mean[parent], eps, now.std)
+        score = ops.gaussian.score_inner(now.mean[parent], eps, now.std)
         return Loss(-(score.new_tensor(credit[step]) * score).mean())
 
 
@@ -136,8 +136,8 @@ class Matching(Rule):
         return Plan(T, (False,) * T, (terms,))
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
-        advantage = advantages.group_relative(scores.total, prompts.group[tree.leaf_root], scores.valid)
-        return advantages.average_to_parents(advantage, tree.parent)[1:]
+        advantage = ops.advantages.group_relative(scores.total, prompts.group[tree.leaf_root], scores.valid)
+        return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         assert credit is not None
@@ -150,8 +150,8 @@ class Matching(Rule):
         predicted = policy.predict(part, xt, time)
         with policy.shadow("old"):
             old = policy.predict(part, xt, time)
-        error = matching.error(predicted, noise - x0)
-        drift = matching.error(predicted, old)
+        error = ops.matching.error(predicted, noise - x0)
+        drift = ops.matching.error(predicted, old)
         advantage = error.new_tensor(credit[-1])
         return Loss((advantage * error + (2 + 0.1 * self.updates) * drift).mean(), {"drift": drift.mean().detach()})
 

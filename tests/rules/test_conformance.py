@@ -10,8 +10,9 @@ from diffalign.backends.toy import ToyPolicy
 from diffalign.rules import RLR as RLRRule
 from diffalign.rules import RULES, Rule
 from diffalign.rules import TruncatedBP as TBP
-from diffalign.types import Plan, Term
-from tests.kit.helpers import gradient, toy_prompts, toy_reward, toy_trainer
+from diffalign.types import Plan, Scores, Term
+from tests.kit import ROOT
+from tests.kit.helpers import gradient, rolled, toy_prompts, toy_reward, toy_trainer
 from tests.rules.small_rules import RLR, Branching, FullTruncatedBP, Matching, Reinforce, TruncatedBP
 
 SMALL = {
@@ -95,6 +96,38 @@ def test_state_round_trip_continues_as_if_never_stopped(make):
         return policy.delta.detach().numpy()
 
     np.testing.assert_array_equal(run(None), run(2))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_has_a_config_on_an_embedded_pipeline(name):
+    assert any((ROOT / "configs" / name).glob("shapes-*.yaml"))
+
+
+@every_rule
+def test_a_rule_that_puts_noise_into_a_step_says_that_it_needs_a_sampler_with_noise(make):
+    """So that a config with another one is refused before anything begins."""
+    rule, policy = make(), ready(make())
+    plans = [rule.plan(policy.schedule, update, np.random.default_rng(update)) for update in range(5)]
+    assert rule.needs.stochastic_sampler or not any(any(plan.noise) for plan in plans)
+
+
+@every_rule
+def test_samples_without_a_score_carry_no_weight(make):
+    """Whatever number stands where there is none."""
+    rule, policy = make(), ready(make())
+    plan, part, _ = rolled(rule, policy, 2, 6)
+    count = len(part.tree.leaf_root)
+    values = np.random.default_rng(0).normal(size=count)
+    valid = np.arange(count) % 3 > 0
+    found = []
+    for stand_in in (0.0, 1e3):
+        total = np.where(valid, values, stand_in)
+        scores = Scores({"toy": np.where(valid, values, np.nan)}, total, valid, {"toy": 1.0})
+        found.append(make().credit(part.tree, scores, toy_prompts(2, 6)))
+    if found[0] is None:  # the reward's own gradient is what it learns from
+        return
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # -- known gradients: full backpropagation on independent noise

@@ -1,7 +1,7 @@
 """VideoAlign's VideoReward (arXiv 2501.13918) behind a server, in an environment of its own.
 
     git clone https://github.com/KwaiVGI/VideoAlign    # its environment.yaml, and its checkpoints, as its README says
-    VIDEOALIGN=./VideoAlign VIDEOALIGN_CHECKPOINTS=./checkpoints python examples/servers/videoalign.py --port 8090
+    VIDEOALIGN=./VideoAlign VIDEOALIGN_CHECKPOINTS=./checkpoints python examples/servers/serve_videoalign.py --port 8090
 
 Needs imageio with ffmpeg besides. Scores are visual quality + motion quality + text alignment, each standardised by the checkpoint's own
 numbers; VIDEOALIGN_SCORE=VQ, MQ or TA serves one of them. A failure is no score: the public trainer that made it -1 could not be told from

@@ -1,7 +1,7 @@
 """GenEval's own evaluation (arXiv 2310.11513) behind a server, in the environment that its README describes (mmdet 2, CUDA).
 
     git clone https://github.com/djghosh13/geneval     # its environment, and `evaluation/download_models.sh MODELS`
-    GENEVAL=./geneval GENEVAL_MODELS=./MODELS python examples/servers/geneval.py --port 8090
+    GENEVAL=./geneval GENEVAL_MODELS=./MODELS python examples/servers/serve_geneval.py --port 8090
 
 Its code judges, with its thresholds; a score is 1 where it finds a picture correct, else 0. Prompts must have GenEval's metadata:
 `prompts.source: geneval@evaluation_metadata.jsonl` or `geneval-like`. Not run here with the real detector; a test runs this file with a

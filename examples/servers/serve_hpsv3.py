@@ -1,7 +1,7 @@
 """HPSv3 (arXiv 2508.03789) behind a server, in an environment of its own: it needs transformers 4.45.
 
     python -m venv hpsv3 && hpsv3/bin/pip install hpsv3
-    hpsv3/bin/python examples/servers/hpsv3.py --port 8090
+    hpsv3/bin/python examples/servers/serve_hpsv3.py --port 8090
 
 Scores are the mean mu of its Gaussian, about -5 to 15. It has been seen to give broken pictures more than 15: do not train on it alone.
 Not run here with the real package; a test runs this file with one that has the same functions.
