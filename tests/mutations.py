@@ -90,7 +90,7 @@ MUTATIONS = [
     ),
     Mutation("rest covered by half", RLR, "for a, b in rest]\n        elif", "for a, b in rest[1:]]\n        elif"),
     Mutation("old log-probs kept", TRAINER, "if first and stale and", "if not first and stale and"),
-    Mutation("exclude off by one", GENEVAL, "if len(found) >= clause", "if len(found) > clause"),
+    Mutation("exclude off by one", GENEVAL, "if len(detected) >= clause", "if len(detected) > clause"),
     Mutation("velocity sign", MATCHING, '"velocity": lambda: noise - x0', '"velocity": lambda: x0 - noise'),
     Mutation(
         "clean sample's sign",

@@ -11,7 +11,8 @@ from tests.kit import ROOT
 
 # Changing these needs a new FORMAT: a later version must know what it reads.
 WRITTEN = {
-    2: "base_model base_revision base_weights base_weights_digest denoisers rule rewards seed precision diffalign_version call scheduler",
+    2: "base_model base_revision base_weights base_weights_digest denoisers rule rewards seed updates precision diffalign_version "
+    "call scheduler",
 }
 
 
