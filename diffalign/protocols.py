@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Loss:
     """A scalar to minimise and detached numbers for the log; `gap` is how far a replay is from the rollout where it
-    ought to be equal: max |log-ratio|, or max |difference| of latents."""
+    ought to be equal: max |log-ratio|, or max |difference| of latents; `clip`: half-width of the ratio's range, where there is one."""
 
     value: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     gap: Tensor | None = None
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Needs:
 
     groups: several samples a prompt, to compare; bundle: prompts an update must have a multiple of; term_norms: the gradient norm
     of every term, in `Update.term_norms`; log_probs: those of the rollout's edges in `Scores`; graph_bytes: a call of `Rule.fit` before the
-    first plan.
+    first plan; anchored: an update even where all rewards are equal, for terms that need none.
     """
 
     groups: bool = False
@@ -73,6 +74,7 @@ class Needs:
     term_norms: bool = False
     log_probs: bool = False
     graph_bytes: bool = False
+    anchored: bool = False
 
 
 class Policy(Protocol):

@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from diffalign import __version__
-from diffalign.evaluation import intervals as statistics
-from diffalign.evaluation import samples
-from diffalign.evaluation.intervals import interval
+from diffalign.evaluation import distances, intervals, samples
+from diffalign.evaluation.intervals import Interval
 from diffalign.evaluation.samples import Drawn
 from diffalign.prompts.book import same_text
 from diffalign.report import pictures
@@ -92,17 +91,17 @@ def _row(task: Task, label: str, model: sources.Source, own: Drawn, base: Drawn 
             scores[name] = {"unscored": len(values)}
             continue
         entry: dict[str, Any] = {
-            "mean": statistics.mean(values, prompt).facts(),
+            "mean": intervals.mean(values, prompt).facts(),
             "unscored": int((~np.isfinite(values)).sum()),
         }
         if len(names) > 1:
-            parts = {n: statistics.mean(values[tag == k], prompt[tag == k]).facts() for k, n in enumerate(names)}
-            entry |= {"tasks": parts, "mean_of_tasks": statistics.mean_of_means(values, prompt, tag).facts()}
+            parts = {n: intervals.mean(values[tag == k], prompt[tag == k]).facts() for k, n in enumerate(names)}
+            entry |= {"tasks": parts, "mean_of_tasks": intervals.mean_of_means(values, prompt, tag).facts()}
         if base is not None:
+            entry["gain"] = intervals.gain(values, base.scores[name], prompt).facts()
             gains = values - base.scores[name]
-            entry["gain"] = interval(gains, prompt).facts()
             if len(names) > 1 and np.isfinite(gains).any():
-                entry["gain_of_tasks"] = statistics.mean_of_means(gains, prompt, tag).facts()
+                entry["gain_of_tasks"] = intervals.mean_of_means(gains, prompt, tag).facts()
         scores[name] = entry
     pictures = _thumbnails(task, own)
     row = {
@@ -113,18 +112,18 @@ def _row(task: Task, label: str, model: sources.Source, own: Drawn, base: Drawn 
         "scores": scores,
     }
     if task.samples > 1:
-        row["diversity"] = interval(statistics.diversity(pictures, prompt), prompt).facts()
+        row["diversity"] = intervals.hall(distances.diversity(pictures, prompt), prompt).facts()
     if base is not None:
-        apart = statistics.drift(pictures, _thumbnails(task, base))
-        row["drift"] = interval(apart, prompt).facts()
+        apart = distances.drift(pictures, _thumbnails(task, base))
+        row["drift"] = intervals.hall(apart, prompt).facts()
         apart = np.array([samples.drift(own.folder, k) for k in range(task.total)])
         if np.isfinite(apart).any():
-            row["prediction_drift"] = interval(apart, prompt).facts()
+            row["prediction_drift"] = intervals.hall(apart, prompt).facts()
     return row
 
 
 def _thumbnails(task: Task, drawn: Drawn) -> np.ndarray:
-    return np.concatenate([statistics.thumbnails(samples.read(drawn.folder, row)[None]) for row in range(task.total)])
+    return np.concatenate([distances.thumbnails(samples.read(drawn.folder, row)[None]) for row in range(task.total)])
 
 
 def _lines(task: Task, labels: Sequence[str], drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
@@ -158,7 +157,7 @@ def _page(task: Task, report: dict[str, Any], labels: Sequence[str], drawn: Sequ
     def shown(interval: Any) -> str:
         if not isinstance(interval, dict):  # a base model has no gain
             return ""
-        return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+        return Interval.of(interval).text()
 
     groups_shown = [
         {

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from diffalign.errors import Fault, one_line
-from diffalign.evaluation.intervals import Interval, interval
+from diffalign.evaluation import intervals
+from diffalign.evaluation.intervals import Interval
 from diffalign.runtime import keys
 from diffalign.runtime.files import write_text
 from diffalign.types import Floats, Integers
@@ -41,28 +42,28 @@ class Summary:
             for ending, part in (("", judged.value), ("_gain", judged.gain)):
                 if part is not None:
                     row[keys.evaluated(name, ending)] = part.value
-                    row[keys.evaluated(name, f"{ending}_lo")] = part.low
-                    row[keys.evaluated(name, f"{ending}_hi")] = part.high
+                    ends = zip(("_lo", "_hi"), part.ends or (), strict=False)
+                    row |= {keys.evaluated(name, f"{ending}{end}"): value for end, value in ends}
         return row
 
     def gains(self) -> list[str]:
         """A line for every reward with a gain."""
         return [
-            f"{keys.evaluated(name)}: gain {gain.value:+.3f}, 95 % [{gain.low:+.3f}, {gain.high:+.3f}]"
+            f"{keys.evaluated(name)}: gain {gain.text('+.3f')}"
             for name, judged in self.rewards.items()
             if (gain := judged.gain) is not None
         ]
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Summary:
-        """What `row` wrote; empty for rows of updates. A number that was not finite, and so not written, is NaN."""
+        """What `row` wrote; empty for rows of updates."""
         parts: dict[str, dict[str, float]] = {}
         for key, value in row.items():
             if (place := keys.evaluation(key)) is not None:
                 parts.setdefault(place[0], {})[place[1]] = float(value)
 
         def read(numbers: dict[str, float], ending: str) -> Interval:
-            return Interval(*(numbers.get(ending + end, float("nan")) for end in ("", "_lo", "_hi")))
+            return Interval(numbers[ending], *(numbers.get(ending + end) for end in ("_lo", "_hi")))
 
         rewards = {
             name: Judged(read(numbers, ""), read(numbers, "_gain") if "_gain" in numbers else None)
@@ -84,9 +85,11 @@ class Evaluation:
         """Means with intervals; against another evaluation of the same images also paired gains."""
 
         def gain(name: str) -> Interval | None:
-            return None if before is None else interval(self.scores[name] - before.scores[name], self.group)
+            if before is None or name not in before.scores:
+                return None
+            return intervals.gain(self.scores[name], before.scores[name], self.group)
 
-        rewards = {name: Judged(interval(values, self.group), gain(name)) for name, values in self.scores.items()}
+        rewards = {name: Judged(intervals.mean(values, self.group), gain(name)) for name, values in self.scores.items()}
         return Summary(len(self.group), rewards)
 
     def save(self, path: Path, **facts: Any) -> None:

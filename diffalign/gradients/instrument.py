@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign import config as configs
 from diffalign.config import Config
 from diffalign.errors import UserError
+from diffalign.evaluation.intervals import Interval
 from diffalign.runtime.files import make_folder
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Cal
         measured.append(laboratory.measure(label, config))
         report.save(out / RESULTS, measured, **facts)
         last = measured[-1]
-        say(f"{label}: bias {last.bias:.3f} [{last.bias_low:.3f}, {last.bias_high:.3f}], {last.seconds:.3g} s a batch")
+        bias = report.resolved(last, Interval(last.bias, last.bias_low, last.bias_high))
+        say(f"{label}: bias {bias}, {last.seconds:.3g} s a batch")
     noise = (True,) * (base.sampler.steps - 1) + (False,)
     parts = laboratory.contributions(noise, max(2, batches // 4))
     report.save(out / RESULTS, measured, contributions=parts, **facts)

@@ -52,9 +52,10 @@ class Measured:
     """What was found of one rule; norms in the reward's units.
 
     bias, bias_low, bias_high: ||E[g] - E[G]|| / ||E[G]||, G full backpropagation with the same noise; cosine and its
-    interval; variance: trace of the covariance, of one sample's gradient; term_norm (T,): the norm of the term that covers a
-    step; rows of the network, seconds and bytes saved for the gradient at once, per batch; signal to noise of a batch, and
-    of as many as a second holds.
+    interval; not numbers where noise hides them, which about `enough` batches would resolve, null: not known; variance:
+    trace of the covariance, of one sample's gradient; term_norm (T,): the norm of the term that covers a step; rows of the
+    network, seconds and bytes saved for the gradient at once, per batch; signal to noise of a batch, and of as many as a
+    second holds.
     """
 
     label: str
@@ -63,11 +64,12 @@ class Measured:
     samples: int
     norm: float
     bias: float
-    bias_low: float
-    bias_high: float
+    bias_low: float | None
+    bias_high: float | None
     cosine: float
-    cosine_low: float
-    cosine_high: float
+    cosine_low: float | None
+    cosine_high: float | None
+    enough: int | None
     variance: float
     term_norm: list[float | None]
     rows_forward: float
@@ -130,6 +132,7 @@ class Laboratory:
             angle.value,
             angle.low,
             angle.high,
+            statistics.enough(products),
             statistics.variance(products.rule) * config.samples_per_update,
             sample.term_norm,
             sample.rows_forward,

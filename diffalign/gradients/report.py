@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from diffalign.evaluation.intervals import Interval
 from diffalign.gradients.laboratory import Measured
 from diffalign.runtime.files import write_text
 
@@ -31,8 +32,8 @@ def rows(measured: Sequence[Measured]) -> list[tuple[str, ...]]:
     return [
         (
             item.label,
-            f"{item.bias:.3f} [{item.bias_low:.3f}, {item.bias_high:.3f}]",
-            f"{item.cosine:.3f} [{item.cosine_low:.3f}, {item.cosine_high:.3f}]",
+            resolved(item, Interval(item.bias, item.bias_low, item.bias_high)),
+            resolved(item, Interval(item.cosine, item.cosine_low, item.cosine_high)),
             f"{item.variance:.3g}",
             f"{item.rows_forward:.0f} + {item.rows_backward:.0f}",
             f"{item.seconds:.3g}",
@@ -42,6 +43,14 @@ def rows(measured: Sequence[Measured]) -> list[tuple[str, ...]]:
         )
         for item in measured
     ]
+
+
+def resolved(item: Measured, found: Interval) -> str:
+    """A number with its interval, or that noise hides it and what would do."""
+    if found.known:
+        return found.text()
+    more = "many more" if item.enough is None else f"{max(item.enough, 2 * item.batches)}"
+    return f"not resolved ({more} batches would do)"
 
 
 def table(measured: Sequence[Measured]) -> list[str]:
@@ -69,6 +78,8 @@ def figure(measured: Sequence[Measured], contributions: Sequence[float], path: P
     figure, axes = plt.subplots(2, 2, figsize=(10, 4 + 0.32 * len(measured)), height_ratios=(0.32 * len(measured), 2.4))
     bias, spread, steps, cost = axes.flat
     for item, place, colour in zip(measured, places, colours, strict=True):
+        if item.bias_low is None or item.bias_high is None:
+            continue  # not resolved
         ends = [[item.bias - item.bias_low], [item.bias_high - item.bias]]
         bias.errorbar([item.bias], [place], xerr=ends, fmt="o", color=colour, capsize=3)
     bias.axvline(0, color="grey", linewidth=0.8)

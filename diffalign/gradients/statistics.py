@@ -6,18 +6,13 @@ inner product of the halves' means has no such bias. Averaged over all splits it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 from diffalign.evaluation.intervals import Interval
 from diffalign.types import Floats
-
-
-def quantile(count: int) -> float:
-    """97.5 % point of Student's t for `count` gradients."""
-    return float(stats.t.ppf(0.975, count - 1))
 
 
 @dataclass(frozen=True)
@@ -36,10 +31,6 @@ class Products:
         apart = rule - reference  # from itself, as equal gradients must be exactly 0 apart
         return cls(rule @ rule.T, reference @ reference.T, rule @ reference.T, apart @ apart.T)
 
-    def without(self, k: int) -> Products:
-        """All but the k-th of both."""
-        return Products(*(np.delete(np.delete(getattr(self, f.name), k, 0), k, 1) for f in fields(self)))
-
 
 def off_diagonal_mean(matrix: Floats) -> float:
     """Mean over i != j: unbiased for the inner product of the expectations."""
@@ -47,21 +38,28 @@ def off_diagonal_mean(matrix: Floats) -> float:
     return float((matrix.sum() - np.trace(matrix)) / (count * (count - 1)))
 
 
-def squared_norm(products: Floats) -> Interval:
-    """||E[d]||^2 from <d_i, d_j> (M, M), M > 2, with its interval.
+def left_out(matrix: Floats) -> Floats:
+    """(M,) that mean without each index in turn, M > 2."""
+    count, own = len(matrix), np.diag(matrix)
+    gone = matrix.sum(0) + matrix.sum(1) - 2 * own
+    return (matrix.sum() - own.sum() - gone) / ((count - 1) * (count - 2))
 
-    A U-statistic of order two; its variance is 4 zeta_1 / M + 2 zeta_2 / (M (M - 1)) (Hoeffding 1948), where zeta_1, the
-    variance of a row's expectation, is 0 if E[d] is, and zeta_2 that of a single product given the rows.
+
+def jackknife(value: float, replicates: Floats) -> Interval:
+    """A value with the interval of its M leave-one-out replicates: +- t sqrt((M - 1) var(replicates)) (Arvesen 1969, for U-statistics).
+
+    It covers 95 % where the expectation is large against the noise, and more where it is not. No interval where a replicate is no number.
     """
-    count = len(products)
-    value = off_diagonal_mean(products)
-    off = products[~np.eye(count, dtype=bool)]
-    rows = (products.sum(1) - np.diag(products)) / (count - 1)
-    total = float(off.var())
-    between = max(0.0, float(rows.var(ddof=1)) - total / (count - 1))
-    within = max(0.0, total - 2 * between)
-    half = quantile(count) * np.sqrt(4 * between / count + 2 * within / (count * (count - 1)))
+    count = len(replicates)
+    if not (np.isfinite(value) and np.isfinite(replicates).all()):
+        return Interval(np.nan)
+    half = float(stats.t.ppf(0.975, count - 1)) * float(np.sqrt((count - 1) * replicates.var()))
     return Interval(value, value - half, value + half)
+
+
+def squared_norm(products: Floats) -> Interval:
+    """||E[d]||^2 from <d_i, d_j> (M, M), M > 2, with its interval."""
+    return jackknife(off_diagonal_mean(products), left_out(products))
 
 
 def relative_bias(products: Products) -> Interval:
@@ -69,25 +67,38 @@ def relative_bias(products: Products) -> Interval:
 
     Not a number where E[G] is not told apart from 0: then more gradients are needed.
     """
-    scale = off_diagonal_mean(products.reference)
-    if not scale > 0:
-        return Interval(np.nan, np.nan, np.nan)
-    squared = squared_norm(products.difference)
-    return Interval(*(float(np.sign(v) * np.sqrt(abs(v) / scale)) for v in (squared.value, squared.low, squared.high)))
+    if not products.difference.any():  # equal, to the last bit
+        return Interval(0.0, 0.0, 0.0)
+    scale, scales = off_diagonal_mean(products.reference), left_out(products.reference)
+    if not min(scale, *scales) > 0:
+        return Interval(np.nan)
+    found = jackknife(off_diagonal_mean(products.difference) / scale, left_out(products.difference) / scales)
+    return Interval(*(float(np.sign(v) * np.sqrt(abs(v))) for v in (found.value, *(found.ends or ()))))
 
 
 def cosine(products: Products) -> Interval:
-    """cos(E[g], E[G]) with a jackknife interval; not a number where E[g] is not told apart from 0."""
-
-    def of(given: Products) -> float:
-        squares = [off_diagonal_mean(given.rule), off_diagonal_mean(given.reference)]
-        return off_diagonal_mean(given.cross) / float(np.sqrt(np.prod(squares))) if min(squares) > 0 else float("nan")
-
-    count, value = len(products.rule), of(products)
-    left_out = np.array([of(products.without(k)) for k in range(count)])
-    half = quantile(count) * np.sqrt((count - 1) * left_out.var())
+    """cos(E[g], E[G]) with its interval; not a number where E[g] or E[G] is not told apart from 0."""
+    own, other = ((off_diagonal_mean(m), left_out(m)) for m in (products.rule, products.reference))
+    if not min(own[0], *own[1], other[0], *other[1]) > 0:
+        return Interval(np.nan)
+    value = off_diagonal_mean(products.cross) / float(np.sqrt(own[0] * other[0]))
+    found = jackknife(value, left_out(products.cross) / np.sqrt(own[1] * other[1]))
     # Free of noise's shrinking, an estimate may overshoot what a cosine can be.
-    return Interval(*(float(np.clip(v, -1, 1)) for v in (value, value - half, value + half)))
+    return Interval(*(float(np.clip(v, -1, 1)) for v in (found.value, *(found.ends or ()))))
+
+
+def enough(products: Products) -> int | None:
+    """About how many gradients would tell E[g] and E[G] apart from 0; None where these do not say.
+
+    Around 0 the error of ||E[d]||^2 falls as 1 / M: twice the error is below the value at M' = 2 M error / value.
+    """
+    needed = 0.0
+    for matrix in (products.rule, products.reference):
+        value, replicates, count = off_diagonal_mean(matrix), left_out(matrix), len(matrix)
+        if value <= 0:
+            return None
+        needed = max(needed, 2 * count * float(np.sqrt((count - 1) * replicates.var())) / value)
+    return int(np.ceil(needed))
 
 
 def variance(products: Floats) -> float:

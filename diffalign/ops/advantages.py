@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from diffalign.types import Floats, Scores
 
 Scale = Literal["group", "batch", "none"]
-FLAT = 1e-6  # a group whose range is below this share of max(1, |mean|) has no spread
+ROUNDINGS = 4  # a group whose range is below so many roundings of its largest reward has no spread
 
 
 def _check(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bool_]) -> Floats:
@@ -23,61 +24,73 @@ def _check(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bool_]) -
     return values
 
 
+def resolution(reward: Floats) -> float:
+    """Relative rounding of rewards (N,): float32's if every one of them is a float32 number, as networks give, else float64's."""
+    finite = reward[np.isfinite(reward)]
+    single = np.abs(finite) < float(np.finfo(np.float32).max)
+    as_single = bool(single.all() and (finite.astype(np.float32).astype(np.float64) == finite).all())
+    return float(np.finfo(np.float32 if as_single else np.float64).eps)
+
+
+def _flat(values: Floats, rounding: float) -> bool:
+    """Whether rewards differ by no more than rounding. Dividing by such a spread would give noise full-size advantages; a wider limit
+    would make advantages depend on a reward's scale or offset."""
+    return bool(np.ptp(values) <= ROUNDINGS * rounding * np.abs(values).max())
+
+
 def group_relative(
     reward: Floats,
     group: NDArray[np.int64],
     valid: NDArray[np.bool_],
     scale: Scale = "group",
-    eps: float = 1e-4,
     limit: float = 5.0,
     spread_of: tuple[Floats, NDArray[np.int64], NDArray[np.bool_]] | None = None,
+    *,
+    baseline: Literal["group", "leave_one_out"] = "group",
+    rounding: float | None = None,
 ) -> Floats:
-    """A = (r - mean of its group) / (std + eps), clipped to +-limit (Flow-GRPO, arXiv 2505.05470, eq. 6); all (N,).
+    """A = (r - b) / std, clipped to +-limit (Flow-GRPO, arXiv 2505.05470, eq. 6, without its eps); all (N,).
 
-    The standard deviation is the population's, of the group, or of all centred rewards (`batch`), or 1 (`none`). Groups
-    without spread and invalid rewards get exactly 0. spread_of: the (reward, group, valid) whose standard deviation by group
-    is taken instead, (M,) each.
+    b: the group's mean, or that of the others in it (`leave_one_out`). The standard deviation is the population's, of the group, of all
+    rewards (`batch`, as published code has it), or 1 (`none`). Groups without spread and invalid rewards get exactly 0. spread_of: the
+    (reward, group, valid) whose standard deviation by group is taken instead, (M,) each; rounding: relative, of the rewards, None:
+    `resolution`. So A does not depend on a reward's scale or offset, down to rounding.
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale: got {scale!r}, allowed are group, batch, none")
     values = _check(reward, group, valid)
+    rounding = resolution(values[valid]) if rounding is None else rounding
     centred, spread = np.zeros_like(values), np.ones_like(values)
     for name in np.unique(group[valid]):
         rows = np.flatnonzero((group == name) & valid)
-        mean = values[rows].mean()
-        # Rounding gives equal rewards a tiny spread, and dividing by it would give them full-size advantages.
-        if np.ptp(values[rows]) > FLAT * max(1.0, abs(mean)):
-            centred[rows] = values[rows] - mean
-            other = values[rows] if spread_of is None else spread_of[0][(spread_of[1] == name) & spread_of[2]]
-            spread[rows] = other.std()
+        if _flat(values[rows], rounding):
+            continue
+        centred[rows] = values[rows] - values[rows].mean()
+        if baseline == "leave_one_out":
+            # r - (S - r) / (n - 1) = (r - S / n) n / (n - 1)
+            centred[rows] *= len(rows) / (len(rows) - 1)
+        other = values[rows] if spread_of is None else spread_of[0][(spread_of[1] == name) & spread_of[2]]
+        spread[rows] = other.std()
     if scale == "none":
         return np.clip(centred, -limit, limit)
     if scale == "batch" and centred.any():
-        spread[:] = np.sqrt((centred[valid] ** 2).mean())
-    return np.clip(centred / (spread + eps), -limit, limit)
+        spread[:] = values[valid].std()
+    return np.clip(np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 0), -limit, limit)
 
 
-def standardised(reward: Floats, compared: Floats, eps: float = 1e-6, limit: float = 5.0) -> Floats:
-    """A = (r - mean) / (std + eps) of the rewards it is compared with (M,), clipped to +-limit (DDPO, sec. 4.3); (N,).
+def standardised(reward: Floats, compared: Floats, limit: float = 5.0) -> Floats:
+    """A = (r - mean) / std of the rewards it is compared with (M,), clipped to +-limit (DDPO, sec. 4.3, without its eps); (N,).
 
     The standard deviation is the population's. Without spread in `compared` every advantage is exactly 0.
     """
-    mean = compared.mean() if len(compared) else 0.0
-    if not len(compared) or np.ptp(compared) <= FLAT * max(1.0, abs(mean)):
+    if not len(compared) or _flat(compared, resolution(compared)):
         return np.zeros_like(reward)
-    return np.clip((reward - mean) / (compared.std() + eps), -limit, limit)
+    return np.clip((reward - compared.mean()) / compared.std(), -limit, limit)
 
 
 def leave_one_out(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bool_]) -> Floats:
     """A = r - mean of the *other* members of the group: an unbiased baseline. Groups of one and invalid get 0; (N,)."""
-    values = _check(reward, group, valid)
-    advantage = np.zeros_like(values)
-    for name in np.unique(group[valid]):
-        rows = np.flatnonzero((group == name) & valid)
-        if len(rows) > 1:
-            # r_i - (S - r_i) / (n - 1)
-            advantage[rows] = values[rows] - (values[rows].sum() - values[rows]) / (len(rows) - 1)
-    return advantage
+    return group_relative(reward, group, valid, "none", math.inf, baseline="leave_one_out")
 
 
 def bundled(

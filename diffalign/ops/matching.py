@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from diffalign.ops import prediction
+from diffalign.ops.gaussian import reduce_latent
 from diffalign.ops.shapes import same
 
 SMALL = 1e-10
@@ -41,7 +42,7 @@ def clean(x: Tensor, predicted: Tensor, alpha: float, sigma: float, kind: str) -
 def error(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared difference over latent dimensions, (N, D...) to (N,)."""
     same(a=a, b=b)
-    return ((a - b) ** 2).flatten(1).mean(1)
+    return reduce_latent((a - b) ** 2, "mean")
 
 
 def weighted(ell: Tensor, time: float, kind: str, power: float = 0.25) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,15 @@ from diffalign.types import Floats, Media, Prompts, Scores
 
 LARGEST = float(np.finfo(np.float32).max)
 Callables = Mapping[str, "Reward | Callable[[Media, Prompts], Any]"]
+
+
+@dataclass
+class Tally:
+    """How many samples were asked for, how many have no score, and how many of each reward."""
+
+    asked: int = 0
+    unscored: int = 0
+    missing: Counter[str] = field(default_factory=Counter)
 
 
 class Scorer:
@@ -90,23 +101,31 @@ class Scorer:
 
     # -- with gradient
 
-    def pathwise(self, prompts: Prompts, seen: dict[str, Tensor]) -> RewardFunction:
-        """The weighted sum of rewards of media of these prompts, with its gradient; means go to `seen` by their key in
-        the log, for rules that sample no further than a replay."""
+    def pathwise(self, prompts: Prompts, seen: dict[str, Tensor], tally: Tally | None = None) -> RewardFunction:
+        """The weighted sum of rewards (N,) of media of these prompts, with its gradient: 0, and none, where there is no score, or NaN
+        where no gradient is asked for.
+
+        seen: gets means by their key in the log, for rules that sample no further than a replay; tally: counts what has no score.
+        """
 
         def reward(media: Media) -> Tensor:
+            valid = torch.ones(len(prompts), dtype=torch.bool, device=media.pixels.device)
+            shown = Media(_guarded(check_media(media).pixels, valid), media.fps)
             total = media.pixels.new_zeros(len(prompts))
             for name, function in self.rewards.items():
-                value = function(check_media(media), prompts)
-                if torch.is_grad_enabled() and not self._reaches(name, value, media):
+                value = function(shown, prompts)
+                if torch.is_grad_enabled() and not self._reaches(name, value, shown):
                     raise Fault(f"reward {name}: has no gradient to the pictures")
                 value = torch.as_tensor(value, dtype=total.dtype, device=total.device)
-                if not value.isfinite().any():
-                    raise Fault(f"reward {name}: no sample got a score, none is finite")
                 total = total + self.weights[name] * value
-                seen[keys.reward(name)] = value.detach().mean()
-            seen[keys.TOTAL] = total.detach().mean()
-            return total
+                _note(seen, keys.reward(name), value)
+                if tally is not None:
+                    tally.missing[name] += int((~value.isfinite()).sum())
+            valid &= total.detach().isfinite()
+            _note(seen, keys.TOTAL, total)
+            if tally is not None:
+                tally.asked, tally.unscored = tally.asked + len(valid), tally.unscored + int((~valid).sum())
+            return torch.where(valid, total, 0.0) if torch.is_grad_enabled() else total
 
         return reward
 
@@ -120,6 +139,22 @@ class Scorer:
                 return False
             self._proved.add(name)
         return True
+
+
+def _guarded(pixels: Tensor, valid: Tensor) -> Tensor:
+    """The same pixels; samples that turn out not to be `valid` get no gradient, whatever their reward's backward makes of it."""
+    if not (torch.is_grad_enabled() and pixels.requires_grad):
+        return pixels
+    shown = pixels.view_as(pixels)
+    shown.register_hook(lambda slope: torch.where(valid[:, None, None, None, None], slope, 0.0))
+    return shown
+
+
+def _note(seen: dict[str, Tensor], key: str, value: Tensor) -> None:
+    """Keep the mean over samples that have a score, if any has."""
+    given = value.detach()[value.detach().isfinite()]
+    if len(given):
+        seen[key] = given.mean()
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """What rules share that learn from finished samples, noised anew: AWM and DiffusionNFT.
 
 With d = v - v_old and e = v_old - v*, v* the target, NFT's loss in velocity space is a constant plus 2 A <d, e> plus a proximal
-term, and AWM's is A |e|^2 + 2 A <d, e> + A |d|^2: where the network is the old one their gradients are the same.
+term, and AWM's, which has A / limit for A, is A |e|^2 + 2 A <d, e> + A |d|^2 over the limit: where the network is the old one NFT's
+gradient is `advantage_limit` times AWM's.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ class ForwardRule(Rule):
         """A / limit in [-1, 1], A the group-relative advantage."""
         s, group, valid = self.settings, prompts.group[tree.leaf_root], scores.valid
 
-        def of(_: str, reward: Floats) -> list[Floats]:
-            return [ops.advantages.group_relative(reward, group, valid, scale=s.scale, limit=s.advantage_limit)]
+        def of(_: str, reward: Floats, rounding: float) -> list[Floats]:
+            return [ops.advantages.group_relative(reward, group, valid, s.scale, s.advantage_limit, rounding=rounding)]
 
         (advantage,) = merged(scores, group, s, of)
         return ops.advantages.average_to_parents(advantage / s.advantage_limit, tree.parent)[1:]

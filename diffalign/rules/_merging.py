@@ -39,13 +39,19 @@ def columns(scores: Scores, group: Integers, settings: MergeSettings) -> dict[st
 
 
 def merged(
-    scores: Scores, group: Integers, settings: MergeSettings, of: Callable[[str, Floats], list[Floats]]
+    scores: Scores, group: Integers, settings: MergeSettings, of: Callable[[str, Floats, float], list[Floats]]
 ) -> list[Floats]:
     """Advantages of scores whose samples' prompts are `group` (N,): of the weighted sum, or the weighted sum of those of every reward.
 
-    of: a column's name and values (N,), anything where invalid, to advantages, any number of arrays.
+    of: a column's name, values (N,), anything where invalid, and relative rounding, to advantages, any number of arrays.
     """
-    advantages = {name: of(name, values) for name, values in columns(scores, group, settings).items()}
+    # A sum is as coarse as its coarsest part, whatever its own numbers look like.
+    coarse = {name: ops.advantages.resolution(scores.by_name[name][scores.valid]) for name in scores.weights}
+    counted = [coarse[name] for name, weight in scores.weights.items() if weight]
+    total = max([*counted, ops.advantages.resolution(scores.total[scores.valid])])
+    advantages = {
+        name: of(name, values, coarse.get(name, total)) for name, values in columns(scores, group, settings).items()
+    }
     if settings.combine == "sum":
         return advantages["total"]
     # sum_k w_k A(r_k), clipped as A is

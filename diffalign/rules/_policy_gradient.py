@@ -53,10 +53,14 @@ class PolicyGradientSettings(MergeSettings):
             return [f"rule.window_steps: got {self.window_steps}, allowed is up to the window's noisy steps ({most})"]
         return []
 
-    def span(self, steps: int, update: int, rng: np.random.Generator) -> tuple[int, int]:
-        """First and one past the last noisy step of an update; the sampler's last step is never among them."""
+    def candidates(self, steps: int) -> tuple[int, int]:
+        """First and one past the last step that may be noisy; the sampler's last step is never among them."""
         first, stop = self.window or (0, steps)
-        stop = min(stop, steps - 1)
+        return first, min(stop, steps - 1)
+
+    def span(self, steps: int, update: int, rng: np.random.Generator) -> tuple[int, int]:
+        """First and one past the last noisy step of an update."""
+        first, stop = self.candidates(steps)
         if self.window_steps is None:
             return first, stop
         places = stop - first - self.window_steps + 1
@@ -92,14 +96,17 @@ class Risk(RuleSettings):
 class GroupSettings(SurrogateSettings):
     """Keys of rules that compare samples of one prompt."""
 
-    scale: Literal["group", "batch", "none"] = Field("group", description="what advantages are divided by")
+    scale: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="what advantages are divided by: the std of the group's rewards, of all rewards, or nothing",
+    )
     fan: int = Field(
         1,
         ge=1,
         description="children of each sample at its first noisy step, which share what came before (Flow-GRPO-Fast)",
     )
     baseline: Literal["group", "leave_one_out"] = Field(
-        "group", description="what rewards are compared with: the group's mean, or that of the others in it, undivided"
+        "group", description="what rewards are compared with: the group's mean, or that of the others in it"
     )
     risk: Risk | None = Field(
         None, description="low, high, weight, bundle: maximise RiskPO's mixed value-at-risk; null: the mean"
@@ -136,21 +143,22 @@ def plan(
     update: int,
     rng: np.random.Generator,
     *,
-    normalised: bool = False,
+    power: int = -1,
     fan: int = 1,
     flash: float | None = None,
     keep_mean: bool = False,
 ) -> Plan:
-    """Sample to the end with noise in the window; one log-prob term per noisy step, weights averaging to 1 / steps.
+    """Sample to the end with noise in the window; one log-prob term per noisy step, weights averaging to 1 / steps over the window.
 
-    normalised: the rule's log-ratio has no 1 / std, which `equal` then need not undo. flash: see `GroupSettings`.
+    power: of std in the gradient of the rule's log-ratio, which `equal` undoes. flash: see `GroupSettings`.
 
     Raises:
         UserError: for inv_dt on levels that are no flow's.
     """
     first, stop = settings.span(schedule.steps, update, rng)
     noisy = [k for k in range(first, stop) if schedule.std[k] > 0]
-    weights = step_weights(schedule, settings.step_weight, noisy, normalised) / len(noisy)
+    candidates = [k for k in range(*settings.candidates(schedule.steps)) if schedule.std[k] > 0]
+    weights = step_weights(schedule, settings.step_weight, noisy, candidates, power) / len(noisy)
     terms = tuple(Term(k, k + 1, "log_prob", weight=float(w)) for k, w in zip(noisy, weights, strict=True))
     return Plan(
         stop=schedule.steps,
@@ -169,19 +177,20 @@ def evenly(start: int, stop: int, share: float) -> tuple[int, ...]:
     return tuple(start + k * (stop - start) // count for k in range(count))
 
 
-def step_weights(schedule: Schedule, kind: str, steps: list[int], normalised: bool) -> np.ndarray:
-    """Weights of steps' losses, of mean 1.
+def step_weights(schedule: Schedule, kind: str, steps: list[int], candidates: list[int], power: int = -1) -> np.ndarray:
+    """Weights of steps' losses, of mean 1 over all `candidates`: a step weighs the same whichever others are drawn with it.
 
-    At ratio 1 the gradient on the prediction is A gain / (std D) eps, or A gain / D eps where the ratio is normalised.
+    At ratio 1 the gradient on the prediction is A gain std^power / D eps: power -1 of a Gaussian's log-ratio, 0 where it is freed of the
+    noise (GRPO-Guard), 1 where it has no 1 / (2 std^2) (`ratio: unweighted`, but for a factor of 2).
     """
-    std, gain = schedule.std[steps], schedule.gain[steps]
+    std, gain = schedule.std[candidates], schedule.gain[candidates]
     if kind == "inv_dt":
         if not np.allclose(schedule.alpha + schedule.sigma, 1):
             raise UserError("rule.step_weight: got inv_dt, which only a flow has; allowed here are none, equal, std")
-        weights = 1 / -np.diff(schedule.sigma)[steps]
+        weights = 1 / -np.diff(schedule.sigma)[candidates]
     else:
-        weights = {"none": np.ones(len(steps)), "equal": (1 if normalised else std) / gain, "std": std}[kind]
-    return weights / weights.mean()
+        weights = {"none": np.ones(len(candidates)), "equal": 1 / (gain * std**power), "std": std}[kind]
+    return (weights / weights.mean())[[candidates.index(step) for step in steps]]
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,7 @@ def revisited(step: int, policy: Policy, part: Rollout, credit: Credit | None) -
     now, old = policy.transition(part, step), part.log_prob[step]
     assert old is not None, f"step {step} is deterministic"
     new = ops.gaussian.log_prob(part.x[step + 1], now.mean[part.tree.parent[step]], now.std, reduce="mean")
-    return Step(now, new, new - old, new.new_tensor(credit[step]))
+    return Step(now, new, new - old, ops.gaussian.like(credit[step], new))
 
 
 def clipped(step: Step, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -244,24 +253,26 @@ class GroupRule(SurrogateRule):
     def needs(self) -> Needs:
         s = self.settings
         bundle = 1 if s.risk is None else s.risk.bundle
-        return Needs(stochastic_sampler=True, groups=s.fan == 1, bundle=bundle, reference=s.kl > 0)
+        return Needs(stochastic_sampler=True, groups=s.fan == 1, bundle=bundle, reference=s.kl > 0, anchored=s.kl > 0)
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """The leaf's group-relative advantage, the same on every edge that leads to it; 0 between best and worst with `keep`."""
         s, group = self.settings, prompts.group[tree.leaf_root]
-        (advantage,) = merged(scores, group, s, lambda _, reward: [self._advantage(reward, group, scores.valid)])
+        (advantage,) = merged(
+            scores, group, s, lambda _, reward, rounding: [self._advantage(reward, group, scores.valid, rounding)]
+        )
         if s.keep is not None:
             advantage = ops.advantages.extremes(advantage, group, scores.valid, s.keep // 2)
         return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
 
-    def _advantage(self, reward: Floats, group: Integers, valid: NDArray[np.bool_]) -> Floats:
+    def _advantage(self, reward: Floats, group: Integers, valid: NDArray[np.bool_], rounding: float) -> Floats:
         s, compared = self.settings, group
         if s.risk is not None:
             reward, compared, valid = ops.advantages.bundled(reward, group, valid, s.risk.bundle)
             reward = ops.advantages.at_risk(reward, valid, s.risk.low, s.risk.high, s.risk.weight)
-        if s.baseline == "leave_one_out":
-            return ops.advantages.leave_one_out(reward, compared, valid)
-        return ops.advantages.group_relative(reward, compared, valid, scale=s.scale, limit=s.advantage_limit)
+        return ops.advantages.group_relative(
+            reward, compared, valid, s.scale, s.advantage_limit, baseline=s.baseline, rounding=rounding
+        )
 
 
 def divergence(term: Term, policy: Policy, part: Rollout, now: Transition, settings: SurrogateSettings) -> Tensor:
@@ -270,5 +281,5 @@ def divergence(term: Term, policy: Policy, part: Rollout, now: Transition, setti
         base = policy.transition(part, term.start)
     # The subtraction stays outside the reference context: its gradient is the point.
     if settings.kl_space == "prediction":
-        return ((now.prediction - base.prediction) ** 2).mean()
+        return ops.gaussian.reduce_latent((now.prediction - base.prediction) ** 2, "mean").mean()
     return ops.gaussian.divergence(now.mean, base.mean, now.std, reduce="mean").mean()

@@ -40,7 +40,7 @@ class AWM(forward.ForwardRule):
     @property
     def needs(self) -> Needs:
         s = self.settings
-        return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise)
+        return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise, anchored=s.kl > 0 or s.anchor > 0)
 
     def decays(self, update: int) -> dict[str, float]:
         s = self.settings
@@ -60,7 +60,7 @@ class AWM(forward.ForwardRule):
         if s.inner_updates > 1:
             with policy.shadow("old"):
                 old = self._log_p(at, at.predicted(policy))
-        advantage = log_p.new_tensor(credit[-1])
+        advantage = ops.gaussian.like(credit[-1], log_p)
         value = ops.surrogate.clipped(log_p - old, advantage, s.clip).mean()
         low, high = ops.surrogate.clip_fraction((log_p - old).detach(), s.clip)
         metrics = {"matching": -log_p.detach().mean(), "clip_low": low, "clip_high": high}
@@ -70,7 +70,7 @@ class AWM(forward.ForwardRule):
             drift = ops.matching.error(predicted, slow).mean()
             value, metrics["drift"] = value + s.anchor * drift, drift.detach()
         value = self.held(value, metrics, at, predicted, policy)
-        return Loss(value, metrics, gap=(log_p.detach() - old).abs().max())
+        return Loss(value, metrics, gap=(log_p.detach() - old).abs().max(), clip=s.clip)
 
     def _log_p(self, at: forward.Noised, predicted: Any) -> Any:
         ell = ops.matching.error(predicted, at.target)

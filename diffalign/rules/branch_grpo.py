@@ -73,7 +73,13 @@ class BranchGRPO(policy_gradient.SurrogateRule):
     @property
     def needs(self) -> Needs:
         s = self.settings
-        return Needs(stochastic_sampler=True, groups=s.factor == 1, reference=s.kl > 0, log_probs=s.fusion > 0)
+        return Needs(
+            stochastic_sampler=True,
+            groups=s.factor == 1,
+            reference=s.kl > 0,
+            log_probs=s.fusion > 0,
+            anchored=s.kl > 0,
+        )
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         """Noise in the window and at the splits, children at the splits, a term per noisy step that is not skipped."""
@@ -84,7 +90,9 @@ class BranchGRPO(policy_gradient.SurrogateRule):
         learned = [k for k in noisy if not begin <= k < begin + s.skip_depths]
         branch = tuple(s.factor if k in s.splits else 1 for k in range(steps))
         edges = np.cumprod(branch)[learned]
-        weights = policy_gradient.step_weights(schedule, s.step_weight, learned, False) / len(learned)
+        low, high = s.candidates(steps)
+        candidates = [k for k in range(steps - 1) if (low <= k < high or k in s.splits) and schedule.std[k] > 0]
+        weights = policy_gradient.step_weights(schedule, s.step_weight, learned, candidates) / len(learned)
         if s.average == "edges":
             weights = weights * edges / edges.mean()
         terms = tuple(Term(k, k + 1, "log_prob", float(w)) for k, w in zip(learned, weights, strict=True))
@@ -98,15 +106,15 @@ class BranchGRPO(policy_gradient.SurrogateRule):
         )
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
-        """(r(child) - mean) / (std + eps) over the nodes of that depth and prompt."""
+        """(r(child) - mean) / std over the nodes of that depth and prompt."""
         s, leaf_group = self.settings, prompts.group[tree.leaf_root]
 
-        def of(_: str, reward: Floats) -> list[Floats]:
+        def of(_: str, reward: Floats, rounding: float) -> list[Floats]:
             values, valid = ops.advantages.fuse(reward, scores.valid, tree.parent, scores.log_prob, s.fusion)
             spread = (reward, leaf_group, scores.valid) if s.normalise == "leaves" else None
             groups = [prompts.group[roots] for roots in tree.root]
             return [
-                ops.advantages.group_relative(v, g, known, limit=s.advantage_limit, spread_of=spread)
+                ops.advantages.group_relative(v, g, known, limit=s.advantage_limit, spread_of=spread, rounding=rounding)
                 for v, g, known in zip(values[1:], groups[1:], valid[1:], strict=True)
             ]
 
@@ -126,9 +134,11 @@ class BranchGRPO(policy_gradient.SurrogateRule):
         last = s.splits[-1]
         siblings = tree.parent[last]  # after it every node has one child: what is true of a node is true of its leaf
         if s.width == "better_child":
+            # Credit has the order of the rewards among siblings; one without a score is no better than any.
+            order = np.where(valid, credit[last], -np.inf)
             best = np.full(int(siblings.max()) + 1, -np.inf)
-            np.maximum.at(best, siblings, credit[last])  # which has the order of the rewards among siblings
-            winners = np.flatnonzero(credit[last] == best[siblings])
+            np.maximum.at(best, siblings, order)
+            winners = np.flatnonzero(order == best[siblings])
             kept = np.zeros(len(siblings), bool)
             kept[winners[np.unique(siblings[winners], return_index=True)[1]]] = True
         else:
@@ -140,4 +150,4 @@ class BranchGRPO(policy_gradient.SurrogateRule):
         """max(-A r, -A clip(r)) + kl * divergence, averaged over the part's edges at the term's step."""
         step = policy_gradient.revisited(term.start, policy, part, credit)
         value, metrics = self.surrogate(term, policy, part, step, self.settings.clip)
-        return Loss(value, metrics, gap=step.gap)
+        return Loss(value, metrics, gap=step.gap, clip=self.settings.clip)

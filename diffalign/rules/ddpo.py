@@ -66,7 +66,7 @@ class DDPO(Rule):
         """(r - mean) / std of the prompt's last rewards, these included; of the batch while they are few."""
         texts, group = [prompts.text[root] for root in tree.leaf_root], prompts.group[tree.leaf_root]
 
-        def of(name: str, reward: Floats) -> list[Floats]:
+        def of(name: str, reward: Floats, _: float) -> list[Floats]:
             return [self._standardised(self._joined(name, texts, reward, scores.valid), texts, reward, scores.valid)]
 
         (advantage,) = merged(scores, group, self.settings, of)
@@ -100,7 +100,7 @@ class DDPO(Rule):
         if self.settings.estimator == "score":
             return Loss(-(step.advantage * step.log_prob).mean(), step.metrics, gap=step.gap)
         value, metrics = policy_gradient.clipped(step, self.settings.clip)
-        return Loss(value, metrics, gap=step.gap)
+        return Loss(value, metrics, gap=step.gap, clip=self.settings.clip)
 
     def after_update(self, update: Update) -> None:
         """The update's rewards join their prompts' history."""

@@ -35,9 +35,9 @@ class FlowGRPO(policy_gradient.GroupRule):
     settings: Settings
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
-        return policy_gradient.plan(
-            schedule, self.settings, update, rng, fan=self.settings.fan, flash=self.settings.flash
-        )
+        s = self.settings
+        power = 1 if s.ratio == "unweighted" else -1
+        return policy_gradient.plan(schedule, s, update, rng, power=power, fan=s.fan, flash=s.flash)
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) + kl * divergence at the term's step, averaged over the part."""
@@ -47,4 +47,4 @@ class FlowGRPO(policy_gradient.GroupRule):
             # -(x' - mu)^2 instead of -(x' - mu)^2 / (2 std^2)
             step = replace(step, log_ratio=step.log_ratio * 2 * step.now.std**2)
         value, metrics = self.surrogate(term, policy, part, step, s.clip)
-        return Loss(value, metrics, gap=step.gap)
+        return Loss(value, metrics, gap=step.gap, clip=s.clip)

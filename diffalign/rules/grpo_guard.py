@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from diffalign import ops
 from diffalign.protocols import Loss, Policy, RewardFunction
 from diffalign.rules import _policy_gradient as policy_gradient
 from diffalign.types import Credit, Plan, Rollout, Schedule, Term, Update
@@ -58,10 +59,8 @@ class GRPOGuard(policy_gradient.GroupRule):
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         s = self.settings
-        normalised = s.ratio_norm == "full"
-        return policy_gradient.plan(
-            schedule, s, update, rng, normalised=normalised, fan=s.fan, flash=s.flash, keep_mean=True
-        )
+        power = 0 if s.ratio_norm == "full" else -1
+        return policy_gradient.plan(schedule, s, update, rng, power=power, fan=s.fan, flash=s.flash, keep_mean=True)
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) with the normalised ratio r, + kl * divergence, averaged over the part."""
@@ -76,7 +75,7 @@ class GRPOGuard(policy_gradient.GroupRule):
         spread = log_ratio.detach().square().mean().sqrt()
         if spread > 0:  # not on the first pass, where every ratio is 1
             metrics["log_ratio_std"] = spread
-        return Loss(value, metrics, gap=plain.gap)
+        return Loss(value, metrics, gap=step.gap, clip=self.clip)
 
     def after_update(self, update: Update) -> None:
         """Keep the running spread of log-ratios."""
@@ -96,6 +95,6 @@ def normalised(log_ratio: Tensor, change: Tensor, std: float, kind: str) -> Tens
     if kind == "none":
         return log_ratio
     # bias = mean(dmu^2) / (2 s^2), each sample's own
-    centred = log_ratio + change.square().flatten(1).mean(1) / (2 * std**2)
+    centred = log_ratio + ops.gaussian.reduce_latent(change.square(), "mean") / (2 * std**2)
     # times s: <dmu, xi> / D, whatever the step
     return centred if kind == "mean" else centred * std

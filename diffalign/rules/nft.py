@@ -42,7 +42,8 @@ class NFT(forward.ForwardRule):
     @property
     def needs(self) -> Needs:
         s = self.settings
-        return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise)
+        # At A = 0 the loss still draws v towards v_old.
+        return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise, anchored=True)
 
     def decays(self, update: int) -> dict[str, float]:
         return {"old": forward.rising(update, self.settings.old_decay)}
@@ -57,8 +58,8 @@ class NFT(forward.ForwardRule):
         predicted = at.predicted(policy)
         with policy.shadow("old"):
             old = at.predicted(policy)
-        r = (1 + predicted.new_tensor(credit[-1]).to(predicted.dtype)) / 2  # credit is A / limit
         positive = self._error(at, s.beta * predicted + (1 - s.beta) * old)
+        r = (1 + ops.gaussian.like(credit[-1], positive)) / 2  # credit is A / limit
         negative = self._error(at, (1 + s.beta) * old - s.beta * predicted)
         value = s.advantage_limit / s.beta * (r * positive + (1 - r) * negative).mean()
         metrics = {"old_deviation": ops.matching.error(predicted, old).mean().detach()}
@@ -69,5 +70,5 @@ class NFT(forward.ForwardRule):
         if self.settings.space == "prediction":
             return ops.matching.error(predicted, at.target)
         clean = at.clean(predicted)
-        size = (clean - at.x0).detach().abs().flatten(1).mean(1).clamp(min=LEAST_ERROR)
+        size = ops.gaussian.reduce_latent((clean - at.x0).detach().abs(), "mean").clamp(min=LEAST_ERROR)
         return ops.matching.error(clean, at.x0) / size

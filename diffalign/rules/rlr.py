@@ -237,10 +237,10 @@ class RLR(Rule):
         assert credit is not None
         eps = part.eps[term.stop - 1]
         assert eps is not None, f"step {term.stop - 1} is deterministic"
-        advantage = span.mean.new_tensor(credit[term.stop - 1])
+        inner = ops.gaussian.score_inner(span.mean, eps, span.std)
         # -(R - b) <Phi, eps / std>, summed over latent dimensions: with a mean it would have 1 / D of its weight beside the
         # pathwise term.
-        value = -(advantage * ops.gaussian.score_inner(span.mean, eps, span.std)).mean()
+        value = -(ops.gaussian.like(credit[term.stop - 1], inner) * inner).mean()
         return Loss(value, gap=(span.x.detach() - part.x[term.stop]).abs().max())
 
     def _perturbed(self, term: Term, policy: Policy, part: Rollout, reward: RewardFunction) -> Loss:
@@ -249,9 +249,11 @@ class RLR(Rule):
         ends = []
         for scale in (self.settings.perturbation, -self.settings.perturbation):
             with policy.shifted(term.draw, term.steps, scale):
-                ends.append(reward(policy.decode(part, policy.replay(part, term.start, term.stop).x)).mean())
+                ends.append(reward(policy.decode(part, policy.replay(part, term.start, term.stop).x)))
+        # A sample without a score at either end carries no weight.
+        apart = (ends[0] - ends[1]).nan_to_num(0.0, 0.0, 0.0).mean()
         # sum_i d J / d theta_i ~ (R+ - R-) / (2 s) sum_i zeta_i, s the noise's std
-        slope = (ends[0] - ends[1]) / (2 * self.settings.perturbation)
+        slope = apart / (2 * self.settings.perturbation)
         return Loss(-slope * policy.along(term.draw, term.steps), {"slope": slope})
 
     def after_update(self, update: Update) -> None:

@@ -106,12 +106,10 @@ def write_adapter(config: Config, parts: Parts, run: RunFolder, summary: Summary
 def _card(config: Config, summary: Summary, folder: Path, update: int) -> str:
     from diffalign.shapes import models
 
-    lines = ["| evaluation | after | 95 % interval | paired gain | 95 % interval |", "|---|---|---|---|---|"]
+    lines = ["| evaluation | after, 95 % interval | paired gain, 95 % interval |", "|---|---|---|"]
     for name, judged in summary.rewards.items():
-        value, gain = judged.value, judged.gain
-        cells = [f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}"]
-        cells += ["-", "-"] if gain is None else [f"{gain.value:+.3f}", f"{gain.low:+.3f} to {gain.high:+.3f}"]
-        lines.append(f"| {keys.evaluated(name)} | " + " | ".join(cells) + " |")
+        gain = "-" if judged.gain is None else judged.gain.text("+.3f")
+        lines.append(f"| {keys.evaluated(name)} | {judged.value.text()} | {gain} |")
     arguments = "".join(f"{key}={value!r}, " for key, value in call_arguments(config).items() if key != "sigmas")
     if config.sampler.sigmas == "linear":
         steps = config.sampler.steps

@@ -93,8 +93,8 @@ class Outputs:
             for key in keys.rewards(row):
                 rewards[key].append((row["update"], row[key]))
             for name, judged in Summary.of_row(row).rewards.items():
-                value = judged.value
-                evaluations[keys.evaluated(name)].append((row["update"], value.value, value.low, value.high))
+                value = judged.value.value
+                evaluations[keys.evaluated(name)].append((row["update"], value, *(judged.value.ends or (value, value))))
         figures.curves(
             dict(sorted(rewards.items())), dict(sorted(evaluations.items())), self.folder / "curves.png", self.title
         )

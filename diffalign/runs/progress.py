@@ -83,12 +83,9 @@ class Reporter(Listener):
     def evaluated(self, event: Evaluated) -> None:
         """One line a reward, with intervals and, after the first, the paired gain."""
         for name, judged in event.summary.rewards.items():
-            value, gain = judged.value, judged.gain
-            line = (
-                f"update {event.number}  {keys.evaluated(name)} {value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
-            )
-            if gain is not None:
-                line += f"  gain {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+            line = f"update {event.number}  {keys.evaluated(name)} {judged.value.text()}"
+            if judged.gain is not None:
+                line += f"  gain {judged.gain.text('+.3f')}"
             self.say(line)
 
     def ended(self, event: Ended) -> None:

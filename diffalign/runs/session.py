@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from diffalign import config as configs
@@ -28,6 +27,7 @@ from diffalign.runs.resume import with_kept
 from diffalign.runs.savepoints import SavePoints
 from diffalign.runs.stop import Stop
 from diffalign.runs.trackers import Trackers
+from diffalign.runtime import keys
 from diffalign.runtime.distributed import ALONE, World
 from diffalign.runtime.memory import fitting
 from diffalign.types import Floats, Update
@@ -233,11 +233,8 @@ class Session:
     def _check_scores(self, update: Update) -> None:
         """End a run whose samples went without scores too often."""
         if self.unscored >= (limit := self.config.scoring.invalid_in_a_row):
-            assert update.judged is not None, "it has samples without a score"
-            names = [name for name, values in update.judged[1].by_name.items() if not np.isfinite(values).all()]
-            raise Unscored(
-                f"update {self.done}: {limit} updates in a row had samples without a score: {', '.join(names)}"
-            )
+            names = ", ".join(keys.invalids(update.metrics))
+            raise Unscored(f"update {self.done}: {limit} updates in a row had samples without a score: {names}")
 
     @contextmanager
     def _saved_if_unscored(self) -> Iterator[None]:

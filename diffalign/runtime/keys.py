@@ -29,6 +29,11 @@ def invalid(name: str) -> str:
     return f"invalid/{name}"
 
 
+def invalids(keys: Iterable[str]) -> list[str]:
+    """Rewards among some keys that gave samples no score."""
+    return [key.removeprefix("invalid/") for key in keys if key.startswith("invalid/")]
+
+
 def evaluated(name: str, ending: str = "") -> str:
     """Of a reward's mean over an evaluation's samples, or with an ending of its interval, its gain and that one's interval."""
     return f"eval/{_quoted(name, name == 'n' or name.endswith(ENDINGS))}{ending}"

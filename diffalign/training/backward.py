@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from diffalign.errors import Fault
 from diffalign.protocols import TrainablePolicy
-from diffalign.rewards.scorer import Scorer
+from diffalign.rewards.scorer import Scorer, Tally
 from diffalign.rules import Rule
 from diffalign.training.scoring import select_credit
 from diffalign.types import Credit, Rollout, Span, Term, chunks
 
-# Largest |log-ratio| of a first pass. On the CPU the same kernels run twice; elsewhere 1e-4 is the usual clip range, and rounding
-# stored latents to bfloat16 after their log-prob, the commonest mistake, gives 4e-4 and more.
-EXACT_GAP, CLOSE_GAP = 0.0, 1e-4
+# Largest |log-ratio| of a first pass. On the CPU the same kernels run twice, and only the order of a sum in float64 may differ; elsewhere
+# it is a tenth of the clip range, so that no row can be clipped, and at most 1e-4: rounding stored latents to bfloat16 after their
+# log-prob, the commonest mistake, gives 4e-4 and more.
+EXACT_GAP, CLOSE_GAP, OF_CLIP = 1e-12, 1e-4, 0.1
 Logged = dict["str | Span", float]  # numbers by name; norms of terms' gradients by their steps
 
 
@@ -25,13 +26,14 @@ Logged = dict["str | Span", float]  # numbers by name; norms of terms' gradients
 class Backward:
     """Adds up gradients of a rule's terms.
 
-    term_norms: whether the norm of every term's own gradient is wanted.
+    term_norms: whether the norm of every term's own gradient is wanted; tally: of the samples that the last step asked rewards about.
     """
 
     rule: Rule
     policy: TrainablePolicy
     scorer: Scorer
     term_norms: bool = False
+    tally: Tally = field(default_factory=Tally)
 
     def accumulate(
         self,
@@ -52,6 +54,7 @@ class Backward:
             Fault: if a first pass differs from the rollout, saying `where`.
         """
         total = total or len(rollout.prompts)
+        self.tally = Tally()
         sums: Logged = defaultdict(float)
         weights: Logged = defaultdict(float)
         for rows in chunks(len(rollout.prompts), self.policy.micro_batch):
@@ -69,10 +72,10 @@ class Backward:
     ) -> dict[str | Span, Tensor | float]:
         """One term on one part, and what it logs; where: of a first pass, for messages."""
         seen: dict[str, Tensor] = {}
-        reward = self.scorer.pathwise(part.prompts.select(part.tree.leaf_root), seen)
+        reward = self.scorer.pathwise(part.prompts.select(part.tree.leaf_root), seen, self.tally)
         loss = self.rule.loss(term, self.policy, part, credit, reward)
         if where is not None and loss.gap is not None:
-            self._check_gap(float(loss.gap), where, term)
+            self._check_gap(float(loss.gap), loss.clip, where, term)
         logged: dict[str | Span, Tensor | float] = {}
         logged.update(seen)
         logged.update(loss.metrics)
@@ -99,8 +102,9 @@ class Backward:
                 parameter.grad = old
         return float(torch.stack([g.norm() for g in own if g is not None]).norm())
 
-    def _check_gap(self, gap: float, where: str, term: Term) -> None:
-        allowed = EXACT_GAP if self.policy.exact else CLOSE_GAP
+    def _check_gap(self, gap: float, clip: float | None, where: str, term: Term) -> None:
+        close = CLOSE_GAP if clip is None else min(CLOSE_GAP, OF_CLIP * clip)
+        allowed = EXACT_GAP if self.policy.exact else close
         if not gap <= allowed:
             raise Fault(
                 f"{where}, step {term.start}: the replay differs from the rollout by {gap:.3g} "

@@ -15,8 +15,9 @@ import torch
 
 from diffalign.errors import Unscored
 from diffalign.protocols import TrainablePolicy
-from diffalign.rewards.scorer import Scorer
+from diffalign.rewards.scorer import Scorer, Tally
 from diffalign.rules import Rule
+from diffalign.runtime import keys
 from diffalign.runtime.distributed import ALONE, World
 from diffalign.runtime.memory import fitting
 from diffalign.runtime.randomness import Purpose, numpy_generator
@@ -122,7 +123,7 @@ class Trainer:
         update = Update(
             scored=int(scores.valid.sum()),
             unscored=int((~scores.valid).sum()),
-            flat=_flat(plan, credit),
+            flat=not self.rule.needs.anchored and _flat(plan, credit),
             judged=(prompts.select(tree.leaf_root), scores),
             metrics=describe(scores, prompts.group[tree.leaf_root]),
         )
@@ -137,13 +138,33 @@ class Trainer:
             work = functools.partial(self._gradient, terms, sampled, first=first, where=where)
             logged = self.world.together(functools.partial(fitting, self.policy, work, self.notify))
             logged = self.world.average(logged, len(sampled.rollout.prompts) / sampled.total)
+            counts = self._counts(where)
             norm = self._step()
             skipped += norm is None
             logged |= {"skipped_nonfinite": 1.0} if norm is None else {"grad_norm": norm, "skipped_nonfinite": 0.0}
             for name, value in logged.items():
                 values[name].append(value)
-        update = _with(sampled.update, {name: float(np.mean(each)) for name, each in values.items()})
+        update = sampled.update
+        if update.judged is None:  # nothing was scored beforehand
+            update = replace(update, scored=counts.asked - counts.unscored, unscored=counts.unscored)
+            missing = {keys.invalid(name): [float(count)] for name, count in counts.missing.items() if count}
+            values.update(missing)
+        update = _with(update, {name: float(np.mean(each)) for name, each in values.items()})
         return replace(update, steps=len(sampled.rollout.plan.updates), nonfinite=skipped)
+
+    def _counts(self, where: str) -> Tally:
+        """What the step just taken a gradient of asked rewards about, in all processes.
+
+        Raises:
+            Unscored: if too many samples have no score.
+        """
+        whole = Tally()
+        for part in self.world.gather(self.backward.tally):
+            whole = Tally(whole.asked + part.asked, whole.unscored + part.unscored, whole.missing + part.missing)
+        if whole.unscored and (whole.unscored > self.max_invalid * whole.asked or whole.unscored == whole.asked):
+            lines = [f"{name}: {count} of {whole.asked}" for name, count in whole.missing.items()]
+            raise Unscored(f"{where}: samples without a score, {', '.join(lines)}")
+        return whole
 
     def _gradient(self, terms: tuple[Term, ...], sampled: Sampled, *, first: bool, where: str) -> Logged:
         """The gradient of one optimiser step, from zero."""

@@ -18,7 +18,7 @@ endings = st.sampled_from(["", *keys.ENDINGS, "_lo_lo", "_gain_gain"])
 words = st.one_of(st.text(min_size=1, max_size=6), st.sampled_from(["x", "n", "total", "valid", '"x"', "a/b"]))
 names = st.builds(str.__add__, words, endings)
 numbers = st.floats(-1e6, 1e6)
-intervals = st.builds(Interval, numbers, numbers, numbers)
+intervals = st.builds(Interval, numbers) | st.builds(Interval, numbers, numbers, numbers)
 summaries = st.builds(
     Summary,
     st.integers(1, 10**6),

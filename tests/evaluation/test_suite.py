@@ -67,7 +67,7 @@ def test_base_and_aligned_are_judged_from_the_same_noises(out, prompts):
     assert "tuned" in tuned["adapters"][0]
     assert set(base["scores"]["shapes_geneval"]["tasks"]) == {"colors", "counting", "color_attr"}
     assert tuned["drift"]["mean"] > 0.01
-    assert tuned["prediction_drift"]["low"] > 0.01
+    assert tuned["prediction_drift"]["mean"] > 0.01
     assert "prediction_drift" not in base
     assert base["diversity"]["mean"] > 0.01
     lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
@@ -83,10 +83,11 @@ def test_base_and_aligned_are_judged_from_the_same_noises(out, prompts):
     both = [row["scores"]["jpeg_compressibility"] for row in (base, tuned)]
     of_tasks = [np.mean([part["mean"] for part in found["tasks"].values()]) for found in both]
     assert both[1]["gain_of_tasks"]["mean"] == pytest.approx(of_tasks[1] - of_tasks[0])
-    assert both[1]["gain_of_tasks"]["low"] <= both[1]["gain_of_tasks"]["mean"]  # equal: one prompt a task
+    assert both[1]["gain_of_tasks"]["low"] is None  # one prompt a task
     assert [line["seed"] for line in lines[:6]] == [line["seed"] for line in lines[6:]]
     assert len({line["seed"] for line in lines}) == 6
     page = (out / "index.html").read_text()
+    assert "(too few prompts for an interval)" in page
     assert "0-shapes-sd3/000000.png" in page
     assert "1-tuned" in page
     with Image.open(out / "grid.png") as grid:

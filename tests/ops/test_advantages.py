@@ -11,7 +11,8 @@ GROUP = np.array([0, 0, 0, 7, 7, 7])
 
 def test_T22_a_group_of_zero_and_one():
     found = advantages.group_relative(np.array([0.0, 1.0]), np.array([0, 0]), np.array([True, True]))
-    np.testing.assert_allclose(found, [-0.9998, 0.9998], atol=1e-8)
+    # Published code adds 1e-4 to the standard deviation (0.9998): a reward in other units would have other advantages.
+    np.testing.assert_array_equal(found, [-1, 1])
 
 
 def test_T23_constant_float32_groups_get_exactly_nothing():
@@ -20,8 +21,10 @@ def test_T23_constant_float32_groups_get_exactly_nothing():
         np.repeat(rewards, 24).astype(np.float64) / 3, np.repeat(np.arange(2000), 24), np.ones(48000, bool)
     )
     assert (found == 0).all()
-    jitter = 0.1 + 1e-9 * np.random.default_rng(1).normal(size=24)  # a spread of rounding alone
-    assert (advantages.group_relative(jitter, np.zeros(24, int), np.ones(24, bool)) == 0).all()
+    ulps = np.random.default_rng(1).integers(-1, 2, 24)  # a spread of rounding alone
+    for one, kind in ((np.float32(0.1), np.float32), (np.float64(0.1), np.float64)):
+        jitter = (one + ulps * np.spacing(one)).astype(kind).astype(np.float64)
+        assert (advantages.group_relative(jitter, np.zeros(24, int), np.ones(24, bool)) == 0).all()
     tenths = advantages.group_relative(np.full(24, 0.1), np.zeros(24, int), np.ones(24, bool), scale="none")
     assert (tenths == 0).all()
 
@@ -30,19 +33,48 @@ def test_T23_constant_float32_groups_get_exactly_nothing():
 @settings(max_examples=100, deadline=None)
 def test_T24_zero_sum_and_affine_invariance(values, scale, shift):
     rewards = np.array(values)
-    found = advantages.group_relative(rewards, GROUP, ALL, eps=0.0, limit=1e9)
+    found = advantages.group_relative(rewards, GROUP, ALL, limit=1e9)
     for name in (0, 7):
         assert abs(found[name == GROUP].sum()) < 1e-9
     if all(np.ptp(rewards[name == GROUP]) > 1e-2 for name in (0, 7)):
-        moved = advantages.group_relative(scale * rewards + shift, GROUP, ALL, eps=0.0, limit=1e9)
+        moved = advantages.group_relative(scale * rewards + shift, GROUP, ALL, limit=1e9)
         np.testing.assert_allclose(moved, found, atol=1e-6)
 
 
 def test_T25_batch_scale_divides_every_group_by_one_number():
     rewards = np.array([0.0, 1.0, 2.0, 0.0, 10.0, 20.0])
-    found = advantages.group_relative(rewards, GROUP, ALL, scale="batch", eps=0.0)
+    found = advantages.group_relative(rewards, GROUP, ALL, scale="batch")
     centred = rewards - np.repeat([1.0, 10.0], 3)
-    np.testing.assert_allclose(found, centred / centred.std(), rtol=1e-12)
+    # of all rewards, as published code has it, and not of the centred ones
+    np.testing.assert_allclose(found, centred / rewards.std(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("baseline", ["group", "leave_one_out"])
+@given(
+    st.lists(st.integers(-1000, 1000), min_size=6, max_size=6),
+    st.sampled_from([1e-30, 1e-7, 1e-4, 1.0, 1e6, 1e30]),
+    st.sampled_from([0.0, 1e3, -1e6, 1e8]),
+)
+@settings(max_examples=50, deadline=None)
+def test_advantages_depend_neither_on_a_rewards_scale_nor_on_its_offset(scale, baseline, values, factor, offset):
+    """1e6 +- 0.1 as much as 0 +- 0.1; a step of 1e-3 among 1e8 is still 1e4 roundings of float64."""
+    rewards = np.array(values) / 1000
+    found = advantages.group_relative(rewards, GROUP, ALL, scale, baseline=baseline)
+    moved = advantages.group_relative(factor * (rewards + offset / 3), GROUP, ALL, scale, baseline=baseline)
+    np.testing.assert_allclose(moved, found, atol=1e-4)
+
+
+def test_leaving_one_out_is_scaled_and_limited_as_the_mean_is():
+    rewards = np.array([0.0, *[0.95] * 7])
+    group, valid = np.zeros(8, int), np.ones(8, bool)
+    found = advantages.group_relative(rewards, group, valid, baseline="leave_one_out", limit=10.0)
+    # r - mean of the others = (r - mean) 8 / 7, over the group's std: the others' own would be 0
+    np.testing.assert_allclose(found, (rewards - rewards.mean()) * 8 / 7 / rewards.std())
+    limited = advantages.group_relative(rewards, group, valid, baseline="leave_one_out", limit=0.5)
+    assert np.abs(limited).max() == 0.5
+    plain = advantages.group_relative(rewards, group, valid, "none", baseline="leave_one_out")
+    np.testing.assert_allclose(plain, advantages.leave_one_out(rewards, group, valid))
 
 
 def test_clipped_at_the_limit():

@@ -86,10 +86,10 @@ def test_T34_T35_an_edge_has_its_childs_advantage_at_its_depth():
     credit = BranchGRPO(S(splits=[0, 1])).credit(TWO_LEVELS, scores, given)
     # population std of [.25, .6]; with the sample's it would be -+ 0.7071
     np.testing.assert_allclose(credit[0], [-1, 1], atol=1e-3)
-    np.testing.assert_allclose(credit[1], (LEAVES - LEAVES.mean()) / (LEAVES.std() + 1e-4))
+    np.testing.assert_allclose(credit[1], (LEAVES - LEAVES.mean()) / LEAVES.std())
     assert all(abs(edges.sum()) < 1e-9 for edges in credit)
     by_leaves = BranchGRPO(S(splits=[0, 1], normalise="leaves")).credit(TWO_LEVELS, scores, given)
-    np.testing.assert_allclose(by_leaves[0], [-0.175, 0.175] / (LEAVES.std() + 1e-4))
+    np.testing.assert_allclose(by_leaves[0], [-0.175, 0.175] / LEAVES.std())
     np.testing.assert_allclose(by_leaves[1], credit[1])
 
 
@@ -106,8 +106,16 @@ def test_path_weights_reach_the_rule_from_the_rollout():
         stored = sampled.rollout.log_prob[step]
         expected = np.zeros(len(edges)) if stored is None else stored.numpy()
         np.testing.assert_array_equal(edges, expected)
-    plain = BranchGRPO(S(splits=[0, 1])).credit(sampled.rollout.tree, scores, sampled.rollout.prompts)
-    assert np.abs(plain[0] - credit[0]).max() > 1e-6 or np.abs(plain[1] - credit[1]).max() > 1e-6
+    # By the leaves' spread: two nodes' own spread makes their advantages 1 and -1 whatever they are.
+    weighed, plain = (
+        BranchGRPO(S(splits=[0, 1], normalise="leaves", fusion=beta)).credit(
+            sampled.rollout.tree, scores, sampled.rollout.prompts
+        )
+        for beta in (2.0, 0.0)
+    )
+    assert np.abs(plain[0] - weighed[0]).max() > 1e-3
+    np.testing.assert_array_equal(weighed[1], plain[1])
+    assert len(credit) == len(plain)
 
 
 @pytest.mark.parametrize("width", ["better_child", "extremes"])
@@ -127,6 +135,18 @@ def test_T36_width_pruning_takes_edges_after_the_last_split_and_changes_nothing_
     if width == "better_child":
         pairs = scores.total.reshape(-1, 2)
         np.testing.assert_array_equal((pruned[-1] != 0).reshape(-1, 2).argmax(1), pairs.argmax(1))
+
+
+def test_a_sibling_without_a_score_does_not_drop_one_that_has_it():
+    """Leaves 0, none, 5, 6: the first is the worst and the only one of its pair, and stays."""
+    scores = Scores({}, np.array([0.0, 0.0, 5.0, 6.0]), np.array([True, False, True, True]))
+    rule = BranchGRPO(S(splits=[0, 1], width="better_child"))
+    tree = Tree.grow(1, (2, 2, 1))
+    last = rule.credit(tree, scores, toy_prompts(1, 1))[-1]
+    assert last[0] == pytest.approx((0 - 11 / 3) / np.std([0, 5, 6]))
+    assert last[1] == 0
+    assert last[2] == 0
+    assert last[3] > 0
 
 
 @pytest.mark.parametrize(("skipped", "edges"), [(4, 154), (5, 138)])

@@ -5,7 +5,7 @@ import torch
 from diffalign import config
 from diffalign.backends.toy import ToyPolicy
 from diffalign.errors import Fault, UserError
-from diffalign.rules import FlowGRPO
+from diffalign.rules import BranchGRPO, FlowGRPO, GRPOGuard
 from diffalign.types import Scores, Term, Tree
 from tests.kit.helpers import gradient, rolled, toy_prompts, toy_trainer
 
@@ -30,15 +30,58 @@ def test_term_weights_average_to_one_over_the_steps():
         assert sum(term.weight for term in terms) == pytest.approx(1.0)
 
 
-def test_equal_step_weight_gives_every_step_the_same_gradient_on_the_prediction():
-    policy, rule = ToyPolicy(steps=6, dim=3), FlowGRPO(S(step_weight="equal"))
-    plan, part, _ = rolled(rule, policy)
-    norms = []
+class Watched(ToyPolicy):
+    """Keeps the predictions of steps, with their gradients."""
+
+    def transition(self, part, step):
+        found = super().transition(part, step)
+        if found.prediction.requires_grad:
+            found.prediction.retain_grad()
+            self.seen = found.prediction
+        return found
+
+
+def pulls(rule, policy: Watched) -> list[float]:
+    """How strongly each step's loss pulls at its prediction, for an advantage of 1 and noise of size 1: by autograd."""
+    plan, part, credit = rolled(rule, policy)
+    ones = [np.ones_like(edges) for edges in credit]
+    found = []
     for term in plan.updates[0]:
-        std, gain = policy.schedule.std[term.start], policy.schedule.gain[term.start]
-        # d log_prob_mean / d prediction = gain / (std D) eps
-        norms.append(term.weight * gain / std)
-    np.testing.assert_allclose(norms, norms[0], rtol=1e-12)
+        (rule.loss(term, policy, part, ones, None).value * term.weight).backward()
+        noise = part.eps[term.start]
+        found.append(float((policy.seen.grad / noise).abs().mean()))
+    return found
+
+
+@pytest.mark.parametrize("process", ["flow_sde", "cps"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        FlowGRPO(S(step_weight="equal")),
+        FlowGRPO(S(step_weight="equal", ratio="unweighted")),
+        GRPOGuard(GRPOGuard.Settings(step_weight="equal")),
+        GRPOGuard(GRPOGuard.Settings(step_weight="equal", ratio_norm="mean")),
+    ],
+    ids=["flow_grpo", "unweighted", "guard", "guard_mean"],
+)
+def test_equal_step_weight_gives_every_step_the_same_gradient_on_the_prediction(rule, process):
+    """With cps, 8 steps and level 0.8 an unweighted ratio pulled 49 times harder at one step than at another."""
+    found = pulls(rule, Watched(steps=8, dim=3, process=process, noise_level=0.8))
+    np.testing.assert_allclose(found, found[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("weight", ["equal", "std", "inv_dt"])
+def test_a_step_weighs_the_same_whichever_is_drawn_with_it(weight):
+    """Weights of mean 1 over the window: drawn one at a time, steps keep their differences."""
+    schedule = ToyPolicy(steps=10).schedule
+    whole = FlowGRPO(S(step_weight=weight)).plan(schedule, 0, np.random.default_rng(0)).updates[0]
+    expected = {term.start: term.weight * len(whole) for term in whole}
+    drawn = FlowGRPO(S(step_weight=weight, window_steps=1))
+    for update in range(20):
+        (term,) = drawn.plan(schedule, update, np.random.default_rng(update)).updates[0]
+        assert term.weight == pytest.approx(expected[term.start], rel=1e-12)
+    assert np.mean(list(expected.values())) == pytest.approx(1)
+    assert weight == "inv_dt" or max(expected.values()) > 1.5 * min(expected.values())  # evenly spaced levels
 
 
 def test_T16_gradient_is_minus_advantage_times_score():
@@ -139,7 +182,7 @@ def test_credit_is_the_leafs_advantage_on_every_edge():
     credit = FlowGRPO().credit(tree, scores, given)
     assert len(credit) == 3
     for edges in credit:
-        np.testing.assert_allclose(edges, [-1.22459489, 0, 1.22459489, 0, 0, 0], atol=1e-6)
+        np.testing.assert_allclose(edges, [-(1.5**0.5), 0, 1.5**0.5, 0, 0, 0], rtol=1e-12)
 
 
 def test_shared_start_gives_a_group_one_initial_noise_and_members_their_own_path():
@@ -313,10 +356,13 @@ def test_a_gate_puts_what_falls_short_last():
         leaf(S(gate={"c": 0.5}), scores)
 
 
-def test_leave_one_out_compares_with_the_others_undivided():
-    found = leaf(S(baseline="leave_one_out"), judged({"a": 1.0}, a=[0, 1, 2, 3, 4, 4, 4, 4]))
-    np.testing.assert_allclose(found[:4], np.array([0, 1, 2, 3]) - (6 - np.array([0, 1, 2, 3])) / 3)
+def test_leave_one_out_compares_with_the_others_and_is_divided_and_limited_as_asked():
+    scores, apart = judged({"a": 1.0}, a=[0, 1, 2, 3, 4, 4, 4, 4]), np.array([0, 1, 2, 3])
+    found = leaf(S(baseline="leave_one_out", scale="none"), scores)
+    np.testing.assert_allclose(found[:4], apart - (6 - apart) / 3)
     assert (found[4:] == 0).all()
+    np.testing.assert_allclose(leaf(S(baseline="leave_one_out"), scores)[:4], found[:4] / apart.std())
+    assert np.abs(leaf(S(baseline="leave_one_out", advantage_limit=0.5), scores)).max() == 0.5
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import torch
 
 from diffalign.backends.toy import ToyPolicy
 from diffalign.errors import Fault
-from diffalign.rules import DDPO, FlowGRPO
+from diffalign.rewards.scorer import Scorer
+from diffalign.rules import AWM, DDPO, NFT, BranchGRPO, FlowGRPO
 from diffalign.runtime.memory import out_of_memory
-from tests.kit.helpers import toy_trainer
+from diffalign.training.scoring import Clock
+from tests.kit.helpers import gradient, toy_prompts, toy_trainer
 
 CPU_MESSAGE = (
     "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
@@ -80,3 +82,66 @@ def test_other_errors_are_not_taken_for_memory():
     with pytest.raises(RuntimeError, match="shapes differ"):
         trained(Cramped(0, RuntimeError("shapes differ")), FlowGRPO())
     assert not out_of_memory(RuntimeError("cannot reshape tensor"))
+
+
+@pytest.mark.parametrize(("clip", "share"), [(1e-4, 0.2), (2e-6, 0.2), (2e-6, 3.0)])
+def test_off_the_cpu_a_first_pass_may_be_off_by_a_tenth_of_the_clip_range(clip, share):
+    """Half the rows would be clipped on the first pass where a rule with a clip range of 2e-6 may miss by 1e-4."""
+    policy, rule = ToyPolicy(), FlowGRPO(FlowGRPO.Settings(clip=clip))
+    type(policy).exact = property(lambda self: False)
+    try:
+        trainer = toy_trainer(rule, policy, 2, 8)
+        sampled = trainer._sample(0, Clock(torch.device("cpu")))
+        for log_prob in sampled.rollout.log_prob[:-1]:
+            log_prob += share * clip  # what kernels that do not repeat their bits would do
+        with pytest.raises(Fault, match=rf"allowed {0.1 * clip:g}\): sampling and training"):
+            trainer.backward.accumulate(
+                sampled.rollout.plan.updates[0], sampled.rollout, sampled.credit, first=True, where="update 1"
+            )
+        for log_prob in sampled.rollout.log_prob[:-1]:
+            log_prob -= (share - 0.05) * clip
+        trainer.backward.accumulate(
+            sampled.rollout.plan.updates[0], sampled.rollout, sampled.credit, first=True, where="update 1"
+        )
+    finally:
+        del type(policy).exact
+
+
+@pytest.mark.parametrize(
+    ("rule", "learns"),
+    [
+        (FlowGRPO(), False),
+        (FlowGRPO(FlowGRPO.Settings(kl=0.5)), True),
+        (BranchGRPO(BranchGRPO.Settings(splits=[0], kl=0.5)), True),
+        (AWM(), True),
+        (AWM(AWM.Settings(anchor=0.0)), False),
+        (NFT(), True),
+    ],
+    ids=["flow_grpo", "flow_grpo_kl", "branch_grpo_kl", "awm", "awm_free", "nft"],
+)
+def test_equal_rewards_skip_an_update_unless_something_else_is_to_be_learnt(rule, learns):
+    """A divergence or an anchor pulls whatever the rewards are."""
+    policy = ToyPolicy()
+    trainer = toy_trainer(rule, policy, 2, 4)
+    with torch.no_grad():
+        policy.delta.add_(0.1)  # away from the base model, and from every slow copy
+    trainer.scorer = trainer.sampling.scorer = trainer.backward.scorer = Scorer(
+        {"equal": lambda media, prompts: [1.0] * len(prompts)}
+    )
+    before = policy.delta.detach().clone()
+    update = trainer.update(0)
+    assert update.flat is not learns
+    assert torch.equal(policy.delta, before) is not learns
+
+
+@pytest.mark.parametrize("limit", [1.0, 5.0])
+def test_at_the_old_policy_nfts_gradient_is_the_limit_times_awms(limit):
+    shared = {"times": 2, "advantage_limit": limit, "kl": 0.0}
+    nft = NFT(NFT.Settings(space="prediction", beta=0.3, **shared))
+    awm = AWM(AWM.Settings(weight="uniform", anchor=0.0, **shared))
+    grads = []
+    for rule in (nft, awm):
+        policy = ToyPolicy()
+        policy.add_shadows(rule.decays(0))
+        grads.append(gradient(rule, policy, toy_prompts(3, 6)))
+    np.testing.assert_allclose(grads[0], limit * grads[1], rtol=1e-9, atol=1e-13)
