@@ -36,12 +36,15 @@ def crop(pixels: Tensor, size: int) -> Tensor:
 
 
 def pad(pixels: Tensor, size: int) -> Tensor:
-    """Longest side to `size`, then black to a square: (N, 3, H, W) in [0, 1] to (N, 3, size, size)."""
+    """Longest side to `size`, then black to a square: (N, 3, H, W) in [0, 1] to (N, 3, size, size).
+
+    As the package hpsv2 does it: on tensors, so that bicubic's overshoot stays.
+    """
     height, width = pixels.shape[-2:]
     if max(height, width) != size:
         scale = size / max(height, width)
         shape = (round(height * scale), round(width * scale))
-        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True)
     down, right = size - pixels.shape[-2], size - pixels.shape[-1]
     return F.pad(pixels, (right // 2, right - right // 2, down // 2, down - down // 2))
 

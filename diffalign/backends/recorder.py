@@ -154,15 +154,26 @@ def levels(recording: Any, kind: Kind) -> Levels:
 
     Raises:
         ValueError: if they do not fall, or the scheduler's prediction type is unknown.
+        UserError: if the scheduler takes several calls of the network a step.
     """
+    name, count = type(recording).__name__.removeprefix("Recording"), len(recording.full_timesteps)
+    if count != recording.num_inference_steps:
+        raise UserError(
+            f"model: its {name} takes {count} calls of the network for {recording.num_inference_steps} steps; allowed are schedulers of "
+            "one call a step, such as FlowMatchEulerDiscreteScheduler"
+        )
     if kind == "flow":
         sigma = recording.full_sigmas.double().cpu().numpy()
         # UniPC takes 1e-6 off a first level of 1 to spare its logarithm; the start is pure noise all the same, and Flow-SDE's
         # noise of sqrt(sigma / (1 - sigma)) would be a thousand times too strong.
         return Levels.flow(np.where(sigma > 1 - 1e-5, 1.0, sigma))
-    signal = recording.alphas_cumprod.double()[recording.full_timesteps.cpu()]
-    abar = torch.cat([signal, recording.final_alpha_cumprod.double()[None]]).numpy()
-    return Levels(np.sqrt(abar), np.sqrt(1 - abar), recording.config.prediction_type)
+    times, config = recording.full_timesteps.cpu().long(), recording.config
+    signal, last = recording.alphas_cumprod.double().cpu(), recording.final_alpha_cumprod.double().cpu()
+    # diffusers' step goes N // T timesteps down, which with some spacings is not where the next one begins.
+    ends = times - config.num_train_timesteps // len(times)
+    to = torch.where(ends >= 0, signal[ends.clamp(min=0)], last).numpy()
+    abar = torch.cat([signal[times], last[None]]).numpy()
+    return Levels(np.sqrt(abar), np.sqrt(1 - abar), config.prediction_type, (np.sqrt(to), np.sqrt(1 - to)))
 
 
 def _unexpected(step: int, prediction: Tensor, latent: Tensor) -> Tensor:

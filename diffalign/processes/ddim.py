@@ -22,7 +22,8 @@ def table(levels: Levels, noise_level: float) -> Table:
         levels: the sampler's levels, alpha^2 + sigma^2 = 1.
         noise_level: eta in [0, 1].
     """
-    (alpha_t, alpha_s), (sigma_t, sigma_s) = ((v[:-1], v[1:]) for v in (levels.alpha, levels.sigma))
+    alpha_t, sigma_t = levels.alpha[:-1], levels.sigma[:-1]
+    alpha_s, sigma_s = levels.to
     std = noise_level * (sigma_s / sigma_t) * np.sqrt(1 - (alpha_t / alpha_s) ** 2)
     direction = np.sqrt(sigma_s**2 - std**2)
     clean_x, clean_p, noise_x, noise_p = levels.parts()

@@ -19,6 +19,7 @@ Prediction = Literal["velocity", "epsilon", "v_prediction", "sample"]
 class Levels:
     """A sampler's noise levels, alpha and sigma (T+1,) with x_t = alpha x_0 + sigma n, and what its network predicts.
 
+    `ends`: alpha and sigma (T,) that each step leads to, where that is not where the next one begins.
     What the kinds of prediction are is said in `ops.prediction`.
 
     Raises:
@@ -29,6 +30,12 @@ class Levels:
     alpha: Floats
     sigma: Floats
     prediction: Prediction = "velocity"
+    ends: tuple[Floats, Floats] | None = None
+
+    @property
+    def to(self) -> tuple[Floats, Floats]:
+        """alpha and sigma (T,) at the end of each step."""
+        return (self.alpha[1:], self.sigma[1:]) if self.ends is None else self.ends
 
     def __post_init__(self) -> None:
         sigma = self.sigma

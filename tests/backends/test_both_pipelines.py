@@ -143,6 +143,34 @@ def test_a_process_of_the_other_kind_is_refused_with_those_that_fit():
         diffusers.DiffusersPolicy(pipe, PROCESSES["ddim"], steps=4)
 
 
+def test_a_scheduler_of_several_calls_a_step_is_refused_by_name():
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    pipe, _ = trained("shapes-sd3")
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(UserError, match="its FlowMatchHeunDiscreteScheduler takes 7 calls of the network for 4 steps"):
+        diffusers.DiffusersPolicy(pipe, PROCESSES["flow_sde"], steps=4)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading"])
+@pytest.mark.parametrize("steps", [7, 10])
+def test_training_samples_what_the_plain_pipeline_draws_whatever_the_spacing(spacing, steps):
+    from diffusers import DDIMScheduler
+
+    pipe, _ = trained("shapes-sd")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing, clip_sample=False)
+    text = ["a photo of two stars"] * 2
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    plain = pipe(text, num_inference_steps=steps, guidance_scale=1.0, generator=generators, output_type="np").images
+    policy = diffusers.DiffusersPolicy(
+        pipe, PROCESSES["ddim"], steps=steps, noise_level=0.0, guidance_scale=1.0, micro_batch=2
+    )
+    keys = np.arange(2)
+    part = policy.rollout(Prompts(text, keys, keys, keys, [{}, {}]), Plan.deterministic(steps))
+    drawn = policy.decode(part, part.x[-1]).pixels[:, 0].permute(0, 2, 3, 1).detach().numpy()
+    np.testing.assert_allclose(drawn, plain, atol=2e-5)  # float32, another order of operations
+
+
 # -- stage prompts
 
 

@@ -27,9 +27,10 @@ def levels(own) -> Levels:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_every_step_is_diffusers_ddim(prediction, eta, spacing):
-    own = scheduler(prediction_type=prediction, timestep_spacing=spacing)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [10, 30])  # 30 do not divide 1000: diffusers' step ends beside the next timestep
+def test_every_step_is_diffusers_ddim(prediction, eta, spacing, steps):
+    own = scheduler(steps, prediction_type=prediction, timestep_spacing=spacing)
     found = PROCESSES["ddim"].table(levels(own), eta)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, generator=generator)

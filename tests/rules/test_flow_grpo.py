@@ -5,7 +5,7 @@ import torch
 from diffalign import config
 from diffalign.backends.toy import ToyPolicy
 from diffalign.errors import Fault, UserError
-from diffalign.rules import BranchGRPO, FlowGRPO, GRPOGuard
+from diffalign.rules import FlowGRPO, GRPOGuard
 from diffalign.types import Scores, Term, Tree
 from tests.kit.helpers import gradient, rolled, toy_prompts, toy_trainer
 
