@@ -14,7 +14,7 @@ import click
 
 import diffalign
 from diffalign import config as configs
-from diffalign.errors import Fault, Interrupted, UserError
+from diffalign.errors import LONGEST, Fault, Interrupted, UserError, shortened
 from diffalign.evaluation.task import SUITES
 from diffalign.runtime import launcher
 
@@ -243,8 +243,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         app(arguments, prog_name="diffalign", standalone_mode=False)
     except UserError as error:
         fail(2, *error.problems)
+    except click.NoSuchOption as error:
+        fail(2, error.format_message() + configs.settings_for(error.option_name))
     except click.ClickException as error:
-        fail(2, error.format_message())
+        fail(2, shortened(error.format_message(), LONGEST))
     except Interrupted as error:
         fail(error.code, str(error))
     except Fault as error:

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+LONGEST = 480  # characters of a message
+MOST = 20  # messages at a time
 
-if TYPE_CHECKING:
-    pass
+
+def shortened(text: str, most: int = 120) -> str:
+    """A text on one line of at most so many characters; what is too long loses its middle."""
+    line = " ".join(
+        text[: 4 * most].split() if len(text) <= 4 * most else [*text[: 2 * most].split(), *text[-2 * most :].split()]
+    )
+    # What a terminal would obey, or no file could hold.
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    half = (most - 3) // 2
+    return line if len(line) <= most else f"{line[:half]}...{line[-half:]}"
+
+
+def shown(value: object) -> str:
+    """A value that the user gave, for a message."""
+    return shortened(repr(value))
 
 
 class UserError(Exception):
     """Mistakes of the user, all of them together: one line each, exit code 2."""
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        lines = [
+            problem[: len(problem) - len(problem.lstrip())] + shortened(problem, LONGEST) for problem in problems[:MOST]
+        ]
+        more = len(problems) - MOST
+        self.problems = (*lines, *([f"  and {more} more"] if more > 0 else []))
+        super().__init__("\n".join(self.problems))
 
 
 def one_line(error: BaseException) -> str:
     """An exception as one line: its type and the first line of its message."""
     message = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
+    return f"{type(error).__name__}: {shortened(message[0], LONGEST // 2)}" if message else type(error).__name__
 
 
 class Fault(Exception):
     """Something outside the user's input stopped the run; the last good state is kept: exit code 3."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message, LONGEST))
 
 
 class Unscored(Fault):

@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from diffalign.backends import recorder
 from diffalign.backends.chain import ChainPolicy
 from diffalign.backends.walk import OnStep
-from diffalign.errors import UserError
+from diffalign.errors import UserError, shortened, shown
 from diffalign.models import lora as adapters
 from diffalign.models.encodings import TextEncoders
 from diffalign.processes import Process
+from diffalign.runtime.memory import out_of_memory
 from diffalign.types import Media, Prompts, Rollout
 
 
@@ -70,11 +71,13 @@ class DiffusersPolicy(ChainPolicy):
         self._prepared: Tensor | None = None
         self._prepare = pipe.prepare_latents
         self.texts = TextEncoders(pipe, self._empty_run)
-        with torch.no_grad():  # the pipeline sets its timesteps as it would to sample
+        with torch.no_grad(), self._accepting("a"):  # the pipeline sets its timesteps as it would to sample
             self._empty_run("a")
         self._check_contract()
         timestep = self._recorder.full_timesteps.double().cpu().numpy()
         levels = recorder.levels(self._recorder, process.kind)
+        with torch.no_grad(), self._accepting("a"):  # a size that the network has no positions for is found out now
+            self._run(["a"], None, (0,), lambda step, prediction, latent: latent, None, "latent")
         super().__init__(timestep, levels, process, noise_level, micro_batch, stretches)
         for module in adapters.denoisers(pipe).values():
             module.forward = self._counted(module.forward, gradient_checkpointing)
@@ -161,19 +164,28 @@ class DiffusersPolicy(ChainPolicy):
         self._prepared = recorder.first(output)
         return output if self._latent is None else recorder.swap_first(output, self._latent)
 
+    @contextmanager
+    def _accepting(self, what: str) -> Iterator[None]:
+        """Say of what a pipeline does not take that it is the user's to mend."""
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+            if out_of_memory(error):
+                raise
+            name, said = type(self.pipe).__name__, shortened(str(error), 200)
+            given = {key: value for key, value in self.arguments.items() if key != "sigmas"}
+            raise UserError(
+                f"sampler.pipeline_args: {name} does not accept {what} with {shown(given)}: {said}"
+            ) from error
+
     # -- what a chain needs
 
     def start(self, prompts: Prompts, seeds: Sequence[int]) -> Tensor:
         """The pipeline's own initial latents: image k is what `generator=torch.Generator().manual_seed(seeds[k])` gives."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         # Not what the call returns: some pipelines unpack their latents before they hand them out.
-        try:
+        with self._accepting("these prompts"):  # arguments that fit the first, short text may not fit others
             self._run(prompts.text, None, (), None, generators, "latent")
-        except (TypeError, ValueError) as error:  # arguments that fit the first, short text and not these
-            name, said = type(self.pipe).__name__, " ".join(str(error).split())[:200]
-            raise UserError(
-                f"sampler.pipeline_args: {name} does not accept these prompts with {self.arguments}: {said}"
-            ) from error
         assert self._prepared is not None
         return self._prepared
 

@@ -12,4 +12,5 @@ from diffalign.config.messages import dump as dump
 from diffalign.config.messages import explained as explained
 from diffalign.config.messages import given as given
 from diffalign.config.messages import settings as settings
+from diffalign.config.messages import settings_for as settings_for
 from diffalign.config.schema import Config as Config

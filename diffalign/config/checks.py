@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from diffalign.config.messages import explain, near
 from diffalign.config.schema import LARGEST, Config
-from diffalign.errors import UserError
+from diffalign.errors import UserError, shown
+from diffalign.models.calls import FIXED, GIVEN
 from diffalign.models.notes import LORA, Notes, lora_folder
 from diffalign.processes import PROCESSES
 from diffalign.prompts.book import Book
@@ -58,11 +59,11 @@ def validate(raw: dict[str, Any], problems: list[str] | None = None, book: Book 
 def _check_rule(rule: Any, problems: list[str]) -> BaseModel | None:
     if not isinstance(rule, dict):
         if rule is not None:
-            problems.append(f"rule: got {rule!r}, expected a mapping with a name, such as {{name: flow_grpo}}")
+            problems.append(f"rule: got {shown(rule)}, expected a mapping with a name, such as {{name: flow_grpo}}")
         return None
     name = rule.get("name")
     if not isinstance(name, str) or name not in RULES:
-        problems.append(f"rule.name: got {name!r}, allowed are {', '.join(RULES)}{near(str(name), RULES)}")
+        problems.append(f"rule.name: got {shown(name)}, allowed are {', '.join(RULES)}{near(str(name), RULES)}")
         return None
     settings = RULES[name].Settings
     given = {str(k): v for k, v in rule.items() if k != "name"}
@@ -93,11 +94,11 @@ def _check_model(name: str) -> list[str]:
         return []
     if is_file(Path(name)):
         return [
-            f"model: got {name!r}, a single file; allowed is the hub id or folder of the model it was made from, and weights: {name}"
+            f"model: got {shown(name)}, a single file; allowed is the hub id or folder of the model it was made from, and weights: {name}"
         ]
     known = ", ".join(models.names())
     allowed = f"allowed are embedded pipelines ({known}), folders with a model_index.json, hub ids (owner/name)"
-    return [f"model: got {name!r}, {allowed}{near(name, models.names())}"]
+    return [f"model: got {shown(name)}, {allowed}{near(name, models.names())}"]
 
 
 def _check_names(config: Config, book: Book | None) -> list[str]:
@@ -105,7 +106,7 @@ def _check_names(config: Config, book: Book | None) -> list[str]:
     problems = _check_model(config.model)
     if config.revision is not None and (models.path(config.model) or Path(config.model).exists()):
         problems.append(
-            f"revision: got {config.revision!r}, only models on the hub have one; {config.model} is a folder"
+            f"revision: got {shown(config.revision)}, only models on the hub have one; {config.model} is a folder"
         )
     prompts: list[Entry] = []
     try:
@@ -114,7 +115,7 @@ def _check_names(config: Config, book: Book | None) -> list[str]:
     except UserError as error:
         problems += error.problems
     if config.weights is not None and not is_file(Path(config.weights)):
-        problems.append(f"weights: got {config.weights!r}, no file there; allowed is a .safetensors or .ckpt file")
+        problems.append(f"weights: got {shown(config.weights)}, no file there; allowed is a .safetensors or .ckpt file")
     problems += _check_start(config)
     problems += _check_rewards(config, prompts)
     if config.attention == "xformers" and (mend := missing("xformers")):
@@ -135,7 +136,7 @@ def _check_start(config: Config) -> list[str]:
         return []
     folder = lora_folder(config.lora.start)
     if folder is None:
-        return [f"lora.start: got {config.lora.start!r}, no {LORA} there; allowed is a run's or adapter's folder"]
+        return [f"lora.start: got {shown(config.lora.start)}, no {LORA} there; allowed is a run's or adapter's folder"]
     try:
         base = Notes.read(folder).base_model or config.model
     except ValueError as error:
@@ -165,7 +166,7 @@ def _check_together(config: Config, settings: Any) -> list[str]:
     stochastic = ", ".join(key for key, process in PROCESSES.items() if process.stochastic)
     if sampler.process not in PROCESSES:
         hint = near(sampler.process, PROCESSES)
-        problems.append(f"sampler.process: got {sampler.process!r}, allowed are {', '.join(PROCESSES)}{hint}")
+        problems.append(f"sampler.process: got {shown(sampler.process)}, allowed are {', '.join(PROCESSES)}{hint}")
     elif needs.stochastic_sampler and not (PROCESSES[sampler.process].stochastic and sampler.noise_level > 0):
         given = f"{sampler.process} with noise_level {sampler.noise_level:g}"
         problems.append(
@@ -184,15 +185,31 @@ def _check_together(config: Config, settings: Any) -> list[str]:
             f"prompts.groups * prompts.group_size = {config.samples_per_update}, so that replay and rollout agree"
         )
     if unknown := [name for name in getattr(settings, "gate", ()) if name not in config.rewards]:
-        problems.append(f"rule.gate: got {unknown[0]!r}, allowed are rewards of this run: {', '.join(config.rewards)}")
+        problems.append(
+            f"rule.gate: got {shown(unknown[0])}, allowed are rewards of this run: {', '.join(config.rewards)}"
+        )
     if config.prompts.group_size < 2 and needs.groups:
         problems.append("prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more")
     if config.prompts.groups % needs.bundle:
         problems.append(
             f"prompts.groups: got {config.prompts.groups}, allowed are multiples of rule.risk.bundle ({needs.bundle})"
         )
+    problems += _not_free(sampler.pipeline_args)
     if needs.differentiable_reward:
         problems += _differentiable(config)
+    return problems
+
+
+def _not_free(arguments: dict[str, Any]) -> list[str]:
+    """What another key gives, or what decides how noise becomes a picture."""
+    problems = []
+    for key in arguments:
+        if key in GIVEN:
+            problems.append(f"sampler.pipeline_args: got {key}; allowed with {GIVEN[key][0]}, which gives it")
+        elif key in FIXED or not key.isidentifier():
+            problems.append(
+                f"sampler.pipeline_args: got {shown(key)}, it is not free; allowed are others of the pipeline's call"
+            )
     return problems
 
 

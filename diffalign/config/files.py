@@ -6,12 +6,12 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffalign.config.checks import validate
+from diffalign.config.places import placed
 from diffalign.config.schema import Config
 from diffalign.errors import UserError, one_line
 from diffalign.runtime.files import is_file
+from diffalign.runtime.yaml_text import parse
 
 
 def folders() -> list[Path]:
@@ -42,9 +42,20 @@ def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     Raises:
         UserError: with every mistake found.
     """
-    raw = _read(name)
-    problems = [problem for override in overrides if (problem := _override(raw, override))]
-    return validate(raw, problems)
+    raw, lost, problems = _read(name)
+    changed: dict[str, Any] = {}
+    problems += [problem for override in overrides if (problem := _override(raw, override, changed))]
+    lost = {key: said for key, said in lost.items() if key not in changed}
+    try:
+        return validate(raw, problems)
+    except UserError as error:
+        raise UserError(*(_with_places(problem, lost) for problem in error.problems)) from None
+
+
+def _with_places(problem: str, lost: dict[str, str]) -> str:
+    """A problem, with where was looked for what it does not find."""
+    said = lost.get(problem.partition(":")[0])
+    return f"{problem}; {said}" if said else problem
 
 
 def rule_of(name: str, settings: list[str]) -> dict[str, Any]:
@@ -53,8 +64,8 @@ def rule_of(name: str, settings: list[str]) -> dict[str, Any]:
     Raises:
         UserError: if the config has none, or a setting is not `key=value`.
     """
-    raw = _read(name)
-    problems = [problem for setting in settings if (problem := _override(raw, f"rule.{setting}"))]
+    raw, _, problems = _read(name)
+    problems += [problem for setting in settings if (problem := _override(raw, f"rule.{setting}", {}))]
     if not isinstance(raw.get("rule"), dict):
         problems.append(f"config: {name} has no rule")
     if problems:
@@ -62,44 +73,47 @@ def rule_of(name: str, settings: list[str]) -> dict[str, Any]:
     return raw["rule"]
 
 
-def _read(name: str) -> dict[str, Any]:
-    """A config file as plain data."""
+def _read(name: str) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """A config file as plain data, what it names and is not there, and mistakes in its paths."""
     path = find(name)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config: cannot read {path}: {one_line(error)}") from error
-    raw = _parse(text, str(path))
+    raw = parse(text, f"config: {path}")
     if not isinstance(raw, dict):
-        raise UserError(f"config: {path} holds {type(raw).__name__}, expected keys and values")
+        what = "nothing" if raw is None else f"a {type(raw).__name__}"
+        raise UserError(f"config: {path} holds {what}, expected keys and values")
     if strange := [key for key in raw if not isinstance(key, str)]:
         raise UserError(f"config: {path}: keys must be words, got {', '.join(map(repr, strange))}")
     raw.setdefault("run_dir", f"runs/{path.parent.name}/{path.stem}")
-    return raw
+    return raw, *placed(raw, path.parent)
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"config: {where}{line}: not YAML ({getattr(error, 'problem', error)})") from error
-
-
-def _override(raw: dict[str, Any], text: str) -> str | None:
-    """Apply one `section.key=value`; a mapping replaces, it does not merge."""
+def _override(raw: dict[str, Any], text: str, changed: dict[str, Any]) -> str | None:
+    """Apply one `section.key=value`; a mapping replaces, it does not merge. `changed` takes the keys that were."""
     name, equals, value = text.partition("=")
     if not equals or not all(name.split(".")):
         return f"override: got {text!r}, expected key=value"
     *sections, last = name.split(".")
     place = raw
     for section in sections:
-        place = place.setdefault(section, {})
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
         if not isinstance(place, dict):
             return f"override: {name}: {section} is not a section"
     try:
-        place[last] = _parse(value, f"override {name}")
+        given = parse(value, f"override: {name}")
     except UserError as error:
         return error.problems[0]  # beside the other mistakes
-    return None
+    # On the command line a path is the shell's.
+    alone: dict[str, Any] = {}
+    inner = alone
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[last] = given
+    _, problems = placed(alone, None)
+    place[last] = inner[last]
+    changed[name] = None
+    return problems[0] if problems else None

@@ -6,12 +6,13 @@ import difflib
 import json
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from diffalign.config.schema import Config
+from diffalign.errors import shortened, shown
 from diffalign.rules import RULES
+from diffalign.runtime import yaml_text
 
 
 def near(name: str, known: Any) -> str:
@@ -36,19 +37,77 @@ def _fields(model: Any, location: tuple[Any, ...]) -> list[str]:
 def explain(item: Any, model: Any, prefix: str = "") -> str:
     """One of pydantic's errors as `field: what was given, what is allowed`."""
     location = tuple(item["loc"])
-    where = prefix + ".".join(str(part) for part in location)
+    where = shortened(prefix + ".".join(str(part) for part in location))
     if item["type"] == "extra_forbidden":
-        fields = _fields(model, location[:-1])
-        return f"{where}: unknown key{near(str(location[-1]), fields) or '; known are ' + ', '.join(fields)}"
+        return f"{where}: unknown key{_meant(str(location[-1]), _fields(model, location[:-1]))}"
     if item["type"] == "missing":
         return f"{where}: missing"
-    if item["type"] == "tuple_type":
-        return f"{where}: got {item['input']!r}, allowed is a list such as [0, 3]"
+    got = f"{where}: got {shown(item['input'])}"
+    if where == "precision" and item["input"] in ("float16", "fp16", "half"):
+        return f"{got}, whose gradients underflow; allowed are float32 and bfloat16"
+    if item["type"] == "model_type" and item["input"] is None:
+        return f"{where}: empty; allowed are its keys ({', '.join(_fields(model, location))}), or leave it out"
     if item["type"] == "too_short":
-        return f"{where}: got {item['input']!r}, allowed is at least {item['ctx']['min_length']} entry"
+        return f"{got}, allowed is at least {item['ctx']['min_length']} entry"
+    if item["type"] in ALLOWED:
+        return f"{got}, allowed {ALLOWED[item['type']]}"
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"{where}: got {item['input']!r}, {message.replace('input should be', 'allowed is')}"
+    return f"{got}, {message.replace('input should be', 'allowed is')}"
+
+
+# What to say for pydantic's kinds of errors, where its own words are a programmer's.
+ALLOWED = {
+    "tuple_type": "is a list such as [0, 3]",
+    "list_type": "is a list",
+    "dict_type": "are keys and values, such as {key: value}",
+    "model_type": "are keys and values, such as {key: value}",
+    "string_type": "is a text",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "is a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "is a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "are true and false"),
+}
+
+# What other tools call a key.
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "batch_size": "prompts.groups times prompts.group_size samples an update, optimizer.micro_batch at a time",
+    "resolution": "sampler.pipeline_args={height: 512, width: 512}",
+    **dict.fromkeys(("height", "width", "num_frames"), "sampler.pipeline_args={height: 512, width: 512}"),
+    **dict.fromkeys(("max_steps", "max_train_steps", "epochs", "num_train_epochs", "num_epochs"), "updates"),
+    **dict.fromkeys(("cfg", "guidance", "cfg_scale"), "sampler.guidance_scale"),
+    "num_inference_steps": "sampler.steps",
+    **dict.fromkeys(("dtype", "mixed_precision"), "precision"),
+    **dict.fromkeys(("output_dir", "out", "output_path"), "run_dir"),
+    "group": "prompts.group_size",
+    "beta": "rule.kl or rule.beta, as the rule has it",
+    "reward": "rewards",
+    **dict.fromkeys(("pretrained_model_name_or_path", "pretrained_model", "base_model"), "model"),
+    "lora_rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "resume": "nothing: the same command goes on",
+}
+
+
+def _meant(key: str, known: list[str]) -> str:
+    """A hint at what an unknown key could mean: a neighbour, a key of another section, a word of other tools."""
+    places = {name: f"{section}.{name}" for section, name in _inner()}
+    if key in places or key in ELSEWHERE:
+        return f"; did you mean {places.get(key) or ELSEWHERE[key]}?"
+    return near(key, known) or near(key, places.values()) or f"; known are {', '.join(known)}"
+
+
+def _inner() -> list[tuple[str, str]]:
+    fields = Config.model_fields.items()
+    return [(section, name) for section, field in fields for name in getattr(field.annotation, "model_fields", {})]
+
+
+def settings_for(option: str) -> str:
+    """A hint for a command-line option that is a key of the config; empty if it is none."""
+    name = option.lstrip("-").replace("-", "_").partition("=")[0]
+    keys = {key.rpartition(".")[2]: key for key in (*Config.model_fields, *(f"{s}.{n}" for s, n in _inner()))}
+    place = name if name in (keys.values()) else keys.get(name) or ELSEWHERE.get(name)
+    return f"; settings are written KEY=VALUE: {place}{'' if '=' in place else '=...'}" if place else ""
 
 
 def explained(config: Config) -> list[str]:
@@ -74,7 +133,7 @@ def _lines(values: dict[str, Any], model: Any, models: dict[str, Any], indent: s
 
 def dump(config: Config) -> str:
     """The resolved config as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml_text.dump(config.model_dump(mode="json"))
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:

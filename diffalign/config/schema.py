@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import SETS
 from diffalign.rules import RULES, Rule
+from diffalign.runtime.settings import Settings
 from diffalign.shapes.captions import SPLITS, TASKS
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
@@ -19,6 +20,11 @@ assert (Task.__args__, Split.__args__) == (TASKS, SPLITS)  # type: ignore[attr-d
 LARGEST = 100_000  # samples per update
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+Precision = Annotated[
+    Literal["float32", "bfloat16"],
+    BeforeValidator(lambda given: SHORT.get(given, given) if isinstance(given, str) else given),
+]
 
 
 # Whether a key may change when a run is taken up again. Held: never; free: as the user likes; on request: with --change.
@@ -28,11 +34,7 @@ FREE: dict[str, Any] = {"resume": "free"}
 ASKED: dict[str, Any] = {"resume": "on request"}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class PromptsConfig(_Section):
+class PromptsConfig(Settings):
     """What is drawn in training."""
 
     model_config = ConfigDict(json_schema_extra=ASKED)
@@ -59,7 +61,7 @@ class PromptsConfig(_Section):
     group_size: int = Field(16, ge=1, le=LARGEST, description="samples per prompt")
 
 
-class SamplerConfig(_Section):
+class SamplerConfig(Settings):
     """How trajectories are sampled, in training and evaluation."""
 
     model_config = ConfigDict(json_schema_extra=HELD)
@@ -76,7 +78,7 @@ class SamplerConfig(_Section):
     )
 
 
-class LoraSection(_Section):
+class LoraSection(Settings):
     """What is trained."""
 
     model_config = ConfigDict(json_schema_extra=HELD)
@@ -89,7 +91,7 @@ class LoraSection(_Section):
     )
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Settings):
     """AdamW and what surrounds its step."""
 
     model_config = ConfigDict(json_schema_extra=ASKED)
@@ -115,7 +117,7 @@ class OptimizerConfig(_Section):
     )
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Settings):
     """The fixed set that is scored before and after, with the same noises."""
 
     model_config = ConfigDict(json_schema_extra=HELD)
@@ -142,7 +144,7 @@ class EvaluationConfig(_Section):
     enabled: bool = True
 
 
-class OutputConfig(_Section):
+class OutputConfig(Settings):
     """What is kept, and how often."""
 
     model_config = ConfigDict(json_schema_extra=FREE)
@@ -151,10 +153,10 @@ class OutputConfig(_Section):
     keep: int = Field(2, ge=1, description="checkpoints kept")
     sample_every: int = Field(50, ge=1, description="updates between sample grids")
     samples: int = Field(24, ge=1, description="pictures in a grid")
-    trackers: list[Literal["tensorboard", "wandb"]] = []
+    trackers: list[Literal["tensorboard", "wandb"]] = Field([])
 
 
-class ScoringConfig(_Section):
+class ScoringConfig(Settings):
     """How rewards are asked, and when too many samples go without a score."""
 
     model_config = ConfigDict(json_schema_extra=FREE)
@@ -176,7 +178,7 @@ class ScoringConfig(_Section):
     reduce: Literal["mean", "min"] = Field("mean", description="over those frames", json_schema_extra=ASKED)
 
 
-class Config(_Section):
+class Config(Settings):
     """A run: `model`, `rule`, `rewards` and everything around them."""
 
     model_config = ConfigDict(json_schema_extra=HELD)
@@ -192,7 +194,7 @@ class Config(_Section):
     )
     rule: dict[str, Any] = Field(description="name and the rule's settings", json_schema_extra=ASKED)
     rewards: dict[str, float] = Field(min_length=1, description="name: weight", json_schema_extra=ASKED)
-    eval_rewards: list[str] = []
+    eval_rewards: list[str] = Field([])
     prompts: PromptsConfig = PromptsConfig()  # type: ignore[call-arg]
     sampler: SamplerConfig = SamplerConfig()  # type: ignore[call-arg]
     lora: LoraSection = LoraSection()  # type: ignore[call-arg]
@@ -203,10 +205,13 @@ class Config(_Section):
     updates: int = Field(100, ge=1, le=10_000_000, json_schema_extra=FREE)
     seed: int = Field(0, ge=0, lt=2**63)
     run_dir: str = Field(min_length=1, json_schema_extra=FREE)
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=FREE)
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the frozen base model", json_schema_extra=ASKED
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$",
+        description="auto: the first CUDA device, else Apple's, else the CPU",
+        json_schema_extra=FREE,
     )
+    precision: Precision = Field("float32", description="of the frozen base model", json_schema_extra=ASKED)
     attention: Literal["native", "xformers"] = Field(
         "native",
         description="native: torch's own; xformers: its memory-efficient one, on CUDA",

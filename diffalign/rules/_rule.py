@@ -6,19 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
 from diffalign.protocols import GraphBytes, Loss, Needs, Policy, RewardFunction
+from diffalign.runtime.settings import Settings
 from diffalign.types import Credit, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree, Update
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-class RuleSettings(BaseModel):
-    """A rule's settings: the keys of `rule:` in a config besides `name`. Unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class RuleSettings(Settings):
+    """A rule's settings: the keys of `rule:` in a config besides `name`."""
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
 
 from diffalign import config as configs
 from diffalign.errors import UserError, one_line
@@ -17,6 +16,7 @@ from diffalign.runs.resume import WAY_OUT, Taken, take_up
 from diffalign.runs.store import Store
 from diffalign.runtime import numbered
 from diffalign.runtime.files import write_text
+from diffalign.runtime.yaml_text import parse
 
 CONFIG, LOCK = "config.yaml", ".lock"
 FILES = (CONFIG, METRICS, SCORES, "curves.png", "before_after.png", "errors.log")
@@ -175,10 +175,10 @@ def _written(path: Path) -> dict[str, Any] | None:
     if not (path / CONFIG).is_file():
         return None
     try:
-        old = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        old = parse((path / CONFIG).read_text(encoding="utf-8"), CONFIG)
         if not isinstance(old, dict):
             raise ValueError("it holds no keys and values")
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, UserError) as error:
         raise UserError(f"run_dir: {path / CONFIG} is damaged ({one_line(error)}); --fresh starts over") from error
     return old
 

@@ -20,11 +20,12 @@ from diffalign.processes import PROCESSES
 from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime.distributed import World
+from diffalign.runtime.launcher import several
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.fitting import fit
 from diffalign.training.trainer import Trainer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -47,11 +48,26 @@ def device(config: Config) -> str:
     Raises:
         UserError: if it is not there.
     """
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise UserError("device: got 'cuda', torch sees no CUDA device; allowed here is cpu")
-    # The process's own: `World.join` chose it.
-    return "cuda" if available and config.device != "cpu" else "cpu"
+    kind, _, number = config.device.partition(":")
+    count, apple = torch.cuda.device_count(), torch.backends.mps.is_available()
+    there = [*(["cuda"] if count else []), *(["mps"] if apple else []), "cpu"]
+    if kind == "auto":
+        return there[0]
+    if kind not in there:
+        what = "CUDA device" if kind == "cuda" else "Apple GPU"
+        raise UserError(f"device: got {config.device!r}, torch sees no {what}; allowed here is {', '.join(there)}")
+    if number and int(number) >= count:
+        raise UserError(
+            f"device: got {config.device!r}, torch sees {count} CUDA devices; allowed are cuda:0 to cuda:{count - 1}"
+        )
+    if number and several():
+        raise UserError(
+            f"device: got {config.device!r}, of several processes each has a device of its own; allowed is cuda"
+        )
+    if number:
+        torch.cuda.set_device(int(number))
+    # The process's own, without a number: `World.join` chose it.
+    return kind
 
 
 def build(config: Config) -> Parts:

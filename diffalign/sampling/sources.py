@@ -9,25 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from diffalign.errors import Fault, UserError, one_line
+from diffalign.errors import Fault, UserError, one_line, shown
+from diffalign.models.calls import FIXED, GIVEN
 from diffalign.models.notes import DDIM, LORA, Notes, lora_folder
 from diffalign.processes import linear_sigmas
 from diffalign.runtime.files import fingerprint, is_file
+from diffalign.runtime.yaml_text import parse
 
 STRONGEST = 100
 
 
-# Arguments of a pipeline's call that have their own option, or that decide what comes back.
-RESERVED = {
-    "prompt": "given with --prompt",
-    "negative_prompt": "given with --negative",
-    "num_inference_steps": "given with --steps",
-    "guidance_scale": "given with --guidance",
-    "generator": "made from --seed",
-    **dict.fromkeys(("output_type", "return_dict", "latents", "num_images_per_prompt"), "not free here"),
-}
+def _not_free(key: str) -> str:
+    """Why an argument cannot be set; empty if it can."""
+    if key in GIVEN:
+        return f"given with {GIVEN[key][1]}"
+    return "given with --negative" if key == "negative_prompt" else "not free here" if key in FIXED else ""
 
 
 @dataclass(frozen=True)
@@ -75,15 +71,11 @@ def with_options(source: Source, options: Sequence[str]) -> Source:
     given: dict[str, Any] = {}
     for option in options:
         key, sign, text = option.partition("=")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set: got {option!r}, its value is not YAML ({one_line(error)})") from error
         if not sign or not key.isidentifier():
-            raise UserError(f"--set: got {option!r}, allowed is KEY=VALUE, such as height=512")
-        if key in RESERVED:
-            raise UserError(f"--set: got {option!r}, {key} is {RESERVED[key]}")
-        given[key] = value
+            raise UserError(f"--set: got {shown(option)}, allowed is KEY=VALUE, such as height=512")
+        if why := _not_free(key):
+            raise UserError(f"--set: got {shown(option)}, {key} is {why}")
+        given[key] = parse(text, f"--set: got {shown(option)}, its value")
     return replace(source, call={**source.call, **given})
 
 

@@ -1,0 +1,105 @@
+"""Paths in a config file: `~` is the user's home, and what is read stands beside the config or in the shell's folder."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffalign.errors import UserError
+from diffalign.prompts.sets import SETS
+from diffalign.rewards import catalog
+from diffalign.shapes import models
+
+# Keys that name something to read, and what stands before the path in one: NAME@PLACE.
+READ = ("model", "weights", "prompts.source", "prompts.stages", "evaluation.source", "lora.start")
+WRITTEN = ("run_dir", "prompts.cache")
+
+
+def home(path: str) -> str:
+    """A path with `~` as the user's home.
+
+    Raises:
+        UserError: where that is nobody's, so that no folder named ~ is made.
+    """
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise UserError(f"{path!r}: no home of that name; a path that begins so is written ./{path}") from error
+
+
+def placed(raw: dict[str, Any], beside: Path | None) -> tuple[dict[str, str], list[str]]:
+    """Replace paths in raw settings by where they are; `beside`: the config's folder, None for the command line's settings.
+
+    Returns:
+        for every key whose path is in neither place, what to say of that; and mistakes.
+    """
+    lost: dict[str, str] = {}
+    problems: list[str] = []
+
+    def found(key: str, name: str) -> str:
+        before, at, path = name.rpartition("@") if "@" in name and "://" not in name else ("", "", name)
+        source, colon, attribute = path.rpartition(":") if ".py:" in path else (path, "", "")
+        try:
+            whole = home(source)
+        except UserError as error:
+            problems.append(f"{key}: {error}")
+            return name
+        if beside is not None and not Path(whole).is_absolute() and not _known(source):
+            if _exists(beside / whole):
+                whole = os.path.join(beside, whole)
+            elif not _exists(Path(whole)):
+                lost[key] = f"looked in {beside.absolute()} and {Path.cwd()}"
+        return f"{before}{at}{whole}{colon}{attribute}"
+
+    for key in READ:
+        _change(raw, key, functools.partial(found, key))
+    for key in WRITTEN:  # to the shell's folder
+        _change(raw, key, functools.partial(_home_of, problems, key))
+    for names in (raw.get("rewards"), raw.get("eval_rewards"), _at(raw, "rule.gate")):
+        if isinstance(names, dict):
+            renamed = {found("rewards", k) if isinstance(k, str) and _is_path(k) else k: v for k, v in names.items()}
+            names.clear()
+            names.update(renamed)
+        elif isinstance(names, list):
+            names[:] = [found("eval_rewards", k) if isinstance(k, str) and _is_path(k) else k for k in names]
+    return lost, problems
+
+
+def _home_of(problems: list[str], key: str, name: str) -> str:
+    try:
+        return home(name)
+    except UserError as error:
+        problems.append(f"{key}: {error}")
+        return name
+
+
+def _known(name: str) -> bool:
+    return name in SETS or models.path(name) is not None or name == "shapes" or "://" in name
+
+
+def _is_path(reward: str) -> bool:
+    return "://" not in reward and reward not in catalog.builtin() and ("/" in reward or ".py:" in reward)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _at(raw: dict[str, Any], key: str) -> Any:
+    place: Any = raw
+    for part in key.split("."):
+        place = place.get(part) if isinstance(place, dict) else None
+    return place
+
+
+def _change(raw: dict[str, Any], key: str, change: Callable[[str], str]) -> None:
+    section, _, last = key.rpartition(".")
+    place = _at(raw, section) if section else raw
+    if isinstance(place, dict) and isinstance(place.get(last), str):
+        place[last] = change(place[last])
