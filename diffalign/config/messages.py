@@ -136,10 +136,16 @@ def dump(config: Config) -> str:
     return yaml_text.dump(config.model_dump(mode="json"))
 
 
+# What versions did that lacked a key, where that is not its default now.
+BEFORE = {"evaluation": {"least": 0}}
+
+
 def completed(values: dict[str, Any]) -> dict[str, Any]:
-    """A dumped config, of whatever version, with the keys it lacks at their defaults, those of its rule too; unknown ones stay."""
+    """A dumped config, of whatever version, with the keys it lacks at what that version did, mostly their defaults, those of its rule too;
+    unknown ones stay."""
     sections = {name: field.get_default(call_default_factory=True) for name, field in Config.model_fields.items()}
-    whole = _merged({k: v for k, v in _plain(sections).items() if v is not PydanticUndefined}, values)
+    defaults = _merged({k: v for k, v in _plain(sections).items() if v is not PydanticUndefined}, BEFORE)
+    whole = _merged(defaults, values)
     rule = whole.get("rule")
     if isinstance(rule, dict) and rule.get("name") in RULES:
         settings = RULES[rule["name"]].Settings

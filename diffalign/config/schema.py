@@ -39,7 +39,7 @@ class PromptsConfig(Settings):
 
     model_config = ConfigDict(json_schema_extra=ASKED)
 
-    source: str = Field("shapes", description=f"{', '.join(SETS)}, a .txt or .jsonl file, or NAME@PLACE")
+    source: str = Field("shapes", description=f"{', '.join(SETS)}, a file of prompts, or NAME@PLACE")
     tasks: list[Task] = Field([], description="of shapes and geneval-like; empty: all six")
     split: Split = Field("train", description="of a named set; splits share no combination")
     stages: str | None = Field(
@@ -135,7 +135,12 @@ class EvaluationConfig(Settings):
     stages: bool = Field(
         False, description="sample with stage prompts too; false: as others will, with the prompt alone"
     )
-    prompts: int | None = Field(None, ge=1, description="at most so many of them, evenly spread; null: all")
+    least: int = Field(
+        8,
+        ge=0,
+        description="prompts of a file that are held out at least, where twice as many are there: fewer give no interval",
+    )
+    prompts: int | None = Field(128, ge=1, description="at most so many of them, evenly spread; null: all")
     images_per_prompt: int = Field(4, ge=1)
     every: int = Field(
         0, ge=0, description="updates between evaluations; 0: before and after only", json_schema_extra=FREE

@@ -105,13 +105,16 @@ class Encodings:
         self._signature = inspect.signature(encode)
         self._memory: OrderedDict[str, Any] = OrderedDict()
         self._layout: Layout | None = None  # of single texts' encodings; None: batches are encoded whole
-        self._calls: list[dict[str, Any]] = []  # the arguments of the calls so far
+        self._calls: list[dict[str, Any]] = []  # the arguments of the calls so far, for `prepare`
         self.complete = False  # everything that will be asked for is stored
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(self._signature.bind(*args, **kwargs).arguments)
         if not self.splits:
-            self._calls.append({k: list(v) if _texts(k, v) else v for k, v in arguments.items()})  # some write into it
+            if self._store is not None:
+                self._calls.append(
+                    {k: list(v) if _texts(k, v) else v for k, v in arguments.items()}
+                )  # some write into it
             return self._remembered(arguments, self._fresh)
         rows = [self._remembered(row, self._kept) for row in _single(arguments)]
         return joined(rows, self._layout or []) if len(rows) > 1 else rows[0]

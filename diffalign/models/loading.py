@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import torch
 
-from diffalign.errors import UserError, one_line
+from diffalign.errors import UserError, one_line, shortened
 from diffalign.models import lora as adapters
 from diffalign.models import single_file
 from diffalign.runtime.files import fingerprint
 
 # What pipelines that start from a picture or a video are called.
+_VARIANT = re.compile(r"[\w-]+\.(?!index|safetensors)(\w+?)(?:-\d{5}-of-\d{5})?\.safetensors")
+
 OTHER_TASKS = re.compile("ImageToVideo|Image2Video|VideoToVideo|Img2Img|Inpaint|Edit|Kontext|Control|Upscale|Pix2Pix")
 
 
@@ -75,6 +78,38 @@ def _refusal(model: str, revision: str | None, error: Exception) -> str:
     )
 
 
+def variant(folder: Path) -> str | None:
+    """The variant of files of which a folder's parts have nothing else, such as `fp16`; None for plain files."""
+    kinds = {path.parent: set[str]() for path in folder.glob("*/*.safetensors")}
+    for path in folder.glob("*/*.safetensors"):
+        found = _VARIANT.fullmatch(path.name)
+        kinds[path.parent].add(found[1] if found else "")
+    names = {name for found in kinds.values() if "" not in found for name in found}
+    return min(names, default=None)
+
+
+class _Once(logging.Filter):
+    """Lets one message through that a prompt was cut, and says it in our words."""
+
+    told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "truncated because" not in (said := record.getMessage()):
+            return True
+        if _Once.told:
+            return False
+        _Once.told, lost = True, shortened(said.rpartition(":")[2], 80)
+        record.msg, record.args = f"prompts longer than the text encoder takes are cut, here: {lost}; said once", ()
+        return True
+
+
+def say_truncation_once() -> None:
+    """diffusers says it twice a batch."""
+    for handler in logging.getLogger("diffusers").handlers:
+        if not any(isinstance(known, _Once) for known in handler.filters):
+            handler.addFilter(_Once())
+
+
 def use_xformers(pipe: Any) -> None:
     """Let the denoisers attend by xformers.
 
@@ -117,7 +152,9 @@ def load(
     other = single_file.Read({}) if weights is None else single_file.read(weights, place.folder, dtype)
     try:
         with adapters.quiet():
-            pipe = DiffusionPipeline.from_pretrained(place.folder, dtype=dtype, **other.components)
+            pipe = DiffusionPipeline.from_pretrained(
+                place.folder, dtype=dtype, variant=variant(Path(place.folder)), **other.components
+            )
     except Exception as error:  # a damaged file, a class that diffusers does not have
         raise UserError(f"model: cannot load {model!r}: {one_line(error)}") from error
     if OTHER_TASKS.search(type(pipe).__name__):
@@ -125,6 +162,7 @@ def load(
             f"model: {model!r} is a {type(pipe).__name__}; image-to-image, editing and image-to-video are not there yet, "
             "allowed are pipelines from text to images or video"
         )
+    say_truncation_once()
     pipe.set_progress_bar_config(disable=True)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # it paints flagged pictures black, without gradient: no reward could see them

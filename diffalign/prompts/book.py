@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class Book:
     """The prompts of a run.
 
     training, evaluation: entries, each with at least `prompt`; stages, evaluation_stages: what the sampler is told instead of a
-    prompt on each stretch of the chain, empty without; stretches: their first steps.
+    prompt on each stretch of the chain, empty without; stretches: their first steps; held_out: how many entries might be evaluated.
     """
 
     training: list[Entry]
@@ -33,6 +33,13 @@ class Book:
     stages: Stages = field(default_factory=dict)
     evaluation_stages: Stages = field(default_factory=dict)
     stretches: tuple[int, ...] = (0,)
+    held_out: int = 0
+
+    @property
+    def extent(self) -> str:
+        """How many of the prompts that might be evaluated are."""
+        count = len(self.evaluation)
+        return f"{count} prompts" if count == self.held_out else f"{count} of {self.held_out} prompts, evenly spread,"
 
     @classmethod
     def read(cls, training: Any, evaluation: Any, steps: int) -> Book:
@@ -41,7 +48,7 @@ class Book:
         Raises:
             UserError: with every mistake found.
         """
-        trained, judged = _entries(training, evaluation)
+        trained, judged, held = _entries(training, evaluation)
         written = None if training.stages is None else table(training.stages)
         stages = of(written, trained, training.stages)
         judged_stages = of(written, judged, training.stages) if evaluation.stages else {}
@@ -51,9 +58,8 @@ class Book:
             raise UserError(*problems)
         count = len(next(iter(stages.values()), ("",)))
         evenly = tuple(k * steps // count for k in range(count))
-        return cls(
-            trained, judged, stages, judged_stages, evenly if training.stretches is None else tuple(training.stretches)
-        )
+        first = evenly if training.stretches is None else tuple(training.stretches)
+        return cls(trained, judged, stages, judged_stages, first, held)
 
     @property
     def entries(self) -> list[Entry]:
@@ -94,8 +100,8 @@ class Book:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _entries(training: Any, evaluation: Any) -> tuple[list[Entry], list[Entry]]:
-    """What is trained on and what is evaluated."""
+def _entries(training: Any, evaluation: Any) -> tuple[list[Entry], list[Entry], int]:
+    """What is trained on, what is evaluated, and of how many that was taken."""
     source = evaluation.source or training.source
     tasks = training.tasks if evaluation.tasks is None else evaluation.tasks
     once = cache(lambda place: read(place, (), ""))  # a file without splits of its own is read once for both
@@ -110,18 +116,21 @@ def _entries(training: Any, evaluation: Any) -> tuple[list[Entry], list[Entry]]:
         raise UserError(*dict.fromkeys(problems))
     trained, judged = read_entries
     if evaluation.enabled and evaluation.source is None and not has_splits(training.source):
-        trained, judged = held_out(trained, evaluation.holdout)
+        trained, judged = held_out(trained, evaluation.holdout, evaluation.least)
     most = min(evaluation.prompts or len(judged), len(judged))
-    return trained, [judged[k * len(judged) // most] for k in range(most)]
+    return trained, [judged[k * len(judged) // most] for k in range(most)], len(judged)
 
 
-def held_out(entries: list[Entry], share: float) -> tuple[list[Entry], list[Entry]]:
+def held_out(entries: list[Entry], share: float, least: int = 0) -> tuple[list[Entry], list[Entry]]:
     """Entries to train on and entries to evaluate on: that share of the texts, those whose hashes are lowest, so that a text stays on
     its side whatever else is in the file. Of few texts none is held out, and both are all entries.
+
+    least: how many are held out where a share is asked for and at least as many are left to train on.
     """
     texts = {entry["prompt"] for entry in entries}
     order = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-    held = set(order[: min(round(share * len(order)), len(order) - 1)])
+    wanted = max(round(share * len(order)), least if share and 2 * least <= len(order) else 0)
+    held = set(order[: min(wanted, len(order) - 1)])
     if not held:
         return entries, entries
     parts: tuple[list[Entry], list[Entry]] = ([], [])
@@ -135,8 +144,7 @@ def draw(
 ) -> Prompts:
     """`groups` prompts of one pass after another over shuffled entries, each `group_size` times, with keys for noise."""
     places = [divmod(position, len(entries)) for position in range(update * groups, (update + 1) * groups)]
-    orders = {lap: numpy_generator(seed, Purpose.ORDER, lap).permutation(len(entries)) for lap, _ in places}
-    picks = [int(orders[lap][place]) for lap, place in places]
+    picks = [int(_order(seed, lap, len(entries))[place]) for lap, place in places]
     count = groups * group_size
     group = np.repeat(np.arange(groups), group_size)
     chosen = [entries[picks[g]] for g in group]
@@ -148,6 +156,11 @@ def draw(
         metadata=chosen,
         stages=_stages_of(chosen, stages),
     )
+
+
+@lru_cache(maxsize=2)  # a pass is drawn once, however many updates it lasts
+def _order(seed: int, lap: int, count: int) -> NDArray[np.int64]:
+    return numpy_generator(seed, Purpose.ORDER, lap).permutation(count)
 
 
 def _stages_of(chosen: list[Entry], stages: Stages | None) -> list[tuple[str, ...]]:

@@ -1,18 +1,29 @@
-"""Where prompts come from: a set by name, or a file. Needs no torch.
-
-A file is text, one prompt a line, or JSON lines of objects with a `prompt` and whatever metadata a reward needs.
-"""
+"""Where prompts come from: a set by name, or a file whose ending says what it is. Needs no torch."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import csv
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from diffalign.errors import UserError
+from diffalign.errors import UserError, shown
 from diffalign.prompts import sets as prompt_sets
 from diffalign.prompts.sets import Entry as Entry
+from diffalign.runtime import json_text
 from diffalign.runtime.files import is_file
+
+BREAK = re.compile(r"\r\n|\n|\r")  # what ends a line; U+2028, a form feed and others are text
+
+
+class Broken(ValueError):
+    """A place in a file that cannot be read as what it should be; `line` 0: the whole file."""
+
+    def __init__(self, line: int, why: str) -> None:
+        super().__init__(why)
+        self.line = line
 
 
 def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.source") -> list[Entry]:
@@ -26,33 +37,127 @@ def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.so
         return named
     path = Path(source)
     if not is_file(path):
-        what = "is a folder" if path.is_dir() else "is no file"
+        what = "is a folder" if is_folder(path) else "is no file"
         raise UserError(
-            f"{field}: {source!r} {what}; allowed are {', '.join(prompt_sets.SETS)}, "
-            f"a .txt or .jsonl file, NAME@PLACE of {', '.join(prompt_sets.published.NAMES)}"
+            f"{field}: {shown(source)} {what}; allowed are {', '.join(prompt_sets.SETS)}, "
+            f"a file ({', '.join(READERS)}), NAME@PLACE of {', '.join(prompt_sets.published.NAMES)}"
         )
+    problems: list[str] = []
+    entries: list[Entry] = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin a file with a mark
+        text = path.read_bytes().decode("utf-8-sig")  # some editors begin a file with a mark
+        kind = "entry" if path.suffix.lower() == ".json" else "line"
+        for place, entry in READERS.get(path.suffix.lower(), as_text)(text):
+            if isinstance(entry, Broken):
+                problems.append(f"{field}: {source} {kind} {place}: {entry}")
+            else:
+                entries.append(entry)
+    except Broken as error:
+        where = f"{source} line {error.line}" if error.line else source
+        problems.append(f"{field}: {where}: {error}")
     except UnicodeDecodeError as error:
-        raise UserError(f"{field}: {source} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    entries, problems = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            entries.append({"prompt": line.strip()})
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{field}: {source} line {number}: not JSON ({error})")
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-            problems.append(f"{field}: {source} line {number}: expected an object with a string 'prompt'")
-            continue
-        entries.append(entry)
+        problems.append(f"{field}: {source} is not UTF-8 text: {error.reason} at byte {error.start}")
+    except OSError as error:
+        problems.append(f"{field}: {source} cannot be read ({error.strerror})")
     if not entries and not problems:
         problems.append(f"{field}: {source} holds no prompt")
     if problems:
         raise UserError(*problems)
     return entries
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path names a folder; a name that no file system takes names none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+Lines = Iterator[tuple[int, "Entry | Broken"]]
+
+
+def as_text(text: str) -> Lines:
+    """A prompt a line."""
+    for number, line in enumerate(BREAK.split(text), 1):
+        if line.strip():
+            yield number, checked({"prompt": line.strip()})
+
+
+def json_lines(text: str) -> Lines:
+    """A line an object with a `prompt`, or a string."""
+    for number, line in enumerate(text.split("\n"), 1):  # others than \n may stand within a string
+        if line.strip():
+            try:
+                yield number, checked(json_text.parse(line))
+            except ValueError as error:
+                yield number, Broken(number, str(error))
+
+
+def json_list(text: str) -> Lines:
+    """A list of such objects or strings."""
+    try:
+        whole = json_text.parse(text)
+    except ValueError as error:
+        raise Broken(0, str(error)) from None
+    if not isinstance(whole, list):
+        raise Broken(0, f"got {shown(whole)}, expected a list of texts or of objects with a string 'prompt'")
+    # Where an entry stands is not known: its number in the list.
+    yield from ((number, checked(entry)) for number, entry in enumerate(whole, 1))
+
+
+def table(text: str, delimiter: str) -> Lines:
+    """Rows under a header with a column `prompt` in any case of letters; other columns are metadata."""
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(rows, [])
+        names = ["prompt" if name.strip().lower() == "prompt" else name.strip() for name in header]
+        if names.count("prompt") != 1 or len(set(names)) < len(names):
+            raise Broken(1, f"its header is {shown(header)}, expected names that differ and a column prompt")
+        for row in rows:
+            if not any(cell.strip() for cell in row):
+                continue
+            if len(row) != len(names):
+                yield rows.line_num, Broken(rows.line_num, f"{len(row)} columns, the header has {len(names)}")
+            else:
+                yield rows.line_num, checked(dict(zip(names, row, strict=True)))
+    except csv.Error as error:
+        raise Broken(rows.line_num, f"not a table ({error})") from None
+
+
+def tabs(text: str) -> Lines:
+    """A table with tabs, in which a quotation mark is text: one row a line."""
+    lines = BREAK.split(text)
+    names = ["prompt" if name.strip().lower() == "prompt" else name.strip() for name in lines[0].split("\t")]
+    if names.count("prompt") != 1 or len(set(names)) < len(names):
+        raise Broken(1, f"its header is {shown(lines[0])}, expected names that differ and a column prompt")
+    for number, line in enumerate(lines[1:], 2):
+        cells = line.split("\t")
+        if not line.strip():
+            continue
+        if len(cells) != len(names):
+            yield number, Broken(number, f"{len(cells)} columns, the header has {len(names)}")
+        else:
+            yield number, checked(dict(zip(names, cells, strict=True)))
+
+
+def checked(entry: Any) -> Entry | Broken:
+    """An entry with a prompt, or what is wrong with it."""
+    whole = {"prompt": entry} if isinstance(entry, str) else entry
+    if not isinstance(whole, dict) or not isinstance(whole.get("prompt"), str):
+        return Broken(0, f"got {shown(entry)}, expected an object with a string 'prompt'")
+    if not whole["prompt"].strip():
+        return Broken(0, "the prompt is empty")
+    if "\0" in whole["prompt"]:
+        return Broken(0, "a NUL in the prompt")
+    return whole
+
+
+READERS: dict[str, Callable[[str], Lines]] = {
+    ".txt": as_text,
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
+    ".json": json_list,
+    ".csv": lambda text: table(text, ","),
+    ".tsv": tabs,
+}

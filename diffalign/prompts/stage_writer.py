@@ -11,6 +11,7 @@ from typing import Any
 
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.prompts.files import Entry
+from diffalign.runtime import json_text
 
 ATTEMPTS, PAUSE = 4, 1.0  # tries a prompt; seconds before the second, doubled each time
 TIMEOUT = 120.0
@@ -57,9 +58,11 @@ def _written(path: Path, count: int) -> Iterator[str]:
     """Prompts a file already has."""
     if not path.exists():
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line:
+            continue
         try:
-            entry = json.loads(line)
+            entry = json_text.parse(line)
             prompt, texts = entry["prompt"], list(entry["stages"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -103,8 +106,8 @@ def _ask(client: Any, url: str, model: str, prompt: str, count: int) -> list[str
 def _parsed(response: Any, count: int) -> list[str] | None:
     """The list in an answer, whatever stands around it."""
     try:
-        match = re.search(r"\[.*\]", response.json()["choices"][0]["message"]["content"], re.DOTALL)
-        texts = json.loads(match.group()) if match else None
+        match = re.search(r"\[.*\]", json_text.parse(response.content)["choices"][0]["message"]["content"], re.DOTALL)
+        texts = json_text.parse(match.group()) if match else None
     except (ValueError, KeyError, IndexError, TypeError):
         return None
     whole = isinstance(texts, list) and len(texts) == count and all(isinstance(t, str) and t.strip() for t in texts)

@@ -179,6 +179,8 @@ def introduce(config: Config, parts: Parts, say: Callable[[str], None]) -> None:
     place = parts.place
     if config.evaluation.enabled and config.book.shared:
         say("evaluating on prompts that are trained on: scores do not say what is true of others")
+    if config.evaluation.enabled and len(config.book.evaluation) < config.book.held_out:
+        say(f"evaluating {config.book.extent} as evaluation.prompts says; null: all")
     if place.commit is not None:
         say(f"{config.model} at commit {place.commit}")
     if place.file:

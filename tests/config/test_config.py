@@ -138,7 +138,10 @@ def test_an_unknown_config_offers_the_nearest():
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ('{"prompt": "a"}\nnot json\n{"caption": "b"}\n', ["line 2: not JSON", "line 3: expected an object"]),
+        (
+            '{"prompt": "a"}\nnot json\n{"caption": "b"}\n',
+            ["line 2: not JSON", "line 3: got {'caption': 'b'}, expected an object"],
+        ),
         ("\n", ["holds no prompt"]),
     ],
 )
@@ -214,7 +217,10 @@ def test_a_large_file_is_evaluated_on_as_many_prompts_as_asked_for(tmp_path):
     few = [f"prompts.source={many}", "rewards={jpeg_compressibility: 1}", "eval_rewards=[]"]
     found = config.load("flow_grpo/shapes-sd3", [*few, "evaluation.prompts=4", "evaluation.holdout=0"]).book.evaluation
     assert [entry["prompt"] for entry in found] == ["prompt 0", "prompt 25000", "prompt 50000", "prompt 75000"]
-    assert len(config.load("flow_grpo/shapes-sd3", few).book.evaluation) == 10_000  # a tenth is held out
+    assert len(config.load("flow_grpo/shapes-sd3", few).book.evaluation) == 128  # evenly spread
+    whole = config.load("flow_grpo/shapes-sd3", [*few, "evaluation.prompts=null"]).book
+    assert len(whole.evaluation) == 10_000  # a tenth is held out
+    assert config.load("flow_grpo/shapes-sd3", few).book.extent == "128 of 10000 prompts, evenly spread,"
     assert len(config.load("flow_grpo/shapes-sd3", ["evaluation.prompts=99"]).book.evaluation) == 24
 
 
@@ -240,7 +246,7 @@ def test_a_files_prompts_are_trained_on_or_evaluated(tmp_path):
         return made.book.training, made.book.evaluation
 
     train, judged = parts()
-    assert (len(train), len(judged)) == (72, 8)  # both entries of a text lie on one side
+    assert (len(train), len(judged)) == (64, 16)  # eight texts; both entries of a text lie on one side
     assert not {e["prompt"] for e in train} & {e["prompt"] for e in judged}
     assert sorted(map(json.dumps, [*train, *judged])) == sorted(map(json.dumps, lines))
     longer = tmp_path / "longer.jsonl"

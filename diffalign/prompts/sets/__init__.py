@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,6 @@ def find(source: str, tasks: Sequence[str], split: str, field: str) -> list[Entr
         if name in published.SPLIT_READERS:
             return published.SPLIT_READERS[name](Path(place), split)
         return published.READERS[name](Path(place))
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, csv.Error) as error:
         wanted = published.LAYOUTS[name]
         raise UserError(f"{field}: got {source!r}, expected {wanted} ({_reason(error)})") from error

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffalign.runtime import json_text
 from diffalign.runtime.extras import PARTS
 
 Entry = dict[str, Any]
@@ -26,28 +26,31 @@ GENEVAL = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
 
 def drawbench(place: Path) -> list[Entry]:
     """Imagen's 200 prompts; `tag` is the category."""
-    return _table(place, ",", "Prompts")
+    return _table(place, "Prompts")
 
 
 def partiprompts(place: Path) -> list[Entry]:
     """Parti's 1,632 prompts; `tag` is the category."""
-    return _table(place, "\t", "Prompt")
+    # Tabs part its columns; a quotation mark is part of a prompt.
+    return _table(place, "Prompt", delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _table(place: Path, delimiter: str, column: str) -> list[Entry]:
-    with place.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter=delimiter))
-    entries = [{"prompt": row[column].strip(), "tag": row["Category"]} for row in rows if row[column].strip()]
-    if not entries:
+def _table(place: Path, column: str, **format_of: Any) -> list[Entry]:
+    with place.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file, strict=True, **format_of))
+    if not rows:
         raise ValueError("it has no prompt")
-    return entries
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values() or not row[column].strip():
+            raise ValueError(f"row {number} has no prompt and category, or more than the header")
+    return [{"prompt": row[column].strip(), "tag": row["Category"]} for row in rows]
 
 
 def hpdv2(place: Path) -> list[Entry]:
     """HPSv2's benchmark, 800 prompts for each of four styles; `tag` is the style."""
     entries = []
     for style in STYLES:
-        texts = json.loads((place / f"{style}.json").read_text(encoding="utf-8"))
+        texts = json_text.parse((place / f"{style}.json").read_bytes())
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{style}.json is no list of texts")
         entries += [{"prompt": text, "tag": style} for text in texts]
@@ -61,7 +64,7 @@ def geneval(place: Path) -> list[Entry]:
         raise ValueError(
             f"its sha256 is {digest[:12]}..., GenEval's is {GENEVAL[:12]}...; other prompts go by their .jsonl file"
         )
-    return [json.loads(line) for line in content.decode().splitlines()]
+    return [json_text.parse(line) for line in content.decode().split("\n") if line]
 
 
 def pickapic(place: Path, split: str) -> list[Entry]:
