@@ -17,6 +17,7 @@ from diffalign import config as configs
 from diffalign.errors import LONGEST, Fault, Interrupted, UserError, shortened
 from diffalign.evaluation.task import SUITES
 from diffalign.runtime import launcher
+from diffalign.runtime.streams import forgive
 
 
 class Number(click.FloatRange):
@@ -215,7 +216,13 @@ def check(name: str) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8090, show_default=True, help="0: any free one.")
 @click.option("--token", envvar="DIFFALIGN_REWARD_TOKEN", show_envvar=True, help="What clients must send.")
-@click.option("--max-mib", type=click.IntRange(1, 2**14), default=256, show_default=True, help="Largest request.")
+@click.option(
+    "--max-mib",
+    type=click.IntRange(1, 2**14),
+    default=64,
+    show_default=True,
+    help="Largest request, as sent and as decoded.",
+)
 def serve_reward(name: str, host: str, port: int, token: str | None, max_mib: int) -> None:
     """Serve the reward NAME over HTTP; a config then names it http://HOST:PORT/score."""
     from diffalign.rewards import catalog
@@ -239,6 +246,7 @@ def doctor() -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and leave with its exit code."""
+    forgive()
     try:
         app(arguments, prog_name="diffalign", standalone_mode=False)
     except UserError as error:

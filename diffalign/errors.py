@@ -48,7 +48,11 @@ class Fault(Exception):
 
 
 class Unscored(Fault):
-    """Too many samples have no score. Nothing was learnt from them: the parameters are those before the update."""
+    """Too many samples have no score, or their reward failed: nothing can be learnt from them. The same run may go on later."""
+
+
+class RewardFailed(Unscored):
+    """A reward raised an error, or returned what is no scores."""
 
 
 class Interrupted(Exception):

@@ -1,6 +1,6 @@
 """Text in pictures: how near what can be read is to what the prompt asks for. Read by RapidOCR, on the CPU, without downloads.
 
-The target is `text` of the prompt's metadata, or what stands between the first pair of double quotes. Spaces and case do not count.
+The target is `text` of the prompt's metadata, or what stands in the first quotation. Spaces and case do not count.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ REWARDS = {
         "tolerance": 0.3,
     },
 }
-QUOTED = re.compile(r"[\"\u201c]([^\"\u201c\u201d]+)[\"\u201d]")
+# A quotation begins after a space or a bracket and ends before one: what follows a digit, as in 6" or 5'10", means inches.
+QUOTED = re.compile(
+    r"(?<![^\s(\[{\u2014:,-])[\"\u201c]([^\"\u201c\u201d]+)[\"\u201d](?!\w)|\u201c([^\u201c\u201d]+)\u201d"
+)
 
 
 def target(prompt: str, metadata: dict[str, Any]) -> str:
@@ -53,7 +56,7 @@ def target(prompt: str, metadata: dict[str, Any]) -> str:
     """
     given = metadata.get("text")
     found = QUOTED.search(prompt)
-    wanted = plain(given if isinstance(given, str) else found.group(1) if found else "")
+    wanted = plain(given if isinstance(given, str) else (found.group(1) or found.group(2)) if found else "")
     if not wanted:
         raise ValueError(f"the prompt {prompt!r} does not say what to write: quote it, or give `text` in its metadata")
     return wanted

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import sqlite3
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from diffalign.rewards.catalog import Entry
 OURS = ("reward_models", "diffalign.ops", "diffalign.rewards", "diffalign.shapes")  # what rewards that ship are made of
 
 
-def version(entry: Entry) -> str | None:
-    """What a reward's scores depend on besides the sample: its code and its weights; None if that cannot be known."""
+def version(entry: Entry, files: Sequence[Path] = ()) -> str | None:
+    """What a reward's scores depend on besides the sample: its code, the files that it was seen to read, and its weights; None if that
+    cannot be known."""
     place = entry.place or entry.weights
     if entry.urls or place.startswith(("http://", "https://")):
         return None  # whatever runs behind an address may change
     if entry.source.endswith(".py"):  # with what stands beside it, which it may import
-        code = _digest(sorted(Path(entry.source).parent.glob("*.py")))
+        code = _digest(sorted({*Path(entry.source).parent.glob("*.py"), *files}))
     elif entry.source.startswith("reward_models."):
         code = _shipped()
     else:
@@ -61,15 +63,23 @@ def key(frames: NDArray[np.uint8], metadata: dict[str, Any], name: str, version:
     return hashed.hexdigest()
 
 
+def _sum(key: str, score: float) -> str:
+    return hashlib.sha256(f"{key} {score!r}".encode()).hexdigest()
+
+
 class ScoreCache:
     """A SQLite file of scores by key; several processes may use it at once."""
 
     def __init__(self, path: Path) -> None:
         """Raises Fault if the file cannot be used."""
+        self._path = path
         self._file = sqlite3.connect(path, timeout=60, isolation_level=None)
         try:
             # No write-ahead log: to switch to it does not wait for other processes.
-            self._file.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL NOT NULL)")
+            self._file.execute("CREATE TABLE IF NOT EXISTS files (name TEXT, path TEXT, PRIMARY KEY (name, path))")
+            self._file.execute(
+                "CREATE TABLE IF NOT EXISTS signed (key TEXT PRIMARY KEY, score REAL NOT NULL, sum TEXT NOT NULL)"
+            )
         except sqlite3.OperationalError as error:
             self._file.close()
             raise Fault(f"{path}: cannot be used ({one_line(error)})") from error
@@ -81,16 +91,36 @@ class ScoreCache:
         """Scores by key, None where there is none."""
         scores = []
         for name in keys:
-            row = self._file.execute("SELECT score FROM scores WHERE key = ?", (name,)).fetchone()
-            scores.append(None if row is None else float(row[0]))
+            try:
+                row = self._file.execute("SELECT score, sum FROM signed WHERE key = ?", (name,)).fetchone()
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+                raise Fault(
+                    f"{self._path}: damaged ({one_line(error)}); delete it, scores are then asked for again"
+                ) from error
+            # A score that is not what was written is asked for again.
+            whole = row is not None and isinstance(row[0], float) and row[1] == _sum(name, row[0])
+            scores.append(float(row[0]) if whole else None)
         return scores
+
+    def files(self, name: str) -> set[Path]:
+        """Files that a reward was seen to read while it scored."""
+        rows = self._file.execute("SELECT path FROM files WHERE name = ?", (name,)).fetchall()
+        return {path for row in rows if (path := Path(str(row[0]))).is_file()}
+
+    def note(self, name: str, files: Iterable[Path]) -> None:
+        """Remember files that a reward was seen to read."""
+        self._file.executemany("INSERT OR IGNORE INTO files VALUES (?, ?)", [(name, str(path)) for path in files])
 
     def write(self, keys: list[str], scores: list[float]) -> None:
         """Keep scores; those that are not finite are left out."""
-        rows = [(name, float(score)) for name, score in zip(keys, scores, strict=True) if np.isfinite(score)]
-        self._file.execute("BEGIN")
-        self._file.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
-        self._file.execute("COMMIT")
+        given = [(name, float(score)) for name, score in zip(keys, scores, strict=True) if np.isfinite(score)]
+        try:
+            self._file.execute("BEGIN")
+            rows = [(name, score, _sum(name, score)) for name, score in given]
+            self._file.executemany("INSERT OR REPLACE INTO signed VALUES (?, ?, ?)", rows)
+            self._file.execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            raise Fault(f"{self._path}: cannot be written ({one_line(error)}); delete it if it is damaged") from error
 
     def close(self) -> None:
         self._file.close()

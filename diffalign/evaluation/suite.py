@@ -25,7 +25,7 @@ from diffalign.evaluation.samples import Drawn
 from diffalign.evaluation.task import Task, task_of
 from diffalign.models.notes import files_of
 from diffalign.prompts import files as prompt_files
-from diffalign.rewards import catalog
+from diffalign.rewards import catalog, content
 from diffalign.rewards.base import Reward
 from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.scorer import Scorer
@@ -240,13 +240,12 @@ def _scores(out: Path) -> Iterator[cache.ScoreCache]:
 def _judged(task: Task, folder: Path, rows: Sequence[int], scorer: Scorer) -> dict[str, np.ndarray]:
     """Scores of some samples by reward, from the cache where they are there."""
     scores = {name: np.full(len(rows), np.nan) for name in scorer.rewards}
-    versions = {name: cache.version(catalog.find(name)) for name in scorer.rewards}
     with _scores(folder.parent) as kept:
         for part in chunks(len(rows), task.batch):
             frames = _stacked(folder, [rows[k] for k in part])
             entries = [task.entries[rows[k] // task.samples] for k in part]
             for name, reward in scorer.rewards.items():
-                scores[name][list(part)] = _scored(name, reward, frames, entries, versions[name], kept)
+                scores[name][list(part)] = _scored(name, reward, frames, entries, kept)
     return scores
 
 
@@ -265,20 +264,33 @@ def _scored(
     reward: Reward,
     frames: np.ndarray,
     entries: list[prompt_files.Entry],
-    version: str | None,
     kept: cache.ScoreCache,
 ) -> list[float]:
-    keys = [cache.key(shot, entry, name, version or "") for shot, entry in zip(frames, entries, strict=True)]
-    known = kept.read(keys) if version is not None else [None] * len(keys)
+    entry_of, files = catalog.find(name), {*reward.files, *kept.files(name)}
+
+    def keys() -> list[str] | None:
+        """Of the samples' scores; None where what they depend on cannot be known."""
+        version = cache.version(entry_of, tuple(files))
+        given = zip(frames, entries, strict=True)
+        return None if version is None else [cache.key(shot, entry, name, version) for shot, entry in given]
+
+    asked = keys()
+    known = [None] * len(entries) if asked is None else kept.read(asked)
     new = [k for k, value in enumerate(known) if value is None]
     if new:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         pixels = torch.from_numpy(frames[new]).to(device).permute(0, 1, 4, 2, 3).float() / 255
         numbers = np.arange(len(new))
         prompts = Prompts([entries[k]["prompt"] for k in new], numbers, numbers, numbers, [entries[k] for k in new])
-        values = Scorer({name: reward}).scores(Media(pixels), prompts).by_name[name].tolist()
-        if version is not None:
-            kept.write([keys[k] for k in new], values)
+        with content.opened() as seen:
+            values = Scorer({name: reward}).scores(Media(pixels), prompts).by_name[name].tolist()
+        read = set(content.own_files(entry_of, seen)) - files
+        if asked is not None and read:  # files that it reads while it scores: another version
+            kept.note(name, read)
+            files |= read
+            asked = keys()
+        if asked is not None:
+            kept.write([asked[k] for k in new], values)
         for k, value in zip(new, values, strict=True):
             known[k] = value
     return [float("nan") if value is None else value for value in known]

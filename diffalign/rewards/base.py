@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,17 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffalign.errors import Fault
-from diffalign.types import Media, Prompts
+from diffalign.errors import Fault, shown
+from diffalign.types import Floats, Media, Prompts
 
 
 class Reward(ABC):
     """One number a sample; NaN where there is none, never a stand-in.
 
-    background: whether it may score in a thread of its own while sampling goes on; files: the user's, which its scores depend on.
+    background: whether it may score in a thread of its own while sampling goes on; foreign: whether it is a user's code, of which nothing
+    is known; files: the user's, which its scores depend on.
     """
 
     background: bool = False
+    foreign: bool = False
     files: tuple[Path, ...] = ()
 
     @property
@@ -34,8 +37,8 @@ class Reward(ABC):
     def __call__(self, media: Media, prompts: Prompts) -> Tensor | Sequence[float]:
         """Scores (N,) of media; with a gradient to the pixels if its entry promises one."""
 
-    def greet(self) -> None:
-        """Find out before anything is begun whether it will answer.
+    def greet(self, say: Callable[[str], None] = print) -> None:
+        """Find out before anything is begun whether it will answer; `say` hears what is waited for.
 
         Raises:
             UserError: if an address is wrong.
@@ -53,6 +56,8 @@ class Reward(ABC):
 class Wrapped(Reward):
     """A function, or an object of a class of its own, as a reward."""
 
+    foreign = True
+
     def __init__(self, function: Callable[[Media, Prompts], Any], background: bool = False) -> None:
         self.function = function
         self.background = background or getattr(function, "background", False)
@@ -64,7 +69,7 @@ class Wrapped(Reward):
     def said(self) -> str:
         return getattr(self.function, "said", "")
 
-    def greet(self) -> None:
+    def greet(self, say: Callable[[str], None] = print) -> None:
         getattr(self.function, "greet", _nothing)()
 
     def checkpoint(self) -> None:
@@ -93,9 +98,38 @@ def check_media(media: Media) -> Media:
     if pixels.ndim != 5 or pixels.shape[2] != 3 or not pixels.is_floating_point():
         raise Fault(f"pictures: got {tuple(pixels.shape)} {pixels.dtype}, expected (N, F, 3, H, W) float")
     low, high = float(pixels.detach().amin()), float(pixels.detach().amax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise Fault(
+            "pictures: not finite, they would be black: the decoder went beyond what its numbers hold, or the weights diverged; "
+            "precision: float32 and a lower optimizer.lr are the ways out"
+        )
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise Fault(f"pictures: values in [{low:.3g}, {high:.3g}], expected [0, 1]")
     return media
+
+
+def numbers(output: Any, count: int) -> Floats:
+    """What a reward returned as numbers (count,), NaN where there is none.
+
+    Raises:
+        ValueError: for anything but a tensor, array or list of `count` numbers or None.
+    """
+    expected = f"expected {count} numbers, a tensor or list of shape ({count},)"
+    if isinstance(output, Tensor):
+        output = output.detach().cpu().double().numpy() if not output.is_complex() else output.detach().cpu().numpy()
+    try:
+        given = np.asarray(output)
+    except ValueError as error:  # rows of several lengths
+        raise ValueError(f"returned {shown(output)}, {expected}") from error
+    if given.dtype == object and all(
+        value is None or isinstance(value, (int, float, np.number)) for value in given.flat
+    ):
+        given = given.astype(float)
+    if given.dtype.kind not in "fiub":
+        raise ValueError(f"returned {shown(output)}, {expected}")
+    if given.shape != (count,):
+        raise ValueError(f"returned shape {given.shape}, {expected}")
+    return given.astype(float)
 
 
 def to_uint8(media: Media) -> NDArray[np.uint8]:

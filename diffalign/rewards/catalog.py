@@ -125,7 +125,26 @@ def _parsed(path: Path) -> list[ast.stmt]:
 
 
 def _defined(body: list[ast.stmt]) -> set[str]:
-    return {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    """The names that a module binds: functions, classes, what is assigned or imported, under conditions too; `*` if it may be others."""
+    names: set[str] = set()
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+        else:
+            for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+                inner = getattr(node, field, [])
+                names |= _defined([part for part in inner if isinstance(part, ast.stmt)])
+                names |= {
+                    n
+                    for part in inner
+                    if isinstance(part, (ast.ExceptHandler, ast.match_case))
+                    for n in _defined(part.body)
+                }
+            stored = (part for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store))
+            names |= {part.id for part in stored}
+    return names
 
 
 def _differentiable(body: list[ast.stmt], function: str, source: str) -> bool:
@@ -234,9 +253,9 @@ def _function(name: str, place: str) -> Entry:
         except ValueError as error:
             raise LookupError(f"{source} is not Python text ({error})") from error
         defined = _defined(body)
-        if attribute not in defined:
+        if attribute not in defined and "*" not in defined:
             raise LookupError(
-                f"{source} defines no function {attribute!r}, it defines {', '.join(sorted(defined)) or 'none'}"
+                f"{source} defines no function {attribute!r}, it defines {', '.join(sorted(defined)) or 'nothing'}"
             )
         return Entry(name, str(path.resolve()), attribute, _differentiable(body, attribute, source))
     try:

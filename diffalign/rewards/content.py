@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,16 @@ _watching: list[set[Path]] = []  # hooks of the interpreter stay for good: this 
 
 
 def _heard(event: str, arguments: tuple[object, ...]) -> None:
-    if event == "open" and _watching and isinstance(arguments[0], str):
+    if event == "open" and _watching and isinstance(arguments[0], str) and _reads(*arguments[1:]):
         for seen in _watching:
             seen.add(Path(arguments[0]))
+
+
+def _reads(mode: object = None, flags: object = 0) -> bool:
+    """Whether a file is opened to be read and not written: what a reward writes is no part of it."""
+    if isinstance(mode, str):
+        return not set(mode) & set("wax+")
+    return not (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR))
 
 
 @contextmanager

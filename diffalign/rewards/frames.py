@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import Reward, Wrapped
+from diffalign.rewards.base import Reward, Wrapped, numbers
 from diffalign.types import Integers, Media, Prompts
 
 POLICY = re.compile(r"first|middle|all|uniform:([1-9]\d*)")
@@ -45,6 +45,6 @@ class PerFrame(Wrapped):
         rows = np.repeat(np.arange(len(prompts)), len(seen))
         values = self.reward(Media(pixels.flatten(0, 1)[:, None], media.fps), prompts.select(rows))
         if not isinstance(values, Tensor):
-            values = torch.as_tensor(np.asarray(values, float))
+            values = torch.as_tensor(numbers(values, len(rows)))
         by_frame = values.reshape(len(prompts), len(seen))
         return by_frame.mean(1) if self.reduce == "mean" else by_frame.amin(1)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from diffalign.errors import Fault, UserError
+from diffalign.errors import Fault, UserError, shortened
 from diffalign.rewards.base import Reward
-from diffalign.rewards.wire import packed
+from diffalign.rewards.wire import packed, scores_of
 from diffalign.runtime import http
-from diffalign.runtime.http import TOKEN, Patient, reward_token
+from diffalign.runtime.http import TOKEN, Patient, TooLarge, reward_token
 from diffalign.types import Media, Prompts, chunks
 
 IN_FLIGHT = 2  # requests a server works on at once: one scores while the next one travels
@@ -38,25 +38,33 @@ class Remote(Reward):
         """Why the last request failed."""
         return self._client.said
 
-    def greet(self) -> None:
+    def greet(self, say: Callable[[str], None] = print) -> None:
         """Wait until a server answers, and find out whether all that do are the same reward.
 
         Raises:
             UserError: for a wrong path or token, or servers of different rewards.
             Fault: if none answers within the deadline.
         """
-        pause, until = http.PAUSE, time.monotonic() + self._client.deadline
+        pause, until, told = http.PAUSE, time.monotonic() + self._client.deadline, False
+        self._client.begin()
         while not any((answered := {url: self._client.status(url) for url in self.urls}).values()):
-            if (left := until - time.monotonic()) <= 0:
+            if not told:
+                say(f"waiting for {' or '.join(self.urls)}, up to {self._client.deadline:.0f} s ({self.said})")
+                told = True
+            time.sleep(max(0.0, min(until - time.monotonic(), pause)))
+            if time.monotonic() >= until:
                 raise Fault(f"reward {self.name}: no server answers ({self.said})")
-            time.sleep(min(left, pause))
             pause = min(2 * pause, http.LONGEST)
         for url, status in answered.items():
             if status in (401, 403):
                 raise UserError(f"rewards: {url} wants another token ({status}); set {TOKEN} as at the server")
             if status in (404, 405):
                 raise UserError(f"rewards: {url} is not where scores are ({status}); allowed is http://host:port/score")
-        served = {url: (f.get("name"), f.get("version")) for url in self.urls if (f := self._client.facts(url))}
+        served = {
+            url: (shortened(str(f.get("name"))), shortened(str(f.get("version"))))
+            for url in self.urls
+            if (f := self._client.facts(url))
+        }
         if len(set(served.values())) > 1:
             raise UserError(
                 "rewards: addresses with | between them must serve one reward, they serve "
@@ -73,32 +81,30 @@ class Remote(Reward):
         self._client.begin()
         with ThreadPoolExecutor(IN_FLIGHT * len(self.urls)) as pool:
             answers = list(pool.map(lambda rows: self._ask(media, prompts, rows), parts))
-        self._client.end(any(answer is not None for answer in answers))
-        return [score for rows, answer in zip(parts, answers, strict=True) for score in self._read(answer, len(rows))]
+        self._client.end(any(score == score for scores in answers for score in scores))
+        return [score for scores in answers for score in scores]
 
-    def _ask(self, media: Media, prompts: Prompts, rows: Sequence[int]) -> Any:
+    def _ask(self, media: Media, prompts: Prompts, rows: Sequence[int]) -> list[float]:
+        """Scores of some samples, NaN where there is no answer; where a request is too large for a server, in halves."""
+        try:
+            answer = self._client.post(self._next, self._body(media, prompts, rows))
+        except TooLarge:
+            if len(rows) == 1:
+                raise
+            half = len(rows) // 2
+            return self._ask(media, prompts, rows[:half]) + self._ask(media, prompts, rows[half:])
+        return [float("nan")] * len(rows) if answer is None else scores_of(answer, len(rows))
+
+    def _body(self, media: Media, prompts: Prompts, rows: Sequence[int]) -> dict[str, Any]:
         index = torch.as_tensor(list(rows))
-        body = {
+        return {
             "prompts": [prompts.text[k] for k in rows],
             "metadata": [prompts.metadata[k] for k in rows],
             "fps": media.fps,
             "media": packed(Media(media.pixels[index], media.fps)),
         }
-        return self._client.post(self._next, body)
 
     def _next(self) -> str:
         with self._lock:
             self._turn += 1
             return self.urls[self._turn % len(self.urls)]
-
-    def _read(self, answer: Any, count: int) -> list[float]:
-        """The scores of an answer, NaN without."""
-        if answer is None:
-            return [float("nan")] * count
-        try:
-            scores = [float("nan") if score is None else float(score) for score in answer["scores"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise Fault(f"{str(answer)[:200]!r} was answered, expected scores") from error
-        if len(scores) != count:
-            raise Fault(f"gave {len(scores)} scores for {count} samples")
-        return scores

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.errors import Fault, one_line
+from diffalign.errors import Fault, RewardFailed
 from diffalign.protocols import RewardFunction
-from diffalign.rewards.base import Reward, as_reward, check_media
+from diffalign.rewards.base import Reward, as_reward, check_media, numbers
+from diffalign.rewards.isolated import PAUSES, own, passing, staying, undisturbed, why
 from diffalign.runtime import keys
 from diffalign.runtime.memory import out_of_memory
 from diffalign.types import Floats, Media, Prompts, Scores
@@ -47,10 +50,10 @@ class Scorer:
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._proved: set[str] = set()  # those that were found to depend on the pixels
 
-    def greet(self) -> None:
+    def greet(self, say: Callable[[str], None] = print) -> None:
         """Let rewards behind servers find out whether they will answer; see `Reward.greet`."""
         for reward in self.rewards.values():
-            reward.greet()
+            reward.greet(say)
 
     # -- without gradient
 
@@ -113,9 +116,14 @@ class Scorer:
             shown = Media(_guarded(check_media(media).pixels, valid), media.fps)
             total = media.pixels.new_zeros(len(prompts))
             for name, function in self.rewards.items():
-                value = function(shown, prompts)
+                value = _asked(name, function, shown, prompts)
                 if torch.is_grad_enabled() and not self._reaches(name, value, shown):
                     raise Fault(f"reward {name}: has no gradient to the pictures")
+                if tuple(torch.as_tensor(value).shape) != (len(prompts),):
+                    shape = tuple(torch.as_tensor(value).shape)
+                    raise Fault(
+                        f"reward {name}: returned shape {shape}, expected one number a sample: ({len(prompts)},)"
+                    )
                 value = torch.as_tensor(value, dtype=total.dtype, device=total.device)
                 total = total + self.weights[name] * value
                 _note(seen, keys.reward(name), value)
@@ -159,14 +167,27 @@ def _note(seen: dict[str, Tensor], key: str, value: Tensor) -> None:
 
 @torch.no_grad()
 def _scored(name: str, reward: Reward, media: Media, prompts: Prompts) -> Floats:
-    """One reward's scores (N,)."""
+    """One reward's scores (N,); what may pass is tried again."""
+    for pause in (*PAUSES, None):
+        try:
+            values = numbers(_asked(name, reward, media, prompts), len(prompts))
+            break
+        except RewardFailed as error:
+            if pause is None or error.__cause__ is None or not passing(error.__cause__):
+                raise
+            time.sleep(pause)
+        except ValueError as error:
+            raise RewardFailed(f"reward {name}: {error}") from error
+    return np.where(np.abs(values) <= LARGEST, values, np.nan)  # sums of larger ones would not be finite
+
+
+def _asked(name: str, reward: Reward, media: Media, prompts: Prompts) -> Any:
+    """What a reward returns for samples of its own."""
     try:
-        output = reward(media, prompts)
-        values = output.detach().cpu().double().numpy() if isinstance(output, Tensor) else np.asarray(output, float)
+        given = own(media, prompts)
+        with staying() if reward.background else undisturbed(prompts) if reward.foreign else nullcontext():
+            return reward(*given)
     except (Exception, SystemExit) as error:  # whatever a user's function does
         if out_of_memory(error):
             raise  # whoever asked can ask for less at a time
-        raise Fault(f"reward {name}: {error if isinstance(error, Fault) else one_line(error)}") from error
-    if values.shape != (len(prompts),):
-        raise Fault(f"reward {name}: returned shape {values.shape} for {len(prompts)} samples")
-    return np.where(np.abs(values) <= LARGEST, values, np.nan)  # sums of larger ones would not be finite
+        raise RewardFailed(f"reward {name}: {why(error)}") from error

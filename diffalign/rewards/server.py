@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hmac
-import json
 import logging
+import sys
 import threading
 from typing import Any
 
@@ -12,25 +12,29 @@ import numpy as np
 import torch
 
 from diffalign import __version__
-from diffalign.errors import Fault, UserError, one_line
-from diffalign.rewards.base import check_media
+from diffalign.errors import LONGEST, Fault, UserError, shortened, shown
+from diffalign.rewards.base import check_media, numbers
 from diffalign.rewards.catalog import Entry, find
+from diffalign.rewards.isolated import undisturbed, why
 from diffalign.rewards.load import load
-from diffalign.rewards.wire import unpacked
+from diffalign.rewards.wire import TooMuch, unpacked
+from diffalign.runtime import json_text
 from diffalign.runtime.extras import missing
 from diffalign.runtime.http import checked_token
 from diffalign.types import Media, Prompts
 
 Answer = tuple[int, dict[str, Any]]  # status, content
+PATIENCE = 30.0  # seconds between pieces of a request
 
 
 class Served:
     """A reward that answers requests, one at a time: rewards need not stand two threads."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, most_bytes: int = 2**26) -> None:
         self.entry: Entry = find(name)
         self._reward, self._lock = load(name), threading.Lock()
         self._device = "cuda" if torch.cuda.is_available() and not self.entry.background else "cpu"
+        self._most = most_bytes
         self._known = {"name": name, "version": __version__}
 
     def health(self) -> dict[str, Any]:
@@ -39,31 +43,29 @@ class Served:
         facts = {"modality": entry.modality, "needs": list(entry.needs), "range": entry.range, "about": entry.about}
         return self._known | facts
 
-    def answer(self, body: bytes) -> Answer:
-        """Status and content for the body of a request."""
+    def answer(self, body: bytes | bytearray) -> Answer:
+        """Status and content for the body of a request; one is read and decoded at a time."""
+        with self._lock:
+            return self._answer(body)
+
+    def _answer(self, body: bytes | bytearray) -> Answer:
         try:
-            media, prompts = self._read(json.loads(body))
-        except RecursionError:
-            return 422, {"error": "not JSON (nested too deeply)"}
-        except json.JSONDecodeError as error:
-            return 422, {"error": f"not JSON ({one_line(error)})"}
-        except (ValueError, TypeError) as error:
-            return 422, {"error": str(error)}
-        except Fault as error:  # pixels that are none
-            return 422, {"error": str(error)}
+            media, prompts = self._read(json_text.parse(body))
+        except TooMuch as error:
+            return 413, {"error": shortened(str(error), LONGEST)}
+        except (ValueError, TypeError, Fault) as error:  # pixels that are none, too
+            return 422, {"error": shortened(str(error), LONGEST)}
         try:
-            with self._lock, torch.no_grad():
+            with torch.no_grad(), undisturbed(prompts):
                 output = self._reward(media, prompts)
-            values = torch.as_tensor(output).detach().cpu().double().numpy()
-        except Exception as error:  # whatever a user's function does
-            return self._failed(one_line(error))
-        if values.shape != (len(prompts),):
-            return self._failed(f"returned shape {values.shape} for {len(prompts)} samples")
+            values = numbers(output, len(prompts))
+        except (Exception, SystemExit) as error:  # whatever a user's function does
+            return self._failed(why(error))
         return 200, self._known | {"scores": [float(v) if np.isfinite(v) else None for v in values]}
 
     def _failed(self, why: str) -> Answer:
         line = f"reward {self.entry.name}: {why}"
-        logging.getLogger("uvicorn.error").error(line)
+        logging.getLogger("uvicorn.error").error(line, exc_info=sys.exc_info()[1])
         return 500, {"error": line}
 
     def _read(self, body: Any) -> tuple[Media, Prompts]:
@@ -79,24 +81,53 @@ class Served:
             raise ValueError(f"metadata: expected {len(texts)} objects")
         if problem := self.entry.unfit(metadata):
             raise ValueError(f"metadata: {self.entry.name} {problem}")
-        pixels = unpacked(body.get("media"))
+        pixels = unpacked(body.get("media"), self._most)
         if len(pixels) != len(texts):
             raise ValueError(f"media: {len(pixels)} samples for {len(texts)} prompts")
         keys = np.arange(len(texts))
         entries = [{"prompt": text, **m} for text, m in zip(texts, metadata, strict=True)]
         fps = body.get("fps", 8.0)
         if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < 1000:
-            raise ValueError(f"fps: got {fps!r}, allowed are numbers above 0")
+            raise ValueError(f"fps: got {shown(fps)}, allowed are numbers above 0")
         media = check_media(Media(pixels.to(self._device), float(fps)))
         return media, Prompts(texts, keys, keys, keys, entries)
 
 
-def application(served: Served, token: str | None = None, most_bytes: int = 2**28) -> Any:
+class Room:
+    """Bytes of requests that are held at once."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.taken = most, 0
+
+
+async def _receive(request: Any, body: bytearray, most: int, room: Room) -> tuple[int, str]:
+    """Put a request's body into `body`; returns 200, or the status and words that refuse it. What the body takes of the room is the
+    caller's to give back."""
+    import asyncio
+
+    stream = request.stream().__aiter__()
+    while True:
+        try:
+            piece = await asyncio.wait_for(stream.__anext__(), PATIENCE)
+        except StopAsyncIteration:
+            return 200, ""
+        except asyncio.TimeoutError:
+            return 408, f"nothing came for {PATIENCE} s"
+        body += piece
+        room.taken += len(piece)
+        if len(body) > most:
+            return 413, f"more than {most} bytes; send fewer samples"
+        if room.taken > room.most:
+            return 503, "too many requests at once; try again"
+
+
+def application(served: Served, token: str | None = None, most_bytes: int = 2**26) -> Any:
     """The FastAPI application of a reward: POST /score and GET /health."""
     import fastapi
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import JSONResponse
 
+    room = Room(2 * most_bytes)
     app = fastapi.FastAPI(title="diffalign reward", docs_url=None, redoc_url=None, openapi_url=None)
 
     async def score(request: Any) -> Any:
@@ -104,12 +135,14 @@ def application(served: Served, token: str | None = None, most_bytes: int = 2**2
         if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             return JSONResponse({"error": "a bearer token is wanted, and this is not it"}, 401)
         body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > most_bytes:
-                return JSONResponse({"error": f"more than {most_bytes} bytes; send fewer samples"}, 413)
-        status, content = await run_in_threadpool(served.answer, bytes(body))
-        return JSONResponse(content, status)
+        try:
+            refused, said = await _receive(request, body, most_bytes, room)
+            if refused != 200:
+                return JSONResponse({"error": said}, refused)
+            status, content = await run_in_threadpool(lambda: served.answer(body))
+            return JSONResponse(content, status)
+        finally:
+            room.taken -= len(body)
 
     async def health(request: Any) -> Any:
         return JSONResponse(served.health())
@@ -137,7 +170,7 @@ def serve(name: str, host: str, port: int, token: str | None, most_bytes: int) -
         raise UserError(
             f"--host: got {host}, which others can reach; set a token (--token or DIFFALIGN_REWARD_TOKEN), or allowed is 127.0.0.1"
         )
-    app = application(Served(name), token, most_bytes)
+    app = application(Served(name, most_bytes), token, most_bytes)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
+import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,17 @@ class RunFolder(Listener):
             self._clear()
         self._tidy()
         write_text(self.path / CONFIG, configs.dump(config))
+
+    def keep_error(self, error: BaseException) -> None:
+        """Add an error and what led to it to `errors.log`, where there is more to it than its line."""
+        if error.__cause__ is None or not self.path.is_dir():
+            return
+        text = "".join(traceback.format_exception(error))
+        with (
+            suppress(OSError),
+            (self.path / "errors.log").open("a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{text}\n")
 
     def close(self) -> None:
         if self._lock is not None:

@@ -70,8 +70,8 @@ def device(config: Config) -> str:
     return kind
 
 
-def build(config: Config) -> Parts:
-    """Load the pipeline, attach the LoRA, load the rewards."""
+def build(config: Config, say: Callable[[str], None] = print) -> Parts:
+    """Load the pipeline, attach the LoRA, load the rewards; `say` hears what is waited for."""
     dtype = DTYPES[config.precision]
     pipe, place = loading.load(config.model, dtype, device(config), config.revision, config.weights)
     if config.attention == "xformers":
@@ -83,7 +83,7 @@ def build(config: Config) -> Parts:
         name: load_reward(name, scoring.deadline, scoring.batch, scoring.frames, scoring.reduce) for name in names
     }
     for reward in loaded.values():
-        reward.greet()
+        reward.greet(say)
         if config.optimizer.gradient_checkpointing:
             reward.checkpoint()
     judging = dict.fromkeys([*config.eval_rewards, *config.rewards])

@@ -57,6 +57,10 @@ def train(
         held = world.together(lambda: open_run(config, fresh, change) if opens else None) or held
         held.taken = taken = world.lead(lambda: held.taken)
         return Session(with_kept(config, taken.kept), held, reporter, world, change).run()
+    except Fault as error:
+        if world.leads:
+            held.keep_error(error)
+        raise
     except OSError as error:
         raise Fault(
             f"{error.filename or config.run_dir}: {error.strerror or error}; the last checkpoint is kept"
@@ -97,7 +101,7 @@ class Session:
         self, config: Config, folder: RunFolder, reporter: Reporter, world: World = ALONE, change: bool = False
     ) -> None:
         self.config, self.folder, self.reporter, self.world = config, folder, reporter, world
-        self.parts = made = world.together(lambda: parts.build(config))
+        self.parts = made = world.together(lambda: parts.build(config, reporter.say))
         self.policy, self.averages = (
             made.policy,
             {} if config.optimizer.ema is None else {AVERAGES: config.optimizer.ema},
@@ -146,10 +150,12 @@ class Session:
         started = time.perf_counter()
         self.spent, self.skipped = self.points.resume()
         self.listeners.began(Began(self.done))
-        with self.stop.listening(self.reporter.say), self._saved_if_unscored():
+        with self.stop.listening(), self._saved_if_unscored():
             if self.done == 0:
                 self.outputs.samples(0)
                 self._evaluate()
+            else:
+                self._evaluate_if_due()  # a reward may have failed in it
             while self.budget.allows(self.spent, self.last):
                 update = self._update()
                 self._tidy()
@@ -187,13 +193,18 @@ class Session:
         if not last and self.done % output.sample_every == 0:
             self.outputs.samples(self.done)
         due = bool(every) and self.done % every == 0
-        if due and not last:
-            self._evaluate()
-            if self.config.evaluation.enabled:
-                self.outputs.best(self.done)
+        self._evaluate_if_due()
         # After grids and evaluation: a checkpoint says that everything up to it was done.
         if self.done % output.checkpoint_every == 0 or due or last:
             self.save()
+
+    def _evaluate_if_due(self) -> None:
+        """An evaluation in between, with the adapter if it is the best so far, unless it was made."""
+        settings = self.config.evaluation
+        between = self.done < self.config.updates and bool(settings.every) and self.done % settings.every == 0
+        if settings.enabled and between and self.judged.summary(self.done) is None:
+            self._evaluate()
+            self.outputs.best(self.done)
 
     def _evaluate(self) -> Summary:
         """Sample the fixed set, every process its share, and judge it."""
@@ -242,7 +253,9 @@ class Session:
         try:
             yield
         except Unscored as error:
-            if self.done:
+            # In the middle of an update of several steps the parameters are those after none.
+            whole = self.trainer.whole
+            if self.done and whole:
                 self.save()
-            kept = f"saved after update {self.done}; " if self.done else ""
+            kept = f"saved after update {self.done}; " if self.done and whole else ""
             raise Fault(f"{error}; {kept}the same command goes on") from error

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffalign.errors import Fault, one_line
+from diffalign.errors import Fault, Unscored, one_line
 from diffalign.runtime.launcher import local_rank, several
 from diffalign.types import chunks
 
@@ -76,12 +76,13 @@ class World:
             result = work()
         except Exception as caught:
             error = caught
-        problems = self.gather(None if error is None else one_line(error))
+        problems = self.gather(None if error is None else (one_line(error), isinstance(error, Unscored)))
         if error is not None:
             raise error
         for rank, problem in enumerate(problems):
             if problem is not None:
-                raise Fault(f"process {rank}: {problem}")
+                line, unscored = problem
+                raise (Unscored if unscored else Fault)(f"process {rank}: {line}")
         return result  # type: ignore[return-value]
 
     def led(self, target: T) -> T:

@@ -13,14 +13,14 @@ DIGITS = 40  # of a number
 _HALF = re.compile("[\ud800-\udfff]")
 
 
-def parse(text: str | bytes) -> Any:
+def parse(text: str | bytes | bytearray) -> Any:
     """None, bool, int, float, str, lists, and dicts of them.
 
     Raises:
         ValueError: one line that says why: no JSON, not UTF-8, NaN or infinity, a key twice, half a character, too deep.
     """
     try:
-        whole = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        whole = text.decode("utf-8-sig") if not isinstance(text, str) else text
         value = json.loads(
             whole, parse_constant=_no_number, parse_int=_whole, parse_float=_real, object_pairs_hook=_once
         )

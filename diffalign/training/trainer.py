@@ -69,6 +69,7 @@ class Trainer:
         self.world, self.dealt = world, policy.micro_batch
         self.sampling = Sampling(policy, scorer, rule.needs.log_probs)
         self.backward = Backward(rule, policy, scorer, term_norms or rule.needs.term_norms)
+        self.whole = True  # the parameters are those after some update, not those within one
         policy.add_shadows(rule.decays(0))
 
     def update(self, index: int) -> Update:
@@ -78,6 +79,7 @@ class Trainer:
             Fault: if sampling and training disagree, or a reward fails.
         """
         clock = Clock.of(self.policy)
+        self.whole = True
         started, forward, backward = time.perf_counter(), self.policy.rows_forward, self.policy.rows_backward
         sampled = self._sample(index, clock)
         update = sampled.update
@@ -87,6 +89,7 @@ class Trainer:
         self.world.check_equal(self.policy.parameters, f"update {index + 1}")
         self.policy.follow(self.rule.decays(index))
         self.rule.after_update(update)
+        self.whole = True
         seconds = {f"seconds/{phase}": value for phase, value in clock.seconds.items()}
         seconds["seconds/total"] = time.perf_counter() - started
         rows = self.world.gather((self.policy.rows_forward - forward, self.policy.rows_backward - backward))
@@ -188,6 +191,7 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         if not math.isfinite(norm):
             return None
+        self.whole = False
         self.optimizer.step()
         return norm
 

@@ -55,4 +55,6 @@ def test_failures_are_not_kept_and_scores_come_back(tmp_path):
     kept.write(["a"], [2.5])
     assert kept.read(["a", "b", "c", "d"]) == [2.5, None, None, None]
     kept.close()
-    assert sqlite3.connect(tmp_path / "scores.sqlite").execute("SELECT * FROM scores").fetchall() == [("a", 2.5)]
+    assert sqlite3.connect(tmp_path / "scores.sqlite").execute("SELECT key, score FROM signed").fetchall() == [
+        ("a", 2.5)
+    ]

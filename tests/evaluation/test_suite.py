@@ -185,7 +185,7 @@ def test_a_failure_is_not_kept(prompts, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     (scores,) = report["models"][0]["scores"].values()
     assert scores["unscored"] == 6
-    assert sqlite3.connect(tmp_path / "out" / "scores.sqlite").execute("SELECT COUNT(*) FROM scores").fetchone() == (0,)
+    assert sqlite3.connect(tmp_path / "out" / "scores.sqlite").execute("SELECT COUNT(*) FROM signed").fetchone() == (0,)
     assert "NaN" not in (tmp_path / "out" / "scores.jsonl").read_text()
 
 

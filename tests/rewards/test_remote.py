@@ -148,7 +148,11 @@ def test_a_server_is_greeted_before_anything_is_begun(monkeypatch):
     late.close()
     started: list[Server] = []
     threading.Timer(0.3, lambda: started.append(Server(lambda body: (422, {}), port))).start()
-    Remote("r", [f"http://127.0.0.1:{port}/score"], deadline=10).greet()  # it waits for one that is not up yet
+    said: list[str] = []
+    Remote("r", [f"http://127.0.0.1:{port}/score"], deadline=10).greet(
+        said.append
+    )  # it waits for one that is not up yet
+    assert [line.startswith(f"waiting for http://127.0.0.1:{port}/score, up to 10 s (") for line in said] == [True]
     begun = time.monotonic()
     Remote("r", ["http://127.0.0.1:1/score", f"http://127.0.0.1:{port}/score"], deadline=60).greet()  # one will do
     assert time.monotonic() - begun < 10
@@ -181,11 +185,11 @@ def test_a_token_that_no_header_carries_is_refused_at_both_ends(token, monkeypat
         serve("shapes_geneval", "127.0.0.1", 0, token, 1)
 
 
-def test_a_small_file_of_many_pixels_is_refused(monkeypatch):
-    monkeypatch.setattr(wire, "PIXELS", 3 * 64)
-    assert unpacked(packed(samples(3)[0])).shape == (3, 1, 3, 8, 8)
-    with pytest.raises(ValueError, match="media.data: more than 192 pixels; send fewer samples"):
-        unpacked(packed(samples(4)[0]))
+def test_a_small_file_of_many_pixels_is_refused():
+    for form in ("png", "raw"):
+        assert unpacked(packed(samples(3)[0], form), 576).shape == (3, 1, 3, 8, 8)
+        with pytest.raises(wire.TooMuch, match="576.*send fewer samples"):
+            unpacked(packed(samples(4)[0], form), 576)
 
 
 @pytest.mark.parametrize("trouble", [(503, {}), (429, {}), (500, {"error": "boom"})])
@@ -202,10 +206,21 @@ def test_what_may_pass_is_tried_again(trouble):
     [
         ((422, {"error": "metadata: r needs include"}), "refused .422.: .*metadata: r needs include"),
         ((401, {"error": "token"}), "refused .401."),
-        ((200, {"scores": [1.0]}), "gave 1 scores for 2 samples"),
+        ((200, {"scores": [1.0]}), "answered 1 scores for 2 samples"),
         ((200, {"score": [1.0]}), "expected scores"),
         ((200, b"\x80\x04pickle"), "expected JSON"),
-        ((200, {"scores": ["good", 1]}), "expected scores"),
+        ((200, {"scores": ["good", 1]}), "answered 'good' among its scores, expected numbers and null"),
+        ((200, {"scores": ["0.5", 1]}), "expected numbers and null"),
+        ((200, {"scores": {"0": 0.5, "1": 1}}), "expected scores"),
+        ((200, {"scores": "11"}), "expected scores"),
+        ((200, {"scores": [True, 1]}), "expected numbers and null"),
+        ((200, {"scores": [0, 0], "error": "boom"}), "expected scores"),
+        ((200, [0, 0]), "expected scores"),
+        ((200, b'{"scores": [1e400, 1]}'), "expected JSON: 1e400 is too large a number"),
+        ((200, b'{"scores": [NaN, 1]}'), "expected JSON: NaN is no number"),
+        ((200, b'{"scores": ' + b"[" * 100000), "expected JSON: more than 50 levels"),
+        ((200, b" " * (2**22 + 1)), "answered more than 4194304 bytes"),
+        ((307, {}), "refused .307"),
     ],
 )
 def test_what_will_not_pass_is_a_fault_at_once(answer, said):
