@@ -251,6 +251,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         app(arguments, prog_name="diffalign", standalone_mode=False)
     except UserError as error:
         fail(2, *error.problems)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else str(error))
     except click.NoSuchOption as error:
         fail(2, error.format_message() + configs.settings_for(error.option_name))
     except click.ClickException as error:

@@ -40,7 +40,10 @@ def placed(raw: dict[str, Any], beside: Path | None) -> tuple[dict[str, str], li
     problems: list[str] = []
 
     def found(key: str, name: str) -> str:
+        after = ""
         before, at, path = name.rpartition("@") if "@" in name and "://" not in name else ("", "", name)
+        if key == "lora.start" and at and not _exists(Path(name)):  # RUN@130
+            before, path, after, at = "", before, f"@{path}", ""
         source, colon, attribute = path.rpartition(":") if ".py:" in path else (path, "", "")
         try:
             whole = home(source)
@@ -52,7 +55,7 @@ def placed(raw: dict[str, Any], beside: Path | None) -> tuple[dict[str, str], li
                 whole = os.path.join(beside, whole)
             elif not _exists(Path(whole)):
                 lost[key] = f"looked in {beside.absolute()} and {Path.cwd()}"
-        return f"{before}{at}{whole}{colon}{attribute}"
+        return f"{before}{at}{whole}{colon}{attribute}{after}"
 
     for key in READ:
         _change(raw, key, functools.partial(found, key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ class Drawn:
 
     folder: Path
     scores: dict[str, NDArray[np.float64]]
+
+
+NAME = re.compile(r"\d{6}\.png", re.ASCII)
 
 
 def path(folder: Path, row: int) -> Path:
@@ -58,7 +62,7 @@ def read(folder: Path, row: int) -> NDArray[np.uint8]:
             count = int(picture.info.get("frames", 1))
             strip = np.asarray(picture.convert("RGB"))
         return np.stack(np.split(strip, count, axis=1))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, ZeroDivisionError, Image.DecompressionBombError) as error:
         raise damaged(place, one_line(error)) from error
 
 
@@ -81,7 +85,7 @@ def _note(folder: Path, row: int, name: str) -> float:
     try:
         with Image.open(path(folder, row)) as picture:
             return float(picture.info.get(name, "nan"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, ZeroDivisionError, Image.DecompressionBombError) as error:
         raise damaged(path(folder, row), one_line(error)) from error
 
 

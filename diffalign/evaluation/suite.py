@@ -9,31 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from diffalign.errors import Fault, UserError, one_line
-from diffalign.evaluation import report, samples
-from diffalign.evaluation import score_cache as cache
+from diffalign.evaluation import judging, report, samples
 from diffalign.evaluation.samples import Drawn
 from diffalign.evaluation.task import Task, task_of
 from diffalign.models.notes import files_of
-from diffalign.prompts import files as prompt_files
-from diffalign.rewards import catalog, content
-from diffalign.rewards.base import Reward
 from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.scorer import Scorer
+from diffalign.runtime import json_text, numbered
 from diffalign.runtime.distributed import World
 from diffalign.runtime.files import make_folder, write_text
 from diffalign.sampling import sources
-from diffalign.types import Media, Prompts, chunks
 
+LABEL = re.compile(r"\d+-[A-Za-z0-9._-]*", re.ASCII)  # of a model's folder, as `labels` makes it
 MANIFEST = "manifest.json"
 MOST_UNSCORED = 0.05  # share of a model's samples
 
@@ -133,9 +129,16 @@ def labels(models: Sequence[sources.Source]) -> dict[str, sources.Source]:
     named = {}
     for number, model in enumerate(models):
         folder = model.adapters[-1].folder if model.adapters else None
-        name = model.model if folder is None else str(folder.parent if folder.name in ("adapter", "best") else folder)
+        name = model.model if folder is None else _name(folder)
         named[f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(name).name)}"] = model
     return named
+
+
+def _name(folder: Path) -> str:
+    """What an adapter is called: its run, or RUN-130 for a checkpoint."""
+    if folder.parent.name == "checkpoints" and (update := numbered.number(folder.name)) is not None:
+        return f"{folder.parent.parent.name}-{update}"
+    return str(folder.parent if folder.name in ("adapter", "best") else folder)
 
 
 def _facts(task: Task, models: Sequence[sources.Source]) -> dict[str, Any]:
@@ -162,7 +165,7 @@ def _open(task: Task, models: Sequence[sources.Source], out: Path, fresh: bool) 
     path = out / MANIFEST
     if path.is_file() and not fresh:
         before = _manifest(path)
-        drawn = any(any((out / label).glob("*.png")) for label in before["models"])
+        drawn = any(any((out / label).glob("*.png")) for label in before["models"] if LABEL.fullmatch(label))
         if drawn and (changed := [name for name in facts if before.get(name) != facts[name]]):
             raise UserError(
                 f"--out: {out} holds an evaluation with other {', '.join(changed)}; choose another folder, or --fresh"
@@ -176,10 +179,10 @@ def _open(task: Task, models: Sequence[sources.Source], out: Path, fresh: bool) 
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json_text.parse(path.read_bytes())
         if not isinstance(manifest, dict) or not isinstance(manifest.get("models"), dict):
             raise ValueError("it lacks its models")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--out: {path} is damaged ({one_line(error)}); choose another folder, or --fresh") from error
     return manifest
 
@@ -189,8 +192,11 @@ def _clear(out: Path, path: Path, own: list[str]) -> None:
     with suppress(UserError):  # damaged: it is written anew
         own += _manifest(path)["models"] if path.is_file() else []
     for label in dict.fromkeys(own):
-        for file in (out / Path(label).name).glob("*.png"):
-            file.unlink()
+        # What a manifest names must be a folder of ours in it, not `..`.
+        if LABEL.fullmatch(label) and (out / label).is_dir() and not (out / label).is_symlink():
+            for file in (out / label).glob("*.png"):
+                if samples.NAME.fullmatch(file.name):
+                    file.unlink()
     for file in out.glob("scores.sqlite*"):
         file.unlink()
 
@@ -216,7 +222,7 @@ def _one(
         world.together(lambda: samples.draw(task, model, folder, rows, missing, say))
     else:
         world.together(lambda: None)
-    scores = world.gather((rows, world.together(lambda: _judged(task, folder, rows, scorer))))
+    scores = world.gather((rows, world.together(lambda: judging.scores(task, folder, rows, scorer))))
     if not world.leads:
         return None
     whole = {name: np.full(task.total, np.nan) for name in scorer.rewards}
@@ -226,71 +232,3 @@ def _one(
     means = ", ".join(f"{name} {np.nanmean(values):.3f}" for name, values in whole.items() if np.isfinite(values).any())
     say(f"{folder.name}: {means or 'no scores'}")
     return Drawn(folder, whole)
-
-
-@contextmanager
-def _scores(out: Path) -> Iterator[cache.ScoreCache]:
-    kept = cache.ScoreCache(out / "scores.sqlite")
-    try:
-        yield kept
-    finally:
-        kept.close()
-
-
-def _judged(task: Task, folder: Path, rows: Sequence[int], scorer: Scorer) -> dict[str, np.ndarray]:
-    """Scores of some samples by reward, from the cache where they are there."""
-    scores = {name: np.full(len(rows), np.nan) for name in scorer.rewards}
-    with _scores(folder.parent) as kept:
-        for part in chunks(len(rows), task.batch):
-            frames = _stacked(folder, [rows[k] for k in part])
-            entries = [task.entries[rows[k] // task.samples] for k in part]
-            for name, reward in scorer.rewards.items():
-                scores[name][list(part)] = _scored(name, reward, frames, entries, kept)
-    return scores
-
-
-def _stacked(folder: Path, rows: Sequence[int]) -> np.ndarray:
-    """Samples (n, F, H, W, 3) of one model, which all have one size."""
-    shots = [samples.read(folder, row) for row in rows]
-    for row, frames in zip(rows, shots, strict=True):
-        if frames.shape != shots[0].shape:
-            why = f"its size is {frames.shape}, others' is {shots[0].shape}"
-            raise samples.damaged(samples.path(folder, row), why)
-    return np.stack(shots)
-
-
-def _scored(
-    name: str,
-    reward: Reward,
-    frames: np.ndarray,
-    entries: list[prompt_files.Entry],
-    kept: cache.ScoreCache,
-) -> list[float]:
-    entry_of, files = catalog.find(name), {*reward.files, *kept.files(name)}
-
-    def keys() -> list[str] | None:
-        """Of the samples' scores; None where what they depend on cannot be known."""
-        version = cache.version(entry_of, tuple(files))
-        given = zip(frames, entries, strict=True)
-        return None if version is None else [cache.key(shot, entry, name, version) for shot, entry in given]
-
-    asked = keys()
-    known = [None] * len(entries) if asked is None else kept.read(asked)
-    new = [k for k, value in enumerate(known) if value is None]
-    if new:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        pixels = torch.from_numpy(frames[new]).to(device).permute(0, 1, 4, 2, 3).float() / 255
-        numbers = np.arange(len(new))
-        prompts = Prompts([entries[k]["prompt"] for k in new], numbers, numbers, numbers, [entries[k] for k in new])
-        with content.opened() as seen:
-            values = Scorer({name: reward}).scores(Media(pixels), prompts).by_name[name].tolist()
-        read = set(content.own_files(entry_of, seen)) - files
-        if asked is not None and read:  # files that it reads while it scores: another version
-            kept.note(name, read)
-            files |= read
-            asked = keys()
-        if asked is not None:
-            kept.write([asked[k] for k in new], values)
-        for k, value in zip(new, values, strict=True):
-            known[k] = value
-    return [float("nan") if value is None else value for value in known]

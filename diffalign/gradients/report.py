@@ -12,6 +12,7 @@ import numpy as np
 
 from diffalign.evaluation.intervals import Interval
 from diffalign.gradients.laboratory import Measured
+from diffalign.report.drawing import figures, plain_ticks
 from diffalign.runtime.files import write_text
 
 HEADS = (
@@ -68,40 +69,38 @@ def save(path: Path, measured: Sequence[Measured], **facts: Any) -> None:
 
 def figure(measured: Sequence[Measured], contributions: Sequence[float], path: Path, title: str) -> None:
     """Bias, variance, cost, and where in the chain the gradient and each rule's terms lie."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    colours = [plt.get_cmap("tab10")(k % 10) for k in range(len(measured))]
-    places, names = np.arange(len(measured))[::-1], [item.label for item in measured]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 4 + 0.32 * len(measured)), height_ratios=(0.32 * len(measured), 2.4))
-    bias, spread, steps, cost = axes.flat
-    for item, place, colour in zip(measured, places, colours, strict=True):
-        if item.bias_low is None or item.bias_high is None:
-            continue  # not resolved
-        ends = [[item.bias - item.bias_low], [item.bias_high - item.bias]]
-        bias.errorbar([item.bias], [place], xerr=ends, fmt="o", color=colour, capsize=3)
-    bias.axvline(0, color="grey", linewidth=0.8)
-    bias.set_title("relative bias, 95 % interval (left of 0: less than noise)", fontsize=9)
-    spread.barh(places, [item.variance for item in measured], color=colours)
-    spread.set_xscale("log")
-    spread.set_title("variance of one sample's gradient (trace)", fontsize=9)
-    for axis, labels in ((bias, names), (spread, [""] * len(names))):
-        axis.set_yticks(places, labels, fontsize=8)
-        axis.grid(axis="x", alpha=0.3)
-    _steps(steps, measured, contributions, colours)
-    for item, colour in zip(measured, colours, strict=True):
-        cost.scatter(item.seconds, item.peak_bytes / 2**20, color=colour, s=40)
-    cost.set_xlabel("seconds a batch", fontsize=8)
-    cost.set_title("graph held at once, MiB", fontsize=9)
-    cost.set_ylim(bottom=0)
-    cost.set_xlim(left=0)
-    cost.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with figures([title, *(item.label for item in measured)]) as plt:
+        colours = [plt.get_cmap("tab10")(k % 10) for k in range(len(measured))]
+        places, names = np.arange(len(measured))[::-1], [item.label for item in measured]
+        figure, axes = plt.subplots(
+            2, 2, figsize=(10, 4 + 0.32 * len(measured)), height_ratios=(0.32 * len(measured), 2.4)
+        )
+        bias, spread, steps, cost = axes.flat
+        for item, place, colour in zip(measured, places, colours, strict=True):
+            if item.bias_low is None or item.bias_high is None:
+                continue  # not resolved
+            ends = [[item.bias - item.bias_low], [item.bias_high - item.bias]]
+            bias.errorbar([item.bias], [place], xerr=ends, fmt="o", color=colour, capsize=3)
+        bias.axvline(0, color="grey", linewidth=0.8)
+        bias.set_title("relative bias, 95 % interval (left of 0: less than noise)", fontsize=9)
+        spread.barh(places, [item.variance for item in measured], color=colours)
+        spread.set_xscale("log")
+        plain_ticks(spread.xaxis)
+        spread.set_title("variance of one sample's gradient (trace)", fontsize=9)
+        for axis, labels in ((bias, names), (spread, [""] * len(names))):
+            axis.set_yticks(places, labels, fontsize=8)
+            axis.grid(axis="x", alpha=0.3)
+        _steps(steps, measured, contributions, colours)
+        for item, colour in zip(measured, colours, strict=True):
+            cost.scatter(item.seconds, item.peak_bytes / 2**20, color=colour, s=40)
+        cost.set_xlabel("seconds a batch", fontsize=8)
+        cost.set_title("graph held at once, MiB", fontsize=9)
+        cost.set_ylim(bottom=0)
+        cost.set_xlim(left=0)
+        cost.grid(alpha=0.3)
+        figure.suptitle(title, fontsize=9)
+        figure.tight_layout()
+        figure.savefig(path, dpi=130)
 
 
 def _steps(axis: Any, measured: Sequence[Measured], contributions: Sequence[float], colours: Sequence[Any]) -> None:
@@ -110,6 +109,7 @@ def _steps(axis: Any, measured: Sequence[Measured], contributions: Sequence[floa
     for item, colour in zip(measured, colours, strict=True):
         axis.plot([np.nan if v is None else v for v in item.term_norm], color=colour, marker=".", linewidth=1)
     axis.set_yscale("log")
+    plain_ticks(axis.yaxis)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("step", fontsize=8)
     axis.set_title("gradient norm by step: terms of one batch, and the exact parts", fontsize=9)

@@ -8,7 +8,6 @@ strength 1 instead of alpha / rank.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +15,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from diffalign.errors import UserError, one_line
+from diffalign.errors import UserError, one_line, shown
 from diffalign.models.notes import LORA, Notes, files_of, lora_folder
-from diffalign.runtime.files import make_folder
+from diffalign.runtime import json_text
+from diffalign.runtime.files import make_folder, share
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def comfyui(folder: Path, out: Path) -> dict[Path, int]:
     for target, (tensors, notes) in made.items():
         try:
             save_file(tensors, target, metadata=notes)
+            share(target)
         except (OSError, SafetensorError) as error:
             raise UserError(f"--out: got {str(target)!r}, cannot write there ({one_line(error)})") from error
     return {target: sum(key.endswith(".alpha") for key in tensors) for target, (tensors, _) in made.items()}
@@ -95,12 +96,20 @@ def _converted(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise UserError(f"export: got {what}; ComfyUI's names are known here for {', '.join(READABLE)}")
     if "lora_adapter_metadata" not in notes:
         raise UserError(f"export: {path} does not say its alpha")
-    settings = json.loads(notes.pop("lora_adapter_metadata"))
+    try:
+        settings = json_text.parse(notes.pop("lora_adapter_metadata"))
+        if not isinstance(settings, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise UserError(f"export: {path}: its lora_adapter_metadata is {error}") from error
     names, written = READABLE[denoisers[0]], {}
     for key, tensor in tensors.items():
         layer, _, half = key.removesuffix(".weight").rpartition(".")
         component, _, name = layer.partition(".")
         half = {"lora_A": "lora_down", "lora_B": "lora_up"}[half] if names.flat else half
         written[f"{names(name)}.{half}.weight"] = tensor
-        written[f"{names(name)}.alpha"] = np.array(settings[f"{component}.lora_alpha"], np.float32)
+        alpha = settings.get(f"{component}.lora_alpha")
+        if type(alpha) not in (int, float) or half not in ("lora_down", "lora_up", "lora_A", "lora_B"):
+            raise UserError(f"export: {path}: {shown(key)} has no alpha, or is no half of a LoRA")
+        written[f"{names(name)}.alpha"] = np.array(alpha, np.float32)
     return written, notes

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.errors import Fault, one_line
-from diffalign.runtime.files import make_folder
+from diffalign.runtime.files import make_folder, share
 
 OWN = re.compile(r"[0-9a-f]{64}")  # names of its files
 
@@ -54,6 +54,7 @@ class Store:
         part = path.with_suffix(f".{os.getpid()}")
         try:
             save_file(tensors, part, metadata={"tree": json.dumps(tree)})
+            share(part)
             self.used += part.stat().st_size
             os.replace(part, path)
         except (OSError, SafetensorError) as error:

@@ -6,6 +6,7 @@ A pipeline with two denoisers (experts) has two files, since diffusers' loader t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,48 @@ import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from diffalign.errors import Fault, one_line
+from diffalign.errors import Fault, one_line, shown
 from diffalign.models.lora import denoisers, quiet
-from diffalign.models.notes import LORA
+from diffalign.models.notes import LORA, metadata
+from diffalign.runtime import json_text
+from diffalign.runtime.files import share
+from diffalign.runtime.memory import out_of_memory
+
+# A half of a layer's LoRA in the names of diffusers and peft, kohya, and others; and keys of text encoders, which have layers of their own.
+_HALF = re.compile(r"(.+?)\.?_?(?:lora_A|lora_down|lora\.down|lora_linear_layer\.down)(?:\.default)?\.weight")
+_ENCODERS = re.compile(r"(lora_)?(te\d?_|te\d?\.|text_encoder)")
+# Of peft's settings: those that say what the numbers mean. Others must be at what does nothing.
+_SETTINGS = {
+    *(
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+        "bias",
+    ),
+    *(
+        "lora_dropout",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "inference_mode",
+        "peft_type",
+        "task_type",
+        "peft_version",
+    ),
+    *(
+        "exclude_modules",
+        "modules_to_save",
+        "base_model_name_or_path",
+        "revision",
+        "layers_pattern",
+        "layers_to_transform",
+    ),
+}
+_NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 
 
 @dataclass(frozen=True)
@@ -82,6 +122,7 @@ def _settle(path: Path) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+    share(path)
 
 
 def verify(pipe: Any, folder: Path) -> None:
@@ -126,7 +167,9 @@ def load(pipe: Any, folder: Path, name: str) -> None:
         present = len(list(layers(getattr(pipe, part.component), name)))
         if not present:
             raise ValueError(f"{part.file} names no layer of this model's {part.component}")
-        if (named := sum("lora_A" in key for key in keys)) > present:
+        if (
+            named := len({match[1] for key in keys if (match := _HALF.fullmatch(key)) and not _ENCODERS.match(key)})
+        ) > present:
             raise ValueError(f"{part.file} has {named} layers, this model's {part.component} has {present} of them")
 
 
@@ -142,12 +185,43 @@ def _read(pipe: Any, part: Part, folder: Path, name: str) -> list[str]:
         raise ValueError(f"{part.file} is damaged: {one_line(error)}") from error
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} holds numbers that are not finite")
+    _check_settings(metadata(folder / part.file))
     with quiet():
         try:
             pipe.load_lora_weights(folder, weight_name=part.file, adapter_name=name, **part.options)
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(" ".join(str(error).split())[:300]) from error
+        except Exception as error:  # whatever the libraries make of a file that is not theirs
+            if out_of_memory(error):
+                raise
+            raise ValueError(f"{part.file} is no LoRA that diffusers can load: {one_line(error)}") from error
     return list(tensors)
+
+
+def _check_settings(notes: dict[str, str]) -> None:
+    """Look at what a file wants peft to be told: numbers and names, and nothing that it would import or run.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if "lora_adapter_metadata" not in notes:
+        return
+    try:
+        settings = json_text.parse(notes["lora_adapter_metadata"])
+    except ValueError as error:
+        raise ValueError(f"its lora_adapter_metadata is {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError("its lora_adapter_metadata is no object")
+    for key, value in settings.items():
+        name = key.rpartition(".")[2]
+        if name not in _SETTINGS and value not in (None, False, {}, []):
+            if name in _NEUTRAL and value == _NEUTRAL[name]:
+                continue
+            raise ValueError(f"its lora_adapter_metadata has {shown(key)} {shown(value)}, which is not for here")
+        if name in ("r", "lora_alpha") and (type(value) not in (int, float) or not 0 < value < 1e6):
+            raise ValueError(f"its lora_adapter_metadata has {name} {shown(value)}, expected a number above 0")
+        if name in ("rank_pattern", "alpha_pattern") and not (
+            isinstance(value, dict) and all(type(v) in (int, float) and 0 < v < 1e6 for v in value.values())
+        ):
+            raise ValueError(f"its lora_adapter_metadata has {name} {shown(value)}, expected numbers by layer")
 
 
 @torch.no_grad()
@@ -163,8 +237,18 @@ def go_on_from(pipe: Any, folder: Path) -> None:
             own, given = (dict(layers(getattr(pipe, part.component), name)) for name in ("default", "start"))
             if more := given.keys() - own.keys():
                 raise ValueError(f"it has layer {min(more)}, which is not among lora.targets")
+            if any(getattr(layer, "use_dora", {}).get("start") for layer in given.values()):
+                raise ValueError("it is a DoRA, whose magnitudes a LoRA has no place for")
+            if any(getattr(layer, "lora_bias", {}).get("start") for layer in given.values()):
+                raise ValueError("it has biases, which the trained LoRA has no place for")
             for layer in given.values():
                 _take(layer)
+        if others := [
+            name
+            for name, adapters in pipe.get_list_adapters().items()
+            if "start" in adapters and name not in denoisers(pipe)
+        ]:
+            raise ValueError(f"it has layers of the {others[0]} too, which is not trained here")
     finally:
         with quiet():
             pipe.delete_adapters("start")

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from diffalign.errors import one_line
+from diffalign.errors import one_line, shown
+from diffalign.models.calls import FIXED, GIVEN
+from diffalign.runtime import json_text, numbered, signed
 from diffalign.runtime.files import is_file
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for an adapter's file
@@ -58,11 +60,17 @@ class Notes:
         for name, kind in kinds.items():
             if name in metadata:
                 try:
-                    values[name] = metadata[name] if kind is str else json.loads(metadata[name])
+                    values[name] = metadata[name] if kind is str else json_text.parse(metadata[name])
                 except ValueError as error:
-                    raise ValueError(f"its note {name} is not JSON") from error
+                    raise ValueError(f"its note {name} is {error}") from error
                 if not isinstance(values[name], kind):
-                    raise ValueError(f"its note {name} is {metadata[name][:80]!r}, expected a {kind.__name__}")
+                    raise ValueError(f"its note {name} is {shown(metadata[name])}, expected a {kind.__name__}")
+        if "\0" in "".join(value for value in values.values() if isinstance(value, str)):
+            raise ValueError("its notes have a NUL")
+        known = {*GIVEN, "negative_prompt"} - {"prompt", "generator"}
+        for key in values.get("call", {}):
+            if not key.isidentifier() or key in FIXED or (key in GIVEN and key not in known):
+                raise ValueError(f"its note call has {shown(key)}, which is not free")
         return cls(**values)
 
     @classmethod
@@ -72,6 +80,8 @@ class Notes:
         Raises:
             ValueError: if its file is damaged, or its notes are.
         """
+        if is_file(folder / signed.SUMS) and not signed.intact(folder):
+            raise ValueError(f"{folder} is a damaged checkpoint")
         try:
             return cls.of(metadata(folder / LORA))
         except ValueError as error:
@@ -94,8 +104,44 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def lora_folder(place: str | Path) -> Path | None:
-    """The folder with a LoRA that a run's or an adapter's folder stands for; None if there is none."""
-    return next((folder for folder in (Path(place) / "adapter", Path(place)) if is_file(folder / LORA)), None)
+    """The folder with a LoRA that a place stands for; None if there is none.
+
+    A run stands for the newest of its adapter and its checkpoints, RUN@130 for the checkpoint after 130 updates, RUN@best for the best
+    evaluated one; an adapter's folder, and its file, for themselves.
+    """
+    given = Path(place)
+    if _has(given):
+        return given
+    if given.name == LORA and is_file(given):
+        return given.parent
+    run, at, which = str(place).rpartition("@")
+    if at and not given.exists():
+        inside = {"best": Path(run, "best")}.get(which) or numbered.folders(Path(run, "checkpoints")).get(_count(which))
+        return inside if inside is not None and _has(inside) else None
+    saved = [folder for folder in reversed(numbered.folders(given / "checkpoints").values()) if _has(folder)]
+    return max((folder for folder in (given / "adapter", *saved[:1]) if _has(folder)), key=_updates, default=None)
+
+
+def _has(folder: Path) -> bool:
+    return is_file(folder / LORA)
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 9 else -1
+
+
+def _updates(folder: Path) -> float:
+    try:
+        return Notes.read(folder).updates
+    except ValueError:
+        return float("inf")  # who opens it says what is wrong
+
+
+def choices(run: Path) -> str:
+    """What a run's places to sample from are, for messages."""
+    saved = [str(update) for update, folder in numbered.folders(run / "checkpoints").items() if _has(folder)]
+    best = ["best"] if _has(run / "best") else []
+    return ", ".join(f"{run}@{which}" for which in (*saved, *best)) or "nothing yet"
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from diffalign.config import Config
 from diffalign.errors import UserError, one_line
 from diffalign.models import lora as adapters
 from diffalign.models.untrained import random_pipeline
-from diffalign.planning import architectures
+from diffalign.planning import architectures, remarks
 from diffalign.processes import PROCESSES, Levels
 from diffalign.prompts import book
 from diffalign.rewards.scorer import Scorer
@@ -173,31 +173,12 @@ def _graph(config: Config, plan: Plan, step: float, decode: float) -> float:
     return held * config.optimizer.micro_batch
 
 
-def _weights(config: Config, rule: Rule) -> list[str]:
-    """Of a weight that changes nothing."""
-    weights = [weight for weight in config.rewards.values() if weight]
-    scale = getattr(getattr(rule, "settings", None), "scale", "none")
-    if scale == "none" or len(weights) > 1 or abs(weights[0]) == 1:
-        return []
-    return [f"one reward: its weight {weights[0]:g} cancels in advantages of scale {scale}"]
-
-
-def _evaluations(config: Config) -> str:
-    """What evaluations cost."""
-    evaluation, book_of = config.evaluation, config.book
-    if not evaluation.enabled:
-        return "evaluation is off"
-    samples = len(book_of.evaluation) * evaluation.images_per_prompt
-    every = f" and every {evaluation.every} updates" if evaluation.every else ""
-    return f"evaluation: {book_of.extent} x {evaluation.images_per_prompt} = {samples} samples, before, after{every}"
-
-
 def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, network: Network, notes: list[str]) -> Cost:
     """An update of a rule from what one row of its network costs."""
     plans = [rule.plan(schedule, k, numpy_generator(config.seed, Purpose.PLAN, k)) for k in range(20)]
     if any(other != plans[0] for other in plans):
         notes = [*notes, "the plan is drawn anew for every update; this is the first one's"]
-    notes = [*notes, *_weights(config, rule), _evaluations(config)]
+    notes = [*notes, *remarks.weights(config, rule), remarks.evaluations(config)]
     plan = plans[0]
     forward, backward = (network.calls * rows for rows in _rows(config, rule, levels))
     again = backward if config.optimizer.gradient_checkpointing else 0  # rows that run again for the gradient

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +22,7 @@ from diffalign.evaluation.results import Summary
 from diffalign.models import lora_files
 from diffalign.protocols import TrainablePolicy
 from diffalign.report import figures
+from diffalign.report.drawing import lacking
 from diffalign.report.pictures import grid
 from diffalign.runs.card import notes, write_adapter
 from diffalign.runs.folder import RunFolder
@@ -35,13 +40,14 @@ def published(config: Config, policy: TrainablePolicy) -> AbstractContextManager
 
 @dataclass
 class Outputs:
-    """Writes into a run's folder; `say` hears what a user should know."""
+    """Writes into a run's folder; `say` hears what a user should know; history: what was changed on the way."""
 
     config: Config
     parts: Parts
     folder: RunFolder
     judged: FixedSet
     say: Callable[[str], None]
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -67,9 +73,11 @@ class Outputs:
 
     def adapter(self, name: str, update: int, summary: Summary) -> None:
         """The adapter after some updates, as a folder of the run, with a card that says what its evaluation found."""
-        self.curves()
         with published(self.config, self.parts.policy):
-            write_adapter(self.config, self.parts, self.folder, summary, name, update)
+            folder = write_adapter(self.config, self.parts, self.folder, summary, name, update, self.history)
+        # What is drawn comes after what was trained.
+        self.curves()
+        shutil.copy(self.folder / "curves.png", folder / "curves.png")
 
     def best(self, update: int) -> None:
         """The adapter of the best evaluation so far, if that is the one after `update` updates."""
@@ -80,8 +88,8 @@ class Outputs:
 
     def leave(self, update: int, summary: Summary) -> None:
         """Everything that a finished run has."""
-        self.before_after(update)
         self.adapter("adapter", update, summary)
+        self.before_after(update)
         if self.config.evaluation.every and self.config.evaluation.enabled:
             self.best(update)
 
@@ -106,10 +114,12 @@ class Outputs:
             return
         try:
             before, after = (np.load(path)["images"] for path in files)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise Fault(f"{files[0].parent}: damaged ({one_line(error)}); delete it to go on without it") from error
         shown = self.judged.shown(self.config.output.samples)
         captions = [self.judged.prompts.text[k] for k in shown]
+        if said := lacking(captions):
+            self.say(said)
         path = self.folder / "before_after.png"
         figures.before_after(before, after, captions, self._passed(update, shown), path, self.title)
 

@@ -51,7 +51,7 @@ class Reporter(Listener):
                 if key.startswith("seconds/") and key != "seconds/total"
             )
             self.say(
-                f"update {event.number}/{total}  reward {reward}  {pace:.2f} s/update ({phases})  {left:.0f} s left"
+                f"update {event.number}/{total}  reward {reward}  {pace:.2f} s/update ({phases})  {left:.0f} s of training left"
             )
         self._remark(event)
 
@@ -74,7 +74,7 @@ class Reporter(Listener):
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
             )
-            clock = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            clock = (TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("of training left"))
             self._bar = Progress(*columns, *clock, console=self.console)
             self._bar.start()
             self._task = self._bar.add_task("training", total=total, completed=number - 1, note="")

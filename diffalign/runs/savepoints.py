@@ -103,5 +103,6 @@ class SavePoints:
         if any(line.startswith("optimizer.micro_batch:") for line in changes):
             policy.micro_batch = asked
         self.history = [*state.history, *([{"update": state.update, "changes": changes}] if changes else [])]
+        self.outputs.history = self.history
         self.judged.since = judged_since(self.history)
         self.saved = state.update

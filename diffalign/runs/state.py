@@ -20,7 +20,7 @@ from diffalign.protocols import TrainablePolicy
 from diffalign.rules import Rule
 from diffalign.runs.budget import Spent
 from diffalign.runs.store import FORMAT, STATE, Store
-from diffalign.runtime.files import write_text
+from diffalign.runtime.files import share, write_text
 
 TENSORS, OPTIMIZER = "tensors.safetensors", "optimizer.pt"
 
@@ -70,6 +70,7 @@ def save(
         for name, shadow in state.shadows.items():
             tensors |= {f"shadows/{name}/{k}": v.cpu().contiguous() for k, v in shadow.items()}
         save_file(tensors, aside / TENSORS)
+        share(aside / TENSORS)
         torch.save(state.optimizer, aside / OPTIMIZER)
         back = load_file(aside / TENSORS)
         if back.keys() != tensors.keys() or not all(torch.equal(back[k], v) for k, v in tensors.items()):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from diffalign.errors import UserError
 
+UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(UMASK)
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 
 
@@ -20,6 +22,11 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def share(path: Path) -> None:
+    """Give a file the mode that any new file gets: safetensors writes for the user alone."""
+    path.chmod(0o666 & ~UMASK)
 
 
 def is_file(path: Path) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 
 from diffalign.errors import Fault, UserError, one_line, shown
 from diffalign.models.calls import FIXED, GIVEN
-from diffalign.models.notes import DDIM, LORA, Notes, lora_folder
+from diffalign.models.notes import DDIM, LORA, Notes, choices, lora_folder
 from diffalign.processes import linear_sigmas
-from diffalign.runtime.files import fingerprint, is_file
+from diffalign.runtime.files import HUB_ID, fingerprint, is_file
 from diffalign.runtime.yaml_text import parse
 
 STRONGEST = 100
@@ -99,18 +99,23 @@ def _target(target: str, strength: float) -> Source:
             notes.base_revision or None,
             notes.base_weights or None,
         )
-    if (path / "config.yaml").is_file():
-        raise UserError(f"sample: the run {target} has no adapter yet; train it to its end first")
+    if is_file(path / "config.yaml"):
+        raise UserError(f"sample: the run {target} has no adapter yet; it has its first at a checkpoint")
+    run, at, _ = target.rpartition("@")
+    if at and is_file(Path(run) / "config.yaml"):
+        raise UserError(f"sample: got {shown(target)}, allowed are {choices(Path(run))}")
     if strength != 1:
         raise UserError(
             f"--strength: got {strength:g}, {target} has no adapter of its own; use --adapter FOLDER:STRENGTH"
         )
-    if models.path(target) or (path / "model_index.json").is_file():
+    if models.path(target) or is_file(path / "model_index.json"):
         return Source(target, (), models.call(target))
-    if path.exists() or target.count("/") != 1 or path.parent.is_dir():  # a mistyped folder beside others is no hub id
+    if (
+        not HUB_ID.fullmatch(target) or path.exists() or path.parent.is_dir()
+    ):  # a mistyped folder beside others is no hub id
         known = ", ".join(models.names())
         raise UserError(
-            f"sample: got {target!r}, which is no run, adapter, model folder or hub id; embedded are {known}"
+            f"sample: got {shown(target)}, which is no run, adapter, model folder or hub id; embedded are {known}"
         )
     return Source(target, (), {})
 
@@ -130,7 +135,7 @@ def _adapter(text: str) -> Adapter:
     """FOLDER, or FOLDER:STRENGTH; a run folder stands for its adapter."""
     name, colon, tail = text.rpartition(":")
     folder, strength = Path(text), 1.0
-    if colon and not folder.exists():
+    if colon and lora_folder(folder) is None:
         folder = Path(name)
         try:
             strength = float(tail)
@@ -142,7 +147,7 @@ def _adapter(text: str) -> Adapter:
             )
     if place := lora_folder(folder):
         return Adapter(place, strength)
-    raise UserError(f"--adapter: got {text!r}, no {LORA} there; allowed is FOLDER or FOLDER:STRENGTH")
+    raise UserError(f"--adapter: got {shown(text)}, no {LORA} there; allowed is FOLDER or FOLDER:STRENGTH")
 
 
 def _notes(folder: Path) -> Notes:

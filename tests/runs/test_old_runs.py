@@ -12,6 +12,8 @@ from diffalign import config
 from diffalign.runs import session
 
 OLD = Path(__file__).parent / "old_runs"
+# Rules whose sums were wrong when format 2 was written: step weights over the drawn steps, scale batch.
+MENDED = {"flow_grpo"}
 RUNS = sorted(path for path in OLD.glob("format_*/*") if path.is_dir())
 
 
@@ -19,6 +21,11 @@ def rows(path):
     """What a run logged, but for what depends on the clock."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in found]
+
+
+def keys_of(row):
+    """What was logged, but for ends of intervals: where prompts are too few there are none any more."""
+    return {key for key in row if not key.endswith(("_lo", "_hi"))}
 
 
 @pytest.mark.parametrize("old", RUNS, ids=[f"{path.parent.name}-{path.name}" for path in RUNS])
@@ -31,7 +38,9 @@ def test_an_old_run_goes_on_as_it_would_have(old, tmp_path):
     )
     assert found.keys() == expected.keys()
     lines, before = rows(tmp_path / "run/metrics.jsonl"), rows(old / "expected_after_4.jsonl")
-    assert [row.keys() for row in lines[-3:]] == [row.keys() for row in before[-3:]]
+    assert [keys_of(row) for row in lines[-3:]] == [keys_of(row) for row in before[-3:]]
+    if old.parent.name == "format_2" and old.name in MENDED:
+        return
     third, expected_third = (next(row for row in each if row["update"] == 3) for each in (lines, before))
     if third == expected_third:  # a machine that computes as the one that made them did
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

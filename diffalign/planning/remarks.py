@@ -1,0 +1,25 @@
+"""What a plan says of a config besides its costs."""
+
+from __future__ import annotations
+
+from diffalign.config import Config
+from diffalign.rules import Rule
+
+
+def weights(config: Config, rule: Rule) -> list[str]:
+    """Of a weight that changes nothing."""
+    weights = [weight for weight in config.rewards.values() if weight]
+    scale = getattr(getattr(rule, "settings", None), "scale", "none")
+    if scale == "none" or len(weights) > 1 or abs(weights[0]) == 1:
+        return []
+    return [f"one reward: its weight {weights[0]:g} cancels in advantages of scale {scale}"]
+
+
+def evaluations(config: Config) -> str:
+    """What evaluations cost."""
+    evaluation, book_of = config.evaluation, config.book
+    if not evaluation.enabled:
+        return "evaluation is off"
+    samples = len(book_of.evaluation) * evaluation.images_per_prompt
+    every = f" and every {evaluation.every} updates" if evaluation.every else ""
+    return f"evaluation: {book_of.extent} x {evaluation.images_per_prompt} = {samples} samples, before, after{every}"
