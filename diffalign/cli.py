@@ -51,6 +51,7 @@ A_CALL = options(
     click.option("--steps", type=click.IntRange(1, 1000), help="Sampling steps [default: as trained]."),
     click.option("--guidance", type=Number(0, 1000), help="Guidance scale [default: as trained]."),
     click.option("--set", "arguments", multiple=True, metavar="KEY=VALUE", help="A further argument of the call."),
+    click.option("--precision", type=click.Choice(("float32", "bfloat16")), help="Of the model [default: as trained]."),
 )
 
 
@@ -90,12 +91,14 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, qu
 @click.option("--base", is_flag=True, help="Also draw without adapters, from the same seeds.")
 @click.option("--fps", type=click.IntRange(1, 240), default=16, show_default=True, help="Frames per second of videos.")
 @click.option("--out", type=click.Path(file_okay=False), default="samples", show_default=True, help="Where to write.")
-def sample(target: str, strength: float, more: tuple[str, ...], arguments: tuple[str, ...], **asked: Any) -> None:
+def sample(
+    target: str, strength: float, more: tuple[str, ...], arguments: tuple[str, ...], precision: str | None, **asked: Any
+) -> None:
     """Write pictures or videos, a grid and an index page from a run, an adapter or a model."""
     from diffalign.sampling import pictures, sources
 
     texts = pictures.captions(asked.pop("prompts"), asked.pop("file"))
-    source = sources.with_options(sources.resolve(target, strength, more), arguments)
+    source = sources.with_options(sources.resolve(target, strength, more), arguments, precision)
     show(map(pictures.label, pictures.sample(source, texts, asked.pop("count"), **asked)))
 
 

@@ -47,6 +47,7 @@ def evaluate(
     steps: int | None = None,
     guidance: float | None = None,
     arguments: Sequence[str] = (),
+    precision: str | None = None,
     batch: int = 16,
     drift: bool = True,
     fresh: bool = False,
@@ -58,7 +59,7 @@ def evaluate(
         targets: runs, adapters, models; before the first adapter of a model, that model without is judged too.
         suite: a name of `task.SUITES`, a set of prompts or a file of them; prompts: others for the suite's rewards.
         samples: of every prompt; batch: how many are drawn at a time.
-        steps, guidance, arguments (KEY=VALUE): of the pipelines' calls, where they are not to be as trained.
+        steps, guidance, arguments (KEY=VALUE), precision: of the pipelines' calls, where they are not to be as trained.
         drift: also compare predictions with the base model's, which is twice the work.
         fresh: make again what `out` holds.
 
@@ -66,16 +67,20 @@ def evaluate(
         UserError, Fault: see `run`.
     """
     task = task_of(suite, prompts, rewards, split, samples, seed, batch, drift)
-    return run(task, models_of(targets, arguments, steps, guidance), Path(out), fresh, say)
+    return run(task, models_of(targets, arguments, steps, guidance, precision), Path(out), fresh, say)
 
 
 def models_of(
-    targets: Sequence[str], options: Sequence[str], steps: int | None, guidance: float | None
+    targets: Sequence[str],
+    options: Sequence[str],
+    steps: int | None,
+    guidance: float | None,
+    precision: str | None = None,
 ) -> list[sources.Source]:
     """What to sample from: every target, and before the first adapter of a model, that model without."""
     models: list[sources.Source] = []
     for target in targets:
-        source = sources.with_options(sources.resolve(target), options)
+        source = sources.with_options(sources.resolve(target), options, precision)
         source = replace(source, call=sources.call_of(source, steps, guidance, None))
         for one in (replace(source, adapters=()), source):
             if one not in models:
@@ -95,7 +100,7 @@ def run(task: Task, models: list[sources.Source], out: Path, fresh: bool, say: C
     tell = say if world.leads else lambda line: None
     try:
         world.lead(lambda: _open(task, models, out, fresh))
-        scorer = world.together(lambda: _scorer(task))
+        scorer = world.together(lambda: _scorer(task, tell))
         drawn = [_one(task, model, out / label, scorer, world, tell) for label, model in labels(models).items()]
         page = world.lead(lambda: report.write(task, list(labels(models)), models, drawn, out))
         tell(str(page))
@@ -105,10 +110,10 @@ def run(task: Task, models: list[sources.Source], out: Path, fresh: bool, say: C
         world.leave()
 
 
-def _scorer(task: Task) -> Scorer:
+def _scorer(task: Task, say: Callable[[str], None]) -> Scorer:
     try:
         scorer = Scorer({name: load_reward(name) for name in task.rewards})
-        scorer.greet()
+        scorer.greet(say)
     except UserError as error:
         raise UserError(*(line.replace("rewards: ", "--reward: ", 1) for line in error.problems)) from error
     return scorer

@@ -87,10 +87,19 @@ def layers(module: Any, adapter: str = "default") -> Iterator[tuple[str, Any]]:
 
 
 def save(pipe: Any, folder: Path, notes: dict[str, str]) -> Path:
-    """Write the trained LoRA with its alpha, and `notes` as its files' metadata; returns the first file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in parts(pipe):
-        _write(pipe, part, folder, notes)
+    """Write the trained LoRA with its alpha, and `notes` as its files' metadata; returns the first file.
+
+    Raises:
+        Fault: if that cannot be written, such as on a full disk.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in parts(pipe):
+            _write(pipe, part, folder, notes)
+    except (OSError, SafetensorError) as error:
+        raise Fault(f"{folder}: cannot be written ({one_line(error)}); the last checkpoint is kept") from error
     return folder / LORA
 
 

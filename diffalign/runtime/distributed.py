@@ -6,7 +6,8 @@ Start them with `accelerate launch` or `torchrun`. With one process everything h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -60,7 +61,8 @@ class World:
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item)
+        with _met():
+            dist.all_gather_object(items, item)
         return items
 
     def together(self, work: Callable[[], T]) -> T:
@@ -98,7 +100,8 @@ class World:
         if self.size == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
+        with _met():
+            dist.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -127,6 +130,15 @@ class World:
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         if len(digests := set(self.gather(digest.hexdigest()))) > 1:
             raise Fault(f"{where}: the processes hold {len(digests)} different adapters; they must be equal")
+
+
+@contextmanager
+def _met() -> Iterator[None]:
+    """Say of a process that does not answer that it is gone: whatever the backend raises, there is nothing to mend here."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Fault(f"another process is gone ({one_line(error)}); the last checkpoint is kept") from error
 
 
 class _Led:

@@ -11,7 +11,7 @@ from diffalign.errors import UserError
 from diffalign.prompts.files import read
 from diffalign.runtime.extras import missing
 from diffalign.runtime.files import make_folder
-from diffalign.sampling.sources import Source, call_of, films, pipeline, resolve, shots
+from diffalign.sampling.sources import Source, call_of, check_negative, films, pipeline, resolve, shots
 
 PAGE = Path(__file__).parent / "page.html"
 BATCH = 8  # pictures a call
@@ -50,6 +50,7 @@ def sample(
         raise UserError(f"--base: {source.model} is sampled without an adapter, there is nothing to compare")
     make_folder(out, "--out")
     pipe = pipeline(source)
+    check_negative(pipe, call)
     if films(pipe) and (mend := missing("imageio")):
         raise UserError(f"sample: {type(pipe).__name__} makes videos, which need imageio; {mend}")
     aligned = _draw(pipe, prompts, range(seed, seed + n), call, out, "", fps)

@@ -17,6 +17,7 @@ from diffalign.runtime.files import HUB_ID, fingerprint, is_file
 from diffalign.runtime.yaml_text import parse
 
 STRONGEST = 100
+PRECISIONS = ("float32", "bfloat16")
 
 
 def _not_free(key: str) -> str:
@@ -37,7 +38,7 @@ class Adapter:
 @dataclass(frozen=True)
 class Source:
     """What to sample from: a model, adapters on it, the call's arguments, whether they were trained walking DDIM, the model's
-    commit on the hub, None for the newest, and the single file of its denoiser, None for its own."""
+    commit on the hub, None for the newest, the single file of its denoiser, None for its own, and what it is loaded in."""
 
     model: str
     adapters: tuple[Adapter, ...]
@@ -45,6 +46,7 @@ class Source:
     ddim: bool = False
     revision: str | None = None
     weights: str | None = None
+    precision: str = "float32"
 
 
 def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Source:
@@ -62,8 +64,8 @@ def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Sou
     return replace(source, adapters=(*source.adapters, *adapters))
 
 
-def with_options(source: Source, options: Sequence[str]) -> Source:
-    """The source with further arguments of the pipeline's call, KEY=VALUE with YAML values.
+def with_options(source: Source, options: Sequence[str], precision: str | None = None) -> Source:
+    """The source with further arguments of the pipeline's call, KEY=VALUE with YAML values, and in another precision.
 
     Raises:
         UserError: for anything else.
@@ -76,7 +78,7 @@ def with_options(source: Source, options: Sequence[str]) -> Source:
         if why := _not_free(key):
             raise UserError(f"--set: got {shown(option)}, {key} is {why}")
         given[key] = parse(text, f"--set: got {shown(option)}, its value")
-    return replace(source, call={**source.call, **given})
+    return replace(source, call={**source.call, **given}, precision=precision or source.precision)
 
 
 def _target(target: str, strength: float) -> Source:
@@ -98,6 +100,7 @@ def _target(target: str, strength: float) -> Source:
             notes.scheduler == DDIM,
             notes.base_revision or None,
             notes.base_weights or None,
+            notes.precision if notes.precision in PRECISIONS else "float32",
         )
     if is_file(path / "config.yaml"):
         raise UserError(f"sample: the run {target} has no adapter yet; it has its first at a checkpoint")
@@ -191,7 +194,8 @@ def pipeline(source: Source) -> Any:
     from diffalign.models import loading, lora_files
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe, _ = loading.load(source.model, device=device, revision=source.revision, weights=source.weights)
+    dtype = getattr(torch, source.precision)
+    pipe, _ = loading.load(source.model, dtype, device=device, revision=source.revision, weights=source.weights)
     if source.ddim:
         pipe.scheduler = recorder.as_ddim(pipe.scheduler)
     for number, adapter in enumerate(source.adapters):
@@ -229,6 +233,25 @@ def shots(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: dict[st
 def _shortened(error: Exception) -> str:
     """An error in one line, however many it takes to say something."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
+
+
+def check_negative(pipe: Any, call: dict[str, Any]) -> None:
+    """Refuse a negative prompt that a pipeline takes no notice of.
+
+    Raises:
+        UserError: where guidance is the network's own (FLUX), and the pipeline's other one is not asked for.
+    """
+    if "negative_prompt" not in call:
+        return
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    name = type(pipe).__name__
+    if "negative_prompt" not in parameters:
+        raise UserError(f"--negative: {name} takes none")
+    true = parameters.get("true_cfg_scale")
+    if true is not None and call.get("true_cfg_scale", true.default) <= 1:
+        raise UserError(
+            f"--negative: no effect, {name}'s guidance is the network's own; allowed with --set true_cfg_scale=2, which takes twice as long"
+        )
 
 
 def films(pipe: Any) -> bool:
