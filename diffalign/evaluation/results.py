@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -97,7 +98,8 @@ class Evaluation:
         data = {"update": self.update, "group": self.group.tolist(), **facts}
         data["scores"] = {name: values.tolist() for name, values in self.scores.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(data) + "\n")
+        text = json.dumps(data)
+        write_text(path, f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
@@ -107,7 +109,10 @@ class Evaluation:
             Fault: if the file is damaged.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            text, *rest = path.read_bytes().decode("ascii").split("\n")
+            if rest not in ([""], [hashlib.sha256(text.encode()).hexdigest(), ""]):  # earlier versions wrote no digest
+                raise ValueError("it is not what was written")
+            data = json.loads(text)  # scores may be NaN
             scores = {name: np.asarray(values, np.float64) for name, values in data["scores"].items()}
             return cls(data["update"], scores, np.asarray(data["group"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,6 +12,7 @@ import numpy as np
 
 from diffalign.evaluation.intervals import Interval
 from diffalign.gradients.laboratory import Measured
+from diffalign.report import drawing
 from diffalign.report.drawing import figures, plain_ticks
 from diffalign.runtime.files import write_text
 
@@ -100,7 +101,7 @@ def figure(measured: Sequence[Measured], contributions: Sequence[float], path: P
         cost.grid(alpha=0.3)
         figure.suptitle(title, fontsize=9)
         figure.tight_layout()
-        figure.savefig(path, dpi=130)
+        drawing.save(figure, path, 130)
 
 
 def _steps(axis: Any, measured: Sequence[Measured], contributions: Sequence[float], colours: Sequence[Any]) -> None:

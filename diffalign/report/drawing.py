@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from diffalign.runtime.files import whole
+
 FIRST = "DejaVu Sans"  # matplotlib brings it
 
 
@@ -28,6 +30,12 @@ def figures(texts: Iterable[str] = ()) -> Iterator[Any]:
         warnings.filterwarnings("ignore", "Matplotlib currently does not support")
         yield plt
         plt.close("all")
+
+
+def save(figure: Any, path: Path, dots: int) -> None:
+    """Write a figure whole, with so many pixels an inch, in the format of its ending."""
+    with whole(path) as file:
+        figure.savefig(file, dpi=dots, format=path.suffix[1:] or "png")
 
 
 def lacking(texts: Iterable[str]) -> str:

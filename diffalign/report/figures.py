@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffalign.errors import shortened
-from diffalign.report.drawing import figures
+from diffalign.report.drawing import figures, save
 from diffalign.report.pictures import Pixels
 
 Points = list[tuple[float, float, float, float]]  # update, value, low, high
@@ -52,7 +52,7 @@ def before_after(
                     spine.set_color("grey" if passed is None else "tab:green" if good else "tab:red")
                     spine.set_linewidth(2)
         figure.suptitle(shortened(title, 110), fontsize=9, y=1 - 2 / whole[1], va="top")
-        figure.savefig(path, dpi=DOTS)
+        save(figure, path, DOTS)
 
 
 def curves(
@@ -84,4 +84,4 @@ def curves(
                 axis.legend(fontsize=7)
         figure.suptitle(title, fontsize=9)
         figure.tight_layout()
-        figure.savefig(path, dpi=120)
+        save(figure, path, 120)

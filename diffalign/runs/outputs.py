@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 import zlib
 from collections import defaultdict
@@ -28,6 +27,7 @@ from diffalign.runs.card import notes, write_adapter
 from diffalign.runs.folder import RunFolder
 from diffalign.runs.parts import Parts
 from diffalign.runtime import keys, numbered
+from diffalign.runtime.files import whole
 from diffalign.runtime.memory import fitting
 
 AVERAGES = "ema"  # the shadow that is evaluated and saved where the config asks for averaged weights
@@ -68,8 +68,10 @@ class Outputs:
         with published(self.config, self.parts.policy):
             images = fitting(self.parts.policy, lambda: fixed.pictures(self.parts.policy, shown), self.say)
         (self.folder / "samples").mkdir(exist_ok=True)
-        grid(images).save(self._sample(update, "png"))
-        np.savez_compressed(self._sample(update, "npz"), images=images)
+        with whole(self._sample(update, "png")) as file:
+            grid(images).save(file, "PNG")
+        with whole(self._sample(update, "npz")) as file:
+            np.savez_compressed(file, images=images)
 
     def adapter(self, name: str, update: int, summary: Summary) -> None:
         """The adapter after some updates, as a folder of the run, with a card that says what its evaluation found."""
@@ -77,7 +79,8 @@ class Outputs:
             folder = write_adapter(self.config, self.parts, self.folder, summary, name, update, self.history)
         # What is drawn comes after what was trained.
         self.curves()
-        shutil.copy(self.folder / "curves.png", folder / "curves.png")
+        with whole(folder / "curves.png") as file:
+            file.write((self.folder / "curves.png").read_bytes())
 
     def best(self, update: int) -> None:
         """The adapter of the best evaluation so far, if that is the one after `update` updates."""

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffalign.runs.events import Evaluated, Listener, Updated
+from diffalign.runs.events import Began, Evaluated, Listener, Updated
 
 
 class Trackers(Listener):
@@ -17,7 +17,10 @@ class Trackers(Listener):
     """
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
-        self._names, self._folder = list(names), folder
+        self._names, self._folder, self._after = list(names), folder, 0
+
+    def began(self, event: Began) -> None:
+        self._after = event.number
 
     def updated(self, event: Updated) -> None:
         self._log(event.row, event.number)
@@ -41,7 +44,11 @@ class Trackers(Listener):
         for name in self._names:
             kind = kinds[name]
             folder.mkdir(parents=True, exist_ok=True)
-            tracker = kind("diffalign", folder) if name == "tensorboard" else kind("diffalign", dir=str(folder))
+            # What an earlier process logged of updates that are made again is not shown.
+            purge = {"purge_step": self._after + 1} if self._after else {"purge_step": 0}
+            tracker = (
+                kind("diffalign", folder, **purge) if name == "tensorboard" else kind("diffalign", dir=str(folder))
+            )
             if hasattr(tracker, "start"):
                 tracker.start()
             opened.append(tracker)

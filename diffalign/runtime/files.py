@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from diffalign.errors import UserError
 
@@ -14,14 +17,21 @@ os.umask(UMASK)
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: aside, synced, renamed."""
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that appears under its name whole, or not at all: aside, synced, renamed."""
     aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with aside.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole."""
+    with whole(path) as file:
+        file.write(text.encode())
 
 
 def share(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A process that has imported everything and forks a training run for every line it reads: `[config, override, ...]`.
+"""A process that has imported everything and forks a training run for every line it reads: `[config, override, ...]`, `--fresh` too.
 
 It answers with the child's pid, and after the child's end with its wait status. Importing takes longer than a small run does.
 """
@@ -9,8 +9,11 @@ import sys
 
 
 def main() -> None:
+    import accelerate.tracking
     import diffusers
+    import matplotlib.pyplot
     import peft
+    import tensorboard
     import torch
     import transformers
 
@@ -18,6 +21,7 @@ def main() -> None:
     from diffalign.runs import session
 
     assert all((diffusers.StableDiffusionPipeline, diffusers.StableDiffusion3Pipeline, peft, transformers))
+    assert all((accelerate.tracking, matplotlib.pyplot, tensorboard))
     torch.set_num_threads(1)
     for line in sys.stdin:
         name, *overrides = json.loads(line)
@@ -25,7 +29,9 @@ def main() -> None:
         if pid == 0:
             code = 1
             try:
-                session.train(config.load(name, overrides), quiet=True)
+                fresh = "--fresh" in overrides
+                settings = config.load(name, [o for o in overrides if o != "--fresh"])
+                session.train(settings, fresh=fresh, quiet=True)
                 code = 0
             finally:
                 os._exit(code)
