@@ -25,7 +25,8 @@ class Book:
     """The prompts of a run.
 
     training, evaluation: entries, each with at least `prompt`; stages, evaluation_stages: what the sampler is told instead of a
-    prompt on each stretch of the chain, empty without; stretches: their first steps; held_out: how many entries might be evaluated.
+    prompt on each stretch of the chain, empty without; stretches: their first steps; held_out: how many entries might be evaluated;
+    rest: a name for all of those.
     """
 
     training: list[Entry]
@@ -34,6 +35,7 @@ class Book:
     evaluation_stages: Stages = field(default_factory=dict)
     stretches: tuple[int, ...] = (0,)
     held_out: int = 0
+    rest: str = ""
 
     @property
     def extent(self) -> str:
@@ -48,7 +50,7 @@ class Book:
         Raises:
             UserError: with every mistake found.
         """
-        trained, judged, held = _entries(training, evaluation)
+        trained, judged, held, rest = _entries(training, evaluation)
         written = None if training.stages is None else table(training.stages)
         stages = of(written, trained, training.stages)
         judged_stages = of(written, judged, training.stages) if evaluation.stages else {}
@@ -59,7 +61,7 @@ class Book:
         count = len(next(iter(stages.values()), ("",)))
         evenly = tuple(k * steps // count for k in range(count))
         first = evenly if training.stretches is None else tuple(training.stretches)
-        return cls(trained, judged, stages, judged_stages, first, held)
+        return cls(trained, judged, stages, judged_stages, first, held, rest)
 
     @property
     def entries(self) -> list[Entry]:
@@ -92,16 +94,20 @@ class Book:
     def content(self) -> str:
         """A name for what was read."""
         read = [self.training, self.evaluation, self.stages, self.evaluation_stages, self.stretches]
-        return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+        return _digest(read)
 
     def digest(self, judged: Prompts) -> str:
         """A name for all of it, with the evaluation's prompts as `fixed` gives them."""
         content = [self.training, self.stages, judged.text, judged.stages, judged.metadata]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return _digest(content)
 
 
-def _entries(training: Any, evaluation: Any) -> tuple[list[Entry], list[Entry], int]:
-    """What is trained on, what is evaluated, and of how many that was taken."""
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _entries(training: Any, evaluation: Any) -> tuple[list[Entry], list[Entry], int, str]:
+    """What is trained on, what is evaluated, of how many that was taken, and a name for those."""
     source = evaluation.source or training.source
     tasks = training.tasks if evaluation.tasks is None else evaluation.tasks
     once = cache(lambda place: read(place, (), ""))  # a file without splits of its own is read once for both
@@ -118,7 +124,7 @@ def _entries(training: Any, evaluation: Any) -> tuple[list[Entry], list[Entry], 
     if evaluation.enabled and evaluation.source is None and not has_splits(training.source):
         trained, judged = held_out(trained, evaluation.holdout, evaluation.least)
     most = min(evaluation.prompts or len(judged), len(judged))
-    return trained, [judged[k * len(judged) // most] for k in range(most)], len(judged)
+    return trained, [judged[k * len(judged) // most] for k in range(most)], len(judged), _digest(judged)
 
 
 def held_out(entries: list[Entry], share: float, least: int = 0) -> tuple[list[Entry], list[Entry]]:

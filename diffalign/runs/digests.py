@@ -12,9 +12,14 @@ from diffalign.runs.parts import Parts
 from diffalign.runtime.files import fingerprint
 
 
-def of(parts: Parts, prompts: str) -> dict[str, str]:
-    """What it is -> digest; `prompts` is that of all prompts and stages."""
-    found = {"prompts": prompts, "weights": parts.place.digest, "model": model(parts.place)}
+def of(parts: Parts, prompts: str, held_out: str) -> dict[str, str]:
+    """What it is -> digest; `prompts` is that of all prompts and stages that are used, `held_out` that of all that might be evaluated."""
+    found = {
+        "prompts": prompts,
+        "held-out prompts": held_out,
+        "weights": parts.place.digest,
+        "model": model(parts.place),
+    }
     for scorer in (parts.scorer, parts.judges):
         found |= _rewards(scorer)
     return found

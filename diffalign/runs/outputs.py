@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffalign.config import Config
 from diffalign.errors import Fault, one_line
@@ -36,6 +35,24 @@ AVERAGES = "ema"  # the shadow that is evaluated and saved where the config asks
 def published(config: Config, policy: TrainablePolicy) -> AbstractContextManager[None]:
     """The weights that are evaluated and saved."""
     return nullcontext() if config.optimizer.ema is None else policy.shadow(AVERAGES)
+
+
+def stored(path: Path) -> NDArray[np.uint8]:
+    """Samples (n, H, W, 3) that were kept.
+
+    Raises:
+        Fault: if the file is damaged.
+    """
+    try:
+        with np.load(path) as archive:
+            if archive.zip.testzip() is not None:  # numpy reads an array's bytes without a look at their sum
+                raise ValueError("its sum is another")
+            images = archive["images"]
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(f"it holds {images.dtype} {images.shape}")
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise Fault(f"{path}: damaged ({one_line(error)}); delete it to go on without it") from error
+    return images
 
 
 @dataclass
@@ -115,10 +132,7 @@ class Outputs:
         files = [self._sample(0, "npz"), self._sample(update, "npz")]
         if not all(path.is_file() for path in files):
             return
-        try:
-            before, after = (np.load(path)["images"] for path in files)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise Fault(f"{files[0].parent}: damaged ({one_line(error)}); delete it to go on without it") from error
+        before, after = (stored(path) for path in files)
         shown = self.judged.shown(self.config.output.samples)
         captions = [self.judged.prompts.text[k] for k in shown]
         if said := lacking(captions):

@@ -123,7 +123,7 @@ class Session:
         self.judged, self.files = world.led(judged), world.led(folder)
         outputs = Outputs(config, made, folder, judged, reporter.say)
         self.outputs = world.led(outputs)
-        began = world.lead(lambda: digests.of(made, config.book.digest(judged.prompts)))
+        began = world.lead(lambda: digests.of(made, config.book.digest(judged.prompts), config.book.rest))
         self.points = SavePoints(config, folder, self.trainer, judged, outputs, world, began, reporter.say, change)
         self.listeners = world.led(listeners(config, folder, reporter))
         for key, value in folder.taken.kept.items():
