@@ -218,6 +218,6 @@ def test_a_fault_in_one_process_ends_the_run_of_all(tmp_path):
         2, command(tmp_path / "r", f"rewards={{{reward}:f: 1}}", "eval_rewards=[]", "evaluation.enabled=false")
     )
     assert (first.returncode, second.returncode) == (3, 3)
-    assert "process 1: Fault: reward" in first.stderr
+    assert "process 1: RewardFailed: reward" in first.stderr
     assert "ConnectionError: reward server is down" in second.stderr
     assert "Traceback" not in first.stderr + second.stderr
