@@ -69,6 +69,10 @@ class Rule(ABC):
     def after_update(self, update: Update) -> None:
         """Learn from what an update did."""
 
+    def remark(self, update: Update) -> str:
+        """What a user should be told after an update; mostly nothing."""
+        return ""
+
     def state_dict(self) -> dict[str, Any]:
         """What has to be kept to go on, JSON-serialisable."""
         return {}

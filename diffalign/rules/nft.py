@@ -10,9 +10,10 @@ from pydantic import Field
 from diffalign import ops
 from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _forward as forward
-from diffalign.types import Credit, Plan, Rollout, Schedule, Term
+from diffalign.types import Credit, Plan, Rollout, Schedule, Term, Update
 
 LEAST_ERROR = 1e-5  # of the self-normalised loss
+EQUAL = 5  # updates after which it is said that the old policy is the trained one
 
 
 class NFT(forward.ForwardRule):
@@ -44,6 +45,17 @@ class NFT(forward.ForwardRule):
         s = self.settings
         # At A = 0 the loss still draws v towards v_old.
         return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise, anchored=True)
+
+    def __init__(self, settings: Any = None) -> None:
+        super().__init__(settings)
+        self._equal = 0  # updates in a row in which the old policy was the trained one
+
+    def remark(self, update: Update) -> str:
+        # With equal policies nothing is learnt from their difference; in the first update they are equal anyway.
+        self._equal = self._equal + 1 if update.metrics.get("old_deviation", 1.0) == 0 else 0
+        if self._equal != EQUAL:
+            return ""
+        return f"the old policy has equalled the trained one for {EQUAL} updates; rule.old_decay: {self.settings.old_decay:g} is too low"
 
     def decays(self, update: int) -> dict[str, float]:
         return {"old": forward.rising(update, self.settings.old_decay)}

@@ -23,6 +23,7 @@ from diffalign.runs.events import Began, Ended, Evaluated, Listeners, Updated
 from diffalign.runs.folder import RunFolder, open_run
 from diffalign.runs.outputs import AVERAGES, Outputs, published
 from diffalign.runs.progress import Reporter
+from diffalign.runs.reach import Reach
 from diffalign.runs.resume import with_kept
 from diffalign.runs.savepoints import SavePoints
 from diffalign.runs.stop import Stop
@@ -132,7 +133,7 @@ class Session:
         parts.store_prompts(config, made, world, reporter.say)
         self.budget, self.spent, self.last = Budget(updates=config.updates), Spent(), Spent()
         self.skipped = self.nonfinite = self.unscored = 0  # updates; gradients and updates in a row
-        self.stop = Stop()
+        self.stop, self.reach = Stop(), Reach(self.trainer)
 
     @property
     def done(self) -> int:
@@ -173,6 +174,7 @@ class Session:
         self.last = Spent.on(update)
         self.spent += self.last
         self.skipped += bool(update.nonfinite)
+        self.reach.check(update)
         self.nonfinite = self.nonfinite + update.nonfinite if update.nonfinite == update.steps else 0
         self.unscored = self.unscored + 1 if update.unscored else 0
         row = update.row()

@@ -89,6 +89,8 @@ class Trainer:
         self.world.check_equal(self.policy.parameters, f"update {index + 1}")
         self.policy.follow(self.rule.decays(index))
         self.rule.after_update(update)
+        if said := self.rule.remark(update):
+            self.notify(f"update {index + 1}: {said}")
         self.whole = True
         seconds = {f"seconds/{phase}": value for phase, value in clock.seconds.items()}
         seconds["seconds/total"] = time.perf_counter() - started
@@ -97,6 +99,15 @@ class Trainer:
             zip(("nfe", "nfe_backward"), (float(sum(column)) for column in zip(*rows, strict=True)), strict=True)
         )
         return replace(update, metrics={**update.metrics, **seconds, **nfe})
+
+    def reaches(self) -> bool:
+        """Whether the adapter changes a prediction, as it is sampled with; before the first step it does not."""
+        part = self.policy.rollout(self.draw(0).select([0]), Plan(0, (False,) * self.policy.schedule.steps, ()))
+        time = torch.full((1,), 0.5)
+        with torch.no_grad():
+            own = self.policy.predict(part, part.x[0], time)
+            with self.policy.reference():
+                return not torch.equal(own, self.policy.predict(part, part.x[0], time))
 
     def gradient(self, index: int) -> Update:
         """The gradient of update `index`'s first optimiser step, left in the parameters' `grad`; nothing else moves."""

@@ -1,0 +1,36 @@
+"""Whether what is trained reaches what is sampled: an adapter that is off, merged away or attached to nothing trains with a flat reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffalign.errors import Fault
+from diffalign.training.trainer import Trainer
+from diffalign.types import Update
+
+TRIES = 10  # updates: in bfloat16 the first, smallest steps may round to nothing
+
+
+@dataclass
+class Reach:
+    """Looks, after a run's first updates, whether the adapter changes a prediction, until it does."""
+
+    trainer: Trainer
+    reached: bool = False
+    tries: int = 0
+
+    def check(self, update: Update) -> None:
+        """Look after an update.
+
+        Raises:
+            Fault: if ten updates changed nothing.
+        """
+        if self.reached or update.steps == update.nonfinite:
+            return
+        self.tries += 1
+        self.reached = any(self.trainer.world.gather(self.trainer.reaches()))
+        if not self.reached and self.tries == TRIES:
+            raise Fault(
+                f"the adapter was trained for {TRIES} updates and changes no prediction in a single bit: its layers do not run, "
+                "or optimizer.lr is too small for the precision"
+            )
