@@ -27,6 +27,24 @@ def mark(key: str) -> str:
     return found
 
 
+def table() -> list[str]:
+    """The marks as a table in Markdown, for docs/run-folder.md: a section whose keys share one mark is one row."""
+    by_mark: dict[str, list[str]] = {"free": [], "on request": [], "held": []}
+    for key, found in marks():
+        by_mark[found].append(key)
+    lines = ["| may change | keys |", "|---|---|"]
+    for found, keys in by_mark.items():
+        lines.append(f"| {found} | {', '.join(f'`{key}`' for key in _gathered(keys))} |")
+    return lines
+
+
+def _gathered(keys: list[str]) -> list[str]:
+    """Keys, those that are a whole section as `section.*`."""
+    sections = {n: set(getattr(f.annotation, "model_fields", ())) for n, f in Config.model_fields.items()}
+    whole = {name for name, parts in sections.items() if parts and all(f"{name}.{part}" in keys for part in parts)}
+    return list(dict.fromkeys(f"{key.partition('.')[0]}.*" if key.partition(".")[0] in whole else key for key in keys))
+
+
 def _said(config: Any, otherwise: str) -> str:
     extra = config.get("json_schema_extra")
     return extra["resume"] if isinstance(extra, dict) and "resume" in extra else otherwise

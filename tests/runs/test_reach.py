@@ -18,12 +18,13 @@ FEW = ("evaluation.enabled=false", "output.checkpoint_every=100")
 @pytest.mark.parametrize("model", ["shapes-sd3", "shapes-sd", "shapes-flux", "shapes-wan"])
 def test_the_first_update_reaches_the_predictions_and_no_update_does_not(model, tmp_path):
     name = {"shapes-sd": "ddpo/shapes-sd", "shapes-flux": "truncated_bp/shapes-flux"}.get(model, f"flow_grpo/{model}")
+    reward = REWARDS.get(model, "jpeg_compressibility")
     made = session.Session(
         settings := tiny_config(
             tmp_path / "run",
             *FEW,
             "updates=1",
-            f"rewards={{{REWARDS.get(model, 'jpeg_compressibility')}: 1}}",
+            f"rewards={{{reward}: 1}}",
             name=name,
         ),
         session.open_run(settings),
