@@ -134,6 +134,9 @@ class VLMPoints(_Asked):
         return points(answer) / MOST
 
 
+MOST_LIKELY = 1.01  # of all words together, but for rounding
+
+
 def _data(frame: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "PNG")
@@ -170,7 +173,11 @@ def probability(answer: Any) -> float:
     """
     text, tokens = _said(answer)
     likely = _likely(tokens[0]) if tokens else {}
-    yes, no = (sum(p for token, p in likely.items() if _word(token) == word) for word in ("yes", "no"))
+    # Where one token is listed under several spellings, each has the same probability to the last bit: it counts once.
+    spelt = {(_word(token), p) for token, p in likely.items()}
+    yes, no = (sum(p for token, p in spelt if token == word) for word in ("yes", "no"))
+    if yes + no > MOST_LIKELY:
+        raise Fault(f"{str(likely)[:200]}: probabilities of an answer's first token add up to more than 1")
     if yes + no > 0:
         return yes / (yes + no)
     return {"yes": 1.0, "no": 0.0}.get(_word(text), math.nan)

@@ -167,3 +167,15 @@ def test_invalid_rewards_are_at_no_risk():
     # quantiles of the valid ones: 1 and 2; tail -(1 - 0) / 0.4, middle (clip(r, 1, 2) - 2) / 0.5
     np.testing.assert_allclose(found[[0, 1, 3]], [(-2.5 - 2) / 2, -2 / 2, 0])
     assert (advantages.at_risk(np.zeros(2), np.zeros(2, bool), 0.4, 0.9, 1.0) == 0).all()
+
+
+def test_group_numbers_of_any_size_are_told_apart():
+    """In float32, 2^24 and 2^24 + 1 are one number."""
+    reward, valid = np.array([0.0, 1.0, 2.0, 5.0]), np.ones(4, bool)
+    large = np.array([2**24, 2**24, 2**24 + 1, 2**24 + 1])
+    for scale in ("group", "batch", "none"):
+        small = advantages.group_relative(reward, np.array([0, 0, 1, 1]), valid, scale)
+        assert np.array_equal(advantages.group_relative(reward, large, valid, scale), small)
+    assert np.array_equal(
+        advantages.leave_one_out(reward, large, valid), advantages.leave_one_out(reward, np.array([0, 0, 1, 1]), valid)
+    )

@@ -37,6 +37,13 @@ def test_the_score_is_the_share_of_yes():
     assert math.isnan(probability(answer(None)))
 
 
+def test_a_token_that_is_listed_under_two_spellings_counts_once():
+    # "Yes", " Yes" and a special token may share an id: a tokenizer that decodes it in three ways lists it three times.
+    assert probability(answer("Yes", **{"Yes": 0.3, " Yes": 0.3, "yes.": 0.3, "No": 0.1})) == pytest.approx(0.75)
+    with pytest.raises(Fault, match="add up to more than 1"):
+        probability(answer("Yes", **{"Yes": 0.6, " Yes": 0.55, "No": 0.1}))
+
+
 @pytest.mark.parametrize("strange", [{}, {"choices": []}, {"choices": [{}]}, [], 5, {"choices": [{"message": "x"}]}])
 def test_what_is_no_completion_is_a_fault(strange):
     with pytest.raises(Fault, match="is no chat completion"):
