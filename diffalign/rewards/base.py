@@ -134,5 +134,5 @@ def numbers(output: Any, count: int) -> Floats:
 
 def to_uint8(media: Media) -> NDArray[np.uint8]:
     """Pixels (N, F, 3, H, W) as (N, F, H, W, 3) uint8, rounded."""
-    pixels = media.pixels.detach().clamp(0, 1).mul(255).round().to(torch.uint8)
+    pixels = media.pixels.detach().clamp(0, 1).mul_(255).round_().to(torch.uint8)
     return pixels.permute(0, 1, 3, 4, 2).cpu().numpy()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,10 @@ class Served:
 
     def _answer(self, body: bytes | bytearray) -> Answer:
         try:
-            media, prompts = self._read(json_text.parse(body))
+            given = json_text.parse(body)
+            if isinstance(body, bytearray):
+                body.clear()  # what is read is not held twice
+            media, prompts = self._read(given)
         except TooMuch as error:
             return 413, {"error": shortened(str(error), LONGEST)}
         except (ValueError, TypeError, Fault) as error:  # pixels that are none, too
@@ -81,7 +86,7 @@ class Served:
             raise ValueError(f"metadata: expected {len(texts)} objects")
         if problem := self.entry.unfit(metadata):
             raise ValueError(f"metadata: {self.entry.name} {problem}")
-        pixels = unpacked(body.get("media"), self._most)
+        pixels = unpacked(body.pop("media", None), self._most)
         if len(pixels) != len(texts):
             raise ValueError(f"media: {len(pixels)} samples for {len(texts)} prompts")
         keys = np.arange(len(texts))
@@ -103,8 +108,6 @@ class Room:
 async def _receive(request: Any, body: bytearray, most: int, room: Room) -> tuple[int, str]:
     """Put a request's body into `body`; returns 200, or the status and words that refuse it. What the body takes of the room is the
     caller's to give back."""
-    import asyncio
-
     stream = request.stream().__aiter__()
     while True:
         try:
@@ -124,25 +127,27 @@ async def _receive(request: Any, body: bytearray, most: int, room: Room) -> tupl
 def application(served: Served, token: str | None = None, most_bytes: int = 2**26) -> Any:
     """The FastAPI application of a reward: POST /score and GET /health."""
     import fastapi
-    from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import JSONResponse
 
     room = Room(2 * most_bytes)
+    # One thread, always the same: each would keep what it freed to itself.
+    worker = ThreadPoolExecutor(1, thread_name_prefix="reward")
     app = fastapi.FastAPI(title="diffalign reward", docs_url=None, redoc_url=None, openapi_url=None)
 
     async def score(request: Any) -> Any:
         given = request.headers.get("authorization", "")
         if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             return JSONResponse({"error": "a bearer token is wanted, and this is not it"}, 401)
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
             refused, said = await _receive(request, body, most_bytes, room)
             if refused != 200:
                 return JSONResponse({"error": said}, refused)
-            status, content = await run_in_threadpool(lambda: served.answer(body))
+            size = len(body)
+            status, content = await asyncio.get_running_loop().run_in_executor(worker, served.answer, body)
             return JSONResponse(content, status)
         finally:
-            room.taken -= len(body)
+            room.taken -= max(size, len(body))
 
     async def health(request: Any) -> Any:
         return JSONResponse(served.health())

@@ -1,17 +1,23 @@
 """Servers that answer anything, or never end; rewards that do what they like; requests of every kind."""
 
+import base64
 import gzip
+import io
 import json
 import os
 import random
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
+from PIL import Image
 
 from diffalign.errors import Fault, RewardFailed, UserError
 from diffalign.rewards import catalog, isolated
@@ -23,7 +29,7 @@ from diffalign.rewards.wire import packed, scores_of
 from diffalign.runtime import json_text
 from diffalign.types import Media
 from tests.kit.generators import COUNTS, PLAIN, broken, promised, tried
-from tests.rewards.test_remote import Server, names, samples
+from tests.rewards.test_remote import Server, names, samples, served
 
 
 class Slow:
@@ -274,3 +280,44 @@ def test_a_failure_says_the_line_in_the_users_file_and_what_may_pass_is_tried_ag
     assert isolated.passing(ConnectionResetError())
     assert not isolated.passing(FileNotFoundError())
     assert not isolated.passing(KeyError())
+
+
+def memory(pid, what):
+    """MiB of a process by the kernel's count: VmRSS now, VmHWM at most so far."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(what)).split()[1]) / 1024
+
+
+def flat(side):
+    """A small PNG file of a large picture."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), "red").save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.slow
+def test_two_dozen_hostile_requests_at_once_take_less_than_a_gigabyte():
+    process, url = served(0, "jpeg_compressibility")
+    try:
+        one = {"prompts": ["a"], "media": {"format": "png", "data": [[flat(64)]]}}
+        assert httpx.post(url, json=one, timeout=60).status_code == 200
+        idle = memory(process.pid, "VmRSS")
+        bodies = [
+            json.dumps({"prompts": ["a"], "media": {"format": "png", "data": [[flat(side)]]}}) for side in (8192, 3000)
+        ]
+        bodies += [json.dumps({"prompts": ["a"] * 12, "media": {"format": "png", "data": [[flat(3000)]] * 12}})]
+        raw = base64.b64encode(bytes(45 * 2**20)).decode()
+        bodies += [
+            json.dumps({"prompts": ["a"], "media": {"format": "raw", "shape": [1, 15, 1024, 1024, 3], "data": raw}})
+        ]
+        with ThreadPoolExecutor(24) as pool:
+            answers = list(
+                pool.map(lambda k: httpx.post(url, content=bodies[k % 4], timeout=300).status_code, range(24))
+            )
+        assert set(answers) <= {200, 413, 503}
+        peak = memory(process.pid, "VmHWM")
+        print(f"idle {idle:.0f} MiB, peak {peak:.0f} MiB, answers {sorted(answers)}")
+        assert peak - idle < 1024
+        assert httpx.post(url, json=one, timeout=60).status_code == 200
+    finally:
+        process.kill()
