@@ -33,7 +33,7 @@ GENEVAL, TRAINER = "diffalign/ops/geneval.py", "diffalign/training/trainer.py"
 MUTATIONS = [
     Mutation("log-prob sign", GAUSSIAN, "per_dim = -((x - mean) ** 2)", "per_dim = ((x - mean) ** 2)"),
     Mutation("log-prob factor two", GAUSSIAN, "(2 * std**2) - math.log(std)", "(std**2) - math.log(std)"),
-    Mutation("mean becomes sum", GAUSSIAN, "return flat.mean(1)", "return flat.sum(1)"),
+    Mutation("mean becomes sum", GAUSSIAN, "return flat.mean(1, dtype=wide)", "return flat.sum(1, dtype=wide)"),
     Mutation("score over variance", GAUSSIAN, "(eps / std).detach()", "(eps / std**2).detach()"),
     Mutation("surrogate min for max", SURROGATE, "torch.maximum", "torch.minimum"),
     Mutation("surrogate advantage sign", SURROGATE, "-advantage * ratio, ", "advantage * ratio, "),

@@ -42,6 +42,9 @@ def place(tmp_path_factory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     done = shell(f"diffalign train configs/flow_grpo/shapes-sd3.yaml {shortened()}", folder)
     assert done.returncode == 0, done.stderr
+    # A later command goes on from this one's adapter; in which process each runs is not known.
+    done = shell(f"diffalign train flow_grpo/shapes-sd3 seed=1 run_dir=runs/seed1 {shortened()}", folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -39,7 +39,13 @@ def explain(item: Any, model: Any, prefix: str = "") -> str:
     location = tuple(item["loc"])
     where = shortened(prefix + ".".join(str(part) for part in location))
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_meant(str(location[-1]), _fields(model, location[:-1]))}"
+        known = _fields(model, location[:-1])
+        hint = (
+            _meant(str(location[-1]), known)
+            if model is Config or len(location) == 1
+            else near(str(location[-1]), known)
+        )
+        return f"{where}: unknown key{hint or '; known are ' + ', '.join(known)}"
     if item["type"] == "missing":
         return f"{where}: missing"
     got = f"{where}: got {shown(item['input'])}"

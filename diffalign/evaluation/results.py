@@ -74,6 +74,13 @@ class Summary:
         return cls(int(row.get(keys.COUNT, 0)), rewards)
 
 
+KEYS = {"update", "group", "seed", "prompts", "scores"}  # of an evaluation's file, besides its digest
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Scores (n,) by reward after `update` updates, and which prompt each image belongs to (n,)."""
@@ -98,8 +105,7 @@ class Evaluation:
         data = {"update": self.update, "group": self.group.tolist(), **facts}
         data["scores"] = {name: values.tolist() for name, values in self.scores.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(data)
-        write_text(path, f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
+        write_text(path, json.dumps({**data, "sha256": _digest(data)}) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
@@ -109,10 +115,11 @@ class Evaluation:
             Fault: if the file is damaged.
         """
         try:
-            text, *rest = path.read_bytes().decode("ascii").split("\n")
-            if rest not in ([""], [hashlib.sha256(text.encode()).hexdigest(), ""]):  # earlier versions wrote no digest
+            data = json.loads(path.read_bytes().decode("ascii"))  # scores may be NaN
+            # Earlier versions wrote no digest; a key that is none of these may have been it.
+            signed = data.pop("sha256", "")
+            if (signed or not data.keys() <= KEYS) and signed != _digest(data):
                 raise ValueError("it is not what was written")
-            data = json.loads(text)  # scores may be NaN
             scores = {name: np.asarray(values, np.float64) for name, values in data["scores"].items()}
             return cls(data["update"], scores, np.asarray(data["group"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -16,7 +16,7 @@ import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from diffalign.errors import Fault, one_line, shown
+from diffalign.errors import Fault, one_line, shortened, shown
 from diffalign.models.lora import denoisers, quiet
 from diffalign.models.notes import LORA, metadata
 from diffalign.runtime import json_text
@@ -201,7 +201,9 @@ def _read(pipe: Any, part: Part, folder: Path, name: str) -> list[str]:
         except Exception as error:  # whatever the libraries make of a file that is not theirs
             if out_of_memory(error):
                 raise
-            raise ValueError(f"{part.file} is no LoRA that diffusers can load: {one_line(error)}") from error
+            raise ValueError(
+                f"{part.file} is no LoRA that diffusers can load here: {shortened(str(error), 300)}"
+            ) from error
     return list(tensors)
 
 

@@ -420,10 +420,7 @@ def run(folder, url, *overrides):
 
 def scores_of(folder, url):
     rows = [row[f"reward/{url}"] for row in read_rows(folder) if f"reward/{url}" in row]
-    ends = [
-        json.loads(path.read_text().splitlines()[0])["scores"][url]
-        for path in sorted((folder / "evaluation").glob("*.json"))
-    ]
+    ends = [json.loads(path.read_text())["scores"][url] for path in sorted((folder / "evaluation").glob("*.json"))]
     return rows, ends, [row["scores"][url] for row in read_rows(folder, "scores.jsonl")]
 
 
