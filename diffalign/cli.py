@@ -17,6 +17,7 @@ from diffalign import config as configs
 from diffalign.errors import LONGEST, Fault, Interrupted, UserError, shortened
 from diffalign.evaluation.task import SUITES
 from diffalign.runtime import launcher
+from diffalign.runtime.files import home
 from diffalign.runtime.streams import forgive
 
 
@@ -26,6 +27,13 @@ class Number(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
         return number if math.isfinite(number) else self.fail(f"{value!r} is not a finite number.", param, ctx)
+
+
+class Place(click.Path):
+    """A path, with `~` as the user's home also where the shell leaves it alone, as in --out=~/pictures."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(home(value) if isinstance(value, str) else value, param, ctx)
 
 
 def options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -82,7 +90,7 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, qu
 @app.command()
 @click.argument("target", metavar="RUN|ADAPTER|MODEL")
 @click.option("--prompt", "prompts", multiple=True, help="A caption; may be given several times.")
-@click.option("--prompts", "file", type=click.Path(), help="A file of captions, one a line, or JSON lines.")
+@click.option("--prompts", "file", type=Place(), help="A file of captions, one a line, or JSON lines.")
 @click.option("-n", "count", type=click.IntRange(1, 10_000), default=4, show_default=True, help="Pictures a caption.")
 @A_CALL
 @click.option("--negative", help="What guidance leads away from; needs a guidance above 1.")
@@ -90,7 +98,7 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, qu
 @click.option("--adapter", "more", multiple=True, metavar="FOLDER[:STRENGTH]", help="A further adapter; several times.")
 @click.option("--base", is_flag=True, help="Also draw without adapters, from the same seeds.")
 @click.option("--fps", type=click.IntRange(1, 240), default=16, show_default=True, help="Frames per second of videos.")
-@click.option("--out", type=click.Path(file_okay=False), default="samples", show_default=True, help="Where to write.")
+@click.option("--out", type=Place(file_okay=False), default="samples", show_default=True, help="Where to write.")
 def sample(
     target: str, strength: float, more: tuple[str, ...], arguments: tuple[str, ...], precision: str | None, **asked: Any
 ) -> None:
@@ -118,7 +126,7 @@ def sample(
     help="Also run adapters' calls without them, to measure how far predictions are from the base model's: twice the work.",
 )
 @click.option("--fresh", is_flag=True, help="Make again what is there.")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
+@click.option("--out", required=True, type=Place(file_okay=False, path_type=Path), help="Folder to write to.")
 def evaluate(targets: tuple[str, ...], suite: str, out: Path, **asked: Any) -> None:
     """Judge models and adapters on a suite of prompts, all from the same noises, with intervals, grids and a page."""
     from diffalign.evaluation import suite as suites
@@ -127,8 +135,8 @@ def evaluate(targets: tuple[str, ...], suite: str, out: Path, **asked: Any) -> N
 
 
 @app.command()
-@click.argument("folder", metavar="RUN|ADAPTER", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A .safetensors file.")
+@click.argument("folder", metavar="RUN|ADAPTER", type=Place(path_type=Path))
+@click.option("--out", type=Place(path_type=Path, dir_okay=False), required=True, help="A .safetensors file.")
 def export(folder: Path, out: Path) -> None:
     """Write an adapter under the names ComfyUI reads."""
     from diffalign.models.comfyui import comfyui
@@ -138,7 +146,7 @@ def export(folder: Path, out: Path) -> None:
 
 @app.command()
 @A_CONFIG
-@click.option("--preview", type=click.Path(dir_okay=False, path_type=Path), help="A picture of samples; loads weights.")
+@click.option("--preview", type=Place(dir_okay=False, path_type=Path), help="A picture of samples; loads weights.")
 @click.option("--card", help="Bound on a card's peak: a100, h200, ...")
 def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: str | None) -> None:
     """Say what one update of CONFIG does and costs; loads no weights."""
@@ -155,7 +163,7 @@ def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: st
 
 @app.command()
 @click.argument("words", nargs=-1, required=True, metavar="CONFIG[@KEY=VALUE]... [KEY=VALUE]...")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Table, JSON and figure.")
+@click.option("--out", required=True, type=Place(file_okay=False, path_type=Path), help="Table, JSON and figure.")
 @click.option("--batches", type=click.IntRange(4, 100_000), default=32, show_default=True, help="Gradients a rule.")
 @click.option("--chain", is_flag=True, help="On the Gaussian chain, with the first CONFIG's sampler.")
 def gradients(words: tuple[str, ...], out: Path, batches: int, chain: bool) -> None:
@@ -174,7 +182,7 @@ def gradients(words: tuple[str, ...], out: Path, batches: int, chain: bool) -> N
 @A_CONFIG
 @click.option("--endpoint", required=True, help="OpenAI-compatible address, such as http://localhost:8000/v1.")
 @click.option("--model", required=True, help="The language model's name there.")
-@click.option("--out", required=True, type=click.Path(dir_okay=False), help="File for prompts.stages; it may exist.")
+@click.option("--out", required=True, type=Place(dir_okay=False), help="File for prompts.stages; it may exist.")
 @click.option("--count", type=click.IntRange(2, 100), default=3, show_default=True, help="Stages a prompt.")
 @click.option("--key", envvar="OPENAI_API_KEY", show_envvar=True, help="Sent as a bearer token.")
 def stages(config: str, overrides: tuple[str, ...], out: str, **asked: Any) -> None:

@@ -362,3 +362,21 @@ def test_where_nothing_can_be_written_is_named_with_its_option(command, option, 
     assert done.returncode == 2, done.stderr
     assert f"diffalign: {option}: got" in done.stderr
     assert "cannot write there" in done.stderr
+
+
+def test_a_tilde_is_the_users_home_wherever_a_path_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "p.txt").write_text("a photo of two stars\n")
+    few = ["-n", "1", "--steps", "2", "--set", "max_sequence_length=1"]
+    commands = [
+        ["sample", "shapes-sd3", "--prompts=~/p.txt", *few, "--out=~/pictures"],
+        ["evaluate", "shapes-sd3", "--suite=~/p.txt", "--reward", "jpeg_compressibility", *few, "--out=~/judged"],
+        ["sample", "shapes-sd3", "--prompt", "x", *few, "--out=~nosuchuser/x"],
+    ]
+    codes = [subprocess.run([sys.executable, "-m", "diffalign", *line], check=False).returncode for line in commands]
+    assert codes == [0, 0, 2]
+    assert (tmp_path / "home" / "pictures" / "grid.png").is_file()
+    assert (tmp_path / "home" / "judged" / "report.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]

@@ -11,23 +11,12 @@ from typing import Any
 from diffalign.errors import UserError
 from diffalign.prompts.sets import SETS
 from diffalign.rewards import catalog
+from diffalign.runtime.files import home
 from diffalign.shapes import models
 
 # Keys that name something to read, and what stands before the path in one: NAME@PLACE.
 READ = ("model", "weights", "prompts.source", "prompts.stages", "evaluation.source", "lora.start")
 WRITTEN = ("run_dir", "prompts.cache")
-
-
-def home(path: str) -> str:
-    """A path with `~` as the user's home.
-
-    Raises:
-        UserError: where that is nobody's, so that no folder named ~ is made.
-    """
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError as error:
-        raise UserError(f"{path!r}: no home of that name; a path that begins so is written ./{path}") from error
 
 
 def placed(raw: dict[str, Any], beside: Path | None) -> tuple[dict[str, str], list[str]]:

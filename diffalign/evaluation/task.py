@@ -12,7 +12,7 @@ from diffalign.errors import UserError
 from diffalign.prompts import files as prompt_files
 from diffalign.prompts.sets import has_splits
 from diffalign.rewards import catalog
-from diffalign.runtime.files import is_file
+from diffalign.runtime.files import home, is_file
 from diffalign.runtime.randomness import Purpose, key
 
 
@@ -77,7 +77,7 @@ def task_of(
     known = SUITES.get(suite)
     if not suite or prompts == "":
         raise UserError(f"{'--prompts' if suite else '--suite'}: got '', allowed are {', '.join(SUITES)}, or a file")
-    if not known and not has_splits(suite) and "@" not in suite and not is_file(Path(suite)):
+    if not known and not has_splits(suite) and "@" not in suite and not is_file(Path(home(suite))):
         raise UserError(
             f"--suite: got {suite!r}, which is no file; allowed are {', '.join(SUITES)}, a file of prompts, or a set of them by name "
             "with --reward NAME"

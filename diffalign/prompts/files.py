@@ -13,7 +13,7 @@ from diffalign.errors import UserError, shown
 from diffalign.prompts import sets as prompt_sets
 from diffalign.prompts.sets import Entry as Entry
 from diffalign.runtime import json_text
-from diffalign.runtime.files import is_file
+from diffalign.runtime.files import home, is_file
 
 BREAK = re.compile(r"\r\n|\n|\r")  # what ends a line; U+2028, a form feed and others are text
 
@@ -35,7 +35,7 @@ def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.so
     named = prompt_sets.find(source, tasks, split, field)
     if named is not None:
         return named
-    path = Path(source)
+    path = Path(home(source))
     if not is_file(path):
         what = "is a folder" if is_folder(path) else "is no file"
         raise UserError(

@@ -34,6 +34,18 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def home(path: str) -> str:
+    """A path with `~` as the user's home.
+
+    Raises:
+        UserError: where that is nobody's, so that no folder named ~ is made.
+    """
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise UserError(f"{path!r}: no home of that name; a path that begins so is written ./{path}") from error
+
+
 def share(path: Path) -> None:
     """Give a file the mode that any new file gets: safetensors writes for the user alone."""
     path.chmod(0o666 & ~UMASK)

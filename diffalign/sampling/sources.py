@@ -13,7 +13,7 @@ from diffalign.errors import Fault, UserError, one_line, shown
 from diffalign.models.calls import FIXED, GIVEN
 from diffalign.models.notes import DDIM, LORA, Notes, choices, lora_folder
 from diffalign.processes import linear_sigmas
-from diffalign.runtime.files import HUB_ID, fingerprint, is_file
+from diffalign.runtime.files import HUB_ID, fingerprint, home, is_file
 from diffalign.runtime.yaml_text import parse
 
 STRONGEST = 100
@@ -55,7 +55,7 @@ def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Sou
     Raises:
         UserError: if there is nothing of that kind, or an adapter belongs to another model.
     """
-    source = _target(target, strength)
+    source = _target(home(target), strength)
     adapters = [_adapter(text) for text in more]
     for adapter in adapters:
         base = _notes(adapter.folder).base_model or source.model
@@ -136,6 +136,7 @@ def _check_weights(folder: Path, notes: Notes) -> None:
 
 def _adapter(text: str) -> Adapter:
     """FOLDER, or FOLDER:STRENGTH; a run folder stands for its adapter."""
+    text = home(text)
     name, colon, tail = text.rpartition(":")
     folder, strength = Path(text), 1.0
     if colon and lora_folder(folder) is None:
