@@ -36,6 +36,8 @@ def model(place: Place) -> str:
         return place.commit
     folder, hashed = Path(place.folder), hashlib.sha256()
     kinds = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
-    for path in sorted({path for kind in kinds for path in folder.rglob(kind) if path.is_file()}):
+    found = {path for kind in kinds for path in folder.rglob(kind) if path.is_file()}
+    # Of the folder itself the index alone: what else lies there is not loaded.
+    for path in sorted(path for path in found if path.parent != folder or path.name == "model_index.json"):
         hashed.update(f"{path.relative_to(folder).as_posix()} {fingerprint(path)}\n".encode())
     return hashed.hexdigest()
