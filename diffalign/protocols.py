@@ -49,12 +49,13 @@ class Replay:
 
 @dataclass(frozen=True)
 class GraphBytes:
-    """What one micro-batch keeps for the gradient, in bytes: per replayed step, and for decoder and reward; `stored` is what
-    a step keeps without a graph, its latent and its noise."""
+    """What one micro-batch takes for the gradient, in bytes: per replayed step, and for decoder and reward; `stored` is what
+    a step keeps without a graph, its latent and its noise; `work`: what a gradient takes at once whatever the number of steps."""
 
     step: int
     reward: int
     stored: int
+    work: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as rerun
 
 from diffalign.backends import recorder
 from diffalign.backends.chain import ChainPolicy
 from diffalign.backends.walk import OnStep
 from diffalign.errors import UserError, shortened, shown
 from diffalign.models import lora as adapters
+from diffalign.models.checkpointing import by_blocks
 from diffalign.models.encodings import TextEncoders
 from diffalign.processes import Process
 from diffalign.runtime.memory import out_of_memory
@@ -32,7 +33,7 @@ class DiffusersPolicy(ChainPolicy):
         steps, guidance_scale, call: arguments of the pipeline's `__call__`; guidance_scale None: the pipeline's own.
         sigmas: "pipeline" for the scheduler's own noise levels, "linear" for evenly spaced ones.
         parameters: what is trained, from `adapters.attach`; empty to sample only.
-        gradient_checkpointing: keep only the inputs of network calls and of the decoder for the gradient.
+        checkpoint: what runs again for the gradient: "blocks" of networks, "spans" (whole calls), "both", or "none".
         stretches: first steps of the stretches that prompts with stages tell apart.
     """
 
@@ -48,7 +49,7 @@ class DiffusersPolicy(ChainPolicy):
         call: dict[str, Any] | None = None,
         micro_batch: int = 8,
         parameters: dict[str, Tensor] | None = None,
-        gradient_checkpointing: bool = False,
+        checkpoint: str = "none",
         stretches: Sequence[int] = (0,),
     ) -> None:
         if problems := recorder.unfit(pipe):
@@ -79,9 +80,18 @@ class DiffusersPolicy(ChainPolicy):
         with torch.no_grad(), self._accepting("a"):  # a size that the network has no positions for is found out now
             self._run(["a"], None, (0,), lambda step, prediction, latent: latent, None, "latent")
         super().__init__(timestep, levels, process, noise_level, micro_batch, stretches)
-        for module in adapters.denoisers(pipe).values():
-            module.forward = self._counted(module.forward, gradient_checkpointing)
-        self._checkpoint_decoder = gradient_checkpointing
+        blocks, spans = checkpoint in ("blocks", "both"), checkpoint in ("spans", "both")
+        self.remarks: list[str] = []
+        for name, module in adapters.denoisers(pipe).items():
+            whole = spans
+            if blocks and not by_blocks(module):
+                self.remarks.append(
+                    f"memory.checkpoint: the {name} cannot run block by block, its calls run again whole"
+                )
+                whole = True
+            module.forward = self._counted(module.forward, whole)
+        decoder = getattr(pipe, "vae", None)
+        self._checkpoint_decoder = spans or (blocks and not (decoder is not None and by_blocks(decoder)))
 
     def _counted(self, forward: Callable[..., Any], checkpointing: bool) -> Callable[..., Any]:
         """A network's forward that counts its rows, those that checkpointing runs again included."""
@@ -95,7 +105,7 @@ class DiffusersPolicy(ChainPolicy):
             if not (checkpointing and torch.is_grad_enabled()):
                 return run(args, kwargs)
             again = itertools.chain([False], itertools.repeat(True))
-            return checkpoint(lambda *a, **k: run(a, k, next(again)), *args, use_reentrant=False, **kwargs)
+            return rerun(lambda *a, **k: run(a, k, next(again)), *args, use_reentrant=False, **kwargs)
 
         return counted
 
@@ -211,7 +221,7 @@ class DiffusersPolicy(ChainPolicy):
             return self._run(prompts.text, latent, (), None, None, "pt")
 
         wanted = self._checkpoint_decoder and torch.is_grad_enabled() and x.requires_grad
-        decoded = checkpoint(decode, x, use_reentrant=False) if wanted else decode(x)
+        decoded = rerun(decode, x, use_reentrant=False) if wanted else decode(x)
         frames = decoded[:, None] if decoded.ndim == 4 else decoded
         return Media(frames.float())
 

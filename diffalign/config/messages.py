@@ -90,6 +90,7 @@ ELSEWHERE = {
     "reward": "rewards",
     **dict.fromkeys(("pretrained_model_name_or_path", "pretrained_model", "base_model"), "model"),
     "lora_rank": "lora.rank",
+    "gradient_checkpointing": "memory.checkpoint=auto",
     "lora_alpha": "lora.alpha",
     "resume": "nothing: the same command goes on",
 }
@@ -144,11 +145,18 @@ def dump(config: Config) -> str:
 
 # What versions did that lacked a key, where that is not its default now.
 BEFORE = {"evaluation": {"least": 0}}
+# Keys that were renamed: old place, new place, what its values are called now.
+RENAMED = {("optimizer", "gradient_checkpointing"): ("memory", "checkpoint", {True: "spans", False: "none"})}
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
     """A dumped config, of whatever version, with the keys it lacks at what that version did, mostly their defaults, those of its rule too;
     unknown ones stay."""
+    values = json.loads(json.dumps(values))
+    for (section, old), (place, new, names) in RENAMED.items():
+        if isinstance(values.get(section), dict) and old in values[section]:
+            given = values[section].pop(old)
+            values.setdefault(place, {}).setdefault(new, names.get(given, given))
     sections = {name: field.get_default(call_default_factory=True) for name, field in Config.model_fields.items()}
     defaults = _merged({k: v for k, v in _plain(sections).items() if v is not PydanticUndefined}, BEFORE)
     whole = _merged(defaults, values)

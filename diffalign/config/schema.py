@@ -110,10 +110,20 @@ class OptimizerConfig(Settings):
     micro_batch: int = Field(
         16, ge=1, description="samples per forward pass, in sampling and training alike", json_schema_extra=FREE
     )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="keep only the inputs of each network call, of the decoder and of a reward's layers; they run again for the gradient",
-        json_schema_extra=FREE,
+
+
+Checkpoint = Literal["none", "blocks", "spans", "both"]
+
+
+class MemorySection(Settings):
+    """What is kept for the gradient. None of it changes a number."""
+
+    model_config = ConfigDict(json_schema_extra=FREE)
+
+    checkpoint: Literal["auto", "none", "blocks", "spans", "both"] = Field(
+        "none",
+        description="what runs again for the gradient, of network, decoder and reward: nothing; blocks one by one; whole calls (spans); "
+        "both. auto: blocks, and both where a gradient runs through several steps",
     )
 
 
@@ -204,6 +214,7 @@ class Config(Settings):
     sampler: SamplerConfig = SamplerConfig()  # type: ignore[call-arg]
     lora: LoraSection = LoraSection()  # type: ignore[call-arg]
     optimizer: OptimizerConfig = OptimizerConfig()  # type: ignore[call-arg]
+    memory: MemorySection = MemorySection()  # type: ignore[call-arg]
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
     scoring: ScoringConfig = ScoringConfig()  # type: ignore[call-arg]
     output: OutputConfig = OutputConfig()  # type: ignore[call-arg]
@@ -231,6 +242,13 @@ class Config(Settings):
         """The rule with its settings."""
         kind: Any = RULES[self.rule["name"]]
         return kind(kind.Settings(**{k: v for k, v in self.rule.items() if k != "name"}))
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What runs again for the gradient, decided."""
+        if self.memory.checkpoint == "auto":
+            return "both" if self.make_rule().needs.differentiable_reward else "blocks"
+        return self.memory.checkpoint
 
     @property
     def book(self) -> Book:

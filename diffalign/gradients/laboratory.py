@@ -21,7 +21,7 @@ from diffalign.protocols import Loss, Needs, Policy, RewardFunction, TrainablePo
 from diffalign.rewards.scorer import Scorer
 from diffalign.rules import Rule
 from diffalign.runs import parts as build
-from diffalign.runtime.memory import Saved
+from diffalign.runtime.memory import Live
 from diffalign.training.fitting import fit
 from diffalign.training.trainer import Trainer
 from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Schedule, Term
@@ -191,8 +191,7 @@ class Laboratory:
         """M gradients of a rule whose parameters never move; what it learns on the way it does learn."""
         trainer, policy = self._trainer(rule), self.policy
         cuda = next(iter(policy.parameters.values())).is_cuda
-        with Saved() as saved:  # a pass of its own: hooks take time
-            trainer.gradient(0)
+        peak = _counted(trainer)  # a pass of its own: counting takes time
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         forward, backward = policy.rows_forward, policy.rows_backward
@@ -212,10 +211,26 @@ class Laboratory:
             (policy.rows_forward - forward) / self.batches,
             (policy.rows_backward - backward) / self.batches,
             float(np.median(seconds)),
-            saved.peak,
+            peak,
             torch.cuda.max_memory_allocated() if cuda else None,
             [float(np.mean(norms[k])) if k in norms else None for k in range(policy.schedule.steps)],
         )
+
+
+def _counted(trainer: Trainer) -> int:
+    """The most bytes that a step's gradient allocates at once, sampling left out."""
+    backward, live = trainer.backward.accumulate, Live()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with live:
+            return backward(*args, **kwargs)
+
+    trainer.backward.accumulate = counted  # type: ignore[method-assign]
+    try:
+        trainer.gradient(0)
+    finally:
+        trainer.backward.accumulate = backward  # type: ignore[method-assign]
+    return live.peak
 
 
 def _pipeline(config: Config) -> tuple[TrainablePolicy, Scorer]:

@@ -95,7 +95,7 @@ def figure(measured: Sequence[Measured], contributions: Sequence[float], path: P
         for item, colour in zip(measured, colours, strict=True):
             cost.scatter(item.seconds, item.peak_bytes / 2**20, color=colour, s=40)
         cost.set_xlabel("seconds a batch", fontsize=8)
-        cost.set_title("graph held at once, MiB", fontsize=9)
+        cost.set_title("memory of a gradient, MiB", fontsize=9)
         cost.set_ylim(bottom=0)
         cost.set_xlim(left=0)
         cost.grid(alpha=0.3)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +27,8 @@ from diffalign.config import Config
 from diffalign.errors import UserError
 from diffalign.models import lora as adapters
 from diffalign.models import untrained
+from diffalign.models.checkpointing import by_blocks
+from diffalign.runtime.memory import Live
 
 Sizes = dict[str, int]
 
@@ -83,12 +85,21 @@ def denoisers(config: Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Bytes that one sample takes beyond the weights: kept between its forward pass and its gradient, and the most at once."""
+
+    kept: float
+    peak: float
+
+
+@dataclass(frozen=True)
 class Row:
-    """What one sample takes: FLOPs of the forward pass, of that and all that its gradient takes, and bytes kept for the gradient."""
+    """What one sample takes: FLOPs of the forward pass, of that and all that its gradient takes; memory, plain and block by block."""
 
     forward: float
     both: float
-    kept: float
+    plain: Held
+    blocks: Held
 
 
 class _Flops(TorchDispatchMode):
@@ -104,22 +115,28 @@ class _Flops(TorchDispatchMode):
         return out
 
 
-def _row(run: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) -> Row:
-    """Count what a function on the meta device does, its gradient included; weights are not counted as kept."""
-    own = {tensor.untyped_storage()._cdata for tensor in weights}
-    kept: dict[int, int] = {}
+def _row(run: Callable[[], torch.Tensor], module: torch.nn.Module) -> Row:
+    """Count what a function of a module on the meta device does, its gradient included; weights are not counted."""
+    with _fused_attention():
+        with _Flops() as flops:
+            output = run()
+            forward = flops.total
+            output.sum().backward()
+        plain = _held(run, module)
+        blocks = plain
+        if by_blocks(module):
+            blocks = _held(run, module)
+            module.disable_gradient_checkpointing()  # type: ignore[operator]
+    return Row(forward, flops.total, plain, blocks)
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
 
-    with _fused_attention(), _Flops() as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+def _held(run: Callable[[], torch.Tensor], module: torch.nn.Module) -> Held:
+    # Gradients of what is trained are counted with it: here they are there already.
+    with Live() as live:
         output = run()
-        forward = flops.total
+        kept = live.now
         output.sum().backward()
-    return Row(forward, flops.total, float(sum(kept.values())))
+    return Held(float(kept), float(live.peak))
 
 
 @contextmanager
@@ -150,7 +167,7 @@ def decoder(config: Config) -> tuple[Row, int] | None:
     with untrained.meta(config.precision):
         module = untrained.component(kind, settings)
         latent = torch.ones(dimension(shape, sizes(config)), requires_grad=True)
-    row = _row(lambda: module.decode(latent, return_dict=False)[0], module.parameters())
+    row = _row(lambda: module.decode(latent, return_dict=False)[0], module)
     return row, sum(p.numel() for p in module.parameters())
 
 
@@ -172,4 +189,4 @@ def row(config: Config, module: torch.nn.Module) -> Row:
         output = module(**inputs, return_dict=False)[0]
         return torch.stack(output) if isinstance(output, list) else output
 
-    return _row(run, module.parameters())
+    return _row(run, module)

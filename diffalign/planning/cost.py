@@ -138,7 +138,8 @@ def _outline(config: Config) -> Cost:
     toy = ToyPolicy(process=sampler.process, noise_level=sampler.noise_level, levels=grid(kind, sampler.steps))
     parameters, own = _sizes(modules, trained)
     latent = int(np.prod(architectures.dimension(architectures.known()[config.model]["latent"], given)))
-    decode = decoder[0] if decoder else architectures.Row(0.0, 0.0, 0.0)
+    nothing = architectures.Held(0.0, 0.0)
+    decode = decoder[0] if decoder else architectures.Row(0.0, 0.0, nothing, nothing)
     network = Network(
         architectures.predictions(config), row.forward, row.both, decode.forward, decode.both, latent, parameters, own
     )
@@ -157,20 +158,25 @@ def _outline(config: Config) -> Cost:
         "what is trained": 4
         * copies
         * counted.trained,  # float32: itself, its gradient, Adam's two moments, slow copies
-        "graph": _graph(config, counted.plan, row.kept * network.calls, decode.kept),
+        "graph": _graph(config, counted.plan, network.calls, row, decode),
     }
     if config.prompts.cache is not None:
         del memory["text encoders"]
     return replace(counted, memory={name: float(taken) for name, taken in memory.items() if taken})
 
 
-def _graph(config: Config, plan: Plan, step: float, decode: float) -> float:
-    """Bytes kept for the gradient of the largest term of a micro-batch, from what a step and the decoder keep of one sample."""
+def _graph(config: Config, plan: Plan, calls: int, row: architectures.Row, decode: architectures.Row) -> float:
+    """Bytes that the largest term of a micro-batch takes at once, from what a row and the decoder take for one sample."""
     span = max(term.stop - term.start if term.through == "reward" else 1 for terms in plan.updates for term in terms)
-    decode = decode if plan.pathwise else 0.0
-    # With checkpointing the network calls and the decoder run again one after another.
-    held = max(step, decode) if config.optimizer.gradient_checkpointing else step * span + decode
-    return held * config.optimizer.micro_batch
+    blocks, spans = config.checkpoint in ("blocks", "both"), config.checkpoint in ("spans", "both")
+    step, last = (part.blocks if blocks else part.plain for part in (row, decode))
+    kept = 0.0 if spans else step.kept  # whole calls that run again keep next to nothing
+    alone = 0.0 if spans else last.kept
+    if not plan.pathwise:
+        last, alone = architectures.Held(0.0, 0.0), 0.0
+    # Every step's graph is there while the decoder's, or the last step's, is taken a gradient of.
+    most = span * kept * calls + max(calls * (step.peak - kept), last.peak, alone)
+    return most * config.optimizer.micro_batch
 
 
 def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, network: Network, notes: list[str]) -> Cost:
@@ -181,7 +187,7 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
     notes = [*notes, *remarks.weights(config, rule), remarks.evaluations(config)]
     plan = plans[0]
     forward, backward = (network.calls * rows for rows in _rows(config, rule, levels))
-    again = backward if config.optimizer.gradient_checkpointing else 0  # rows that run again for the gradient
+    again = backward if config.checkpoint != "none" else 0  # rows that run again for the gradient
     nodes = sum(int(np.prod(plan.branch[:t])) for t in range(plan.stop + 1))
     noisy = sum(int(np.prod(plan.branch[: t + 1])) for t in range(plan.stop) if plan.noise[t])
     leaves = config.samples_per_update * int(np.prod(plan.branch[: plan.stop]))

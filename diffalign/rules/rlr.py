@@ -165,18 +165,18 @@ class RLR(Rule):
         assert s.memory_gib is not None
         budget = s.memory_gib * GIB
         if s.depth == "auto":
-            longest = fitting_steps(budget - measured.reward, measured, steps)
+            longest = fitting_steps(budget - measured.reward - measured.work, measured, steps)
             if longest < 1:
-                least = (measured.reward + measured.step + measured.stored * (steps - 1)) / GIB
+                least = (measured.reward + measured.work + measured.step + measured.stored * (steps - 1)) / GIB
                 raise UserError(
                     f"rule.memory_gib: got {s.memory_gib:g}, one step with decoder and reward takes {least:.3g}; allowed is more, "
-                    "a smaller optimizer.micro_batch, or optimizer.gradient_checkpointing"
+                    "a smaller optimizer.micro_batch, or memory.checkpoint"
                 )
             self.depth = min(longest, steps - 1)
         assert isinstance(self.depth, int)
         if s.span == "auto":
             count = len(s.cuts(steps, self.depth))
-            self.span = max(1, min(fitting_steps(budget, measured, steps), steps // 2 - 1, count))
+            self.span = max(1, min(fitting_steps(budget - measured.work, measured, steps), steps // 2 - 1, count))
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         """Sample to the end; FO on the last K steps, HO on a drawn span, and whatever covers the rest.

@@ -84,7 +84,7 @@ def build(config: Config, say: Callable[[str], None] = print) -> Parts:
     }
     for reward in loaded.values():
         reward.greet(say)
-        if config.optimizer.gradient_checkpointing:
+        if config.checkpoint != "none":
             reward.checkpoint()
     judging = dict.fromkeys([*config.eval_rewards, *config.rewards])
     return Parts(
@@ -128,7 +128,7 @@ def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None
             call=sampler.pipeline_args,
             micro_batch=config.optimizer.micro_batch,
             parameters=parameters,
-            gradient_checkpointing=config.optimizer.gradient_checkpointing,
+            checkpoint=config.checkpoint,
             stretches=config.book.stretches,
         )
     except (TypeError, ValueError) as error:
@@ -177,6 +177,8 @@ def trainer(config: Config, parts: Parts, world: World, say: Callable[[str], Non
 def introduce(config: Config, parts: Parts, say: Callable[[str], None]) -> None:
     """Say what a user should know of what was loaded."""
     place = parts.place
+    for line in parts.policy.remarks:
+        say(line)
     if config.evaluation.enabled and config.book.shared:
         say("evaluating on prompts that are trained on: scores do not say what is true of others")
     if config.evaluation.enabled and len(config.book.evaluation) < config.book.held_out:

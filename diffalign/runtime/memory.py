@@ -1,13 +1,17 @@
-"""Running out of memory, told apart from every other failure and answered; and bytes that autograd keeps, counted by hooks."""
+"""Running out of memory, told apart from every other failure and answered; and bytes that are allocated, counted."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from diffalign.errors import Fault, one_line
 
@@ -53,63 +57,52 @@ def fitting(policy: Batched, work: Callable[[], T], notify: Callable[[str], None
             parameter.grad = None
         release()
         if policy.micro_batch == 1:
-            raise Fault(f"out of memory with one sample at a time ({problem}); try optimizer.gradient_checkpointing")
+            raise Fault(f"out of memory with one sample at a time ({problem}); try memory.checkpoint: both")
         policy.micro_batch = max(1, policy.micro_batch // 2)
         notify(f"out of memory ({problem}): going on with optimizer.micro_batch {policy.micro_batch}")
 
 
-class Saved:
-    """A context that adds up the storages autograd saves in it, each once; parameters are not counted, they are there anyway.
+class Live(TorchDispatchMode):
+    """A context that adds up the storages that are allocated in it and alive, whatever allocates them: graphs, what runs again for a
+    gradient, gradients themselves. What was there before is not counted. On the meta device too.
 
-    total: bytes of what is alive now; peak: the most that was.
+    now: bytes that are alive; peak: the most that were.
     """
 
     def __init__(self) -> None:
-        self.total = self.peak = 0
-        self._held: dict[int, int] = {}  # storage -> how many saved tensors use it
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()  # storages; they die with their last tensor
 
-    def __enter__(self) -> Saved:
-        self._hooks.__enter__()
-        return self
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in _storages((args, kwargs)):
+            self._known.setdefault(storage, None)
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if storage not in self._known:
+                self._known[storage], size = None, storage.nbytes()
+                weakref.finalize(storage, self._freed, size)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return out
 
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
-
-    def _pack(self, tensor: Tensor) -> _Held:
-        storage = tensor.untyped_storage()
-        owner = tensor if tensor._base is None else tensor._base
-        counted = not isinstance(owner, torch.nn.Parameter)
-        held = _Held(tensor, self, storage.data_ptr() if counted else 0, storage.nbytes())
-        if counted:
-            if not self._held.get(held.address):
-                self.total += held.size
-                self.peak = max(self.peak, self.total)
-            self._held[held.address] = self._held.get(held.address, 0) + 1
-        return held
-
-    def release(self, address: int, size: int) -> None:
-        """One saved tensor less on a storage."""
-        self._held[address] -= 1
-        if not self._held[address]:
-            self.total -= size
+    def _freed(self, size: int) -> None:
+        self.now -= size
 
 
-class _Held:
-    """A saved tensor; autograd drops it when the graph that needs it goes."""
-
-    def __init__(self, tensor: Tensor, counter: Saved, address: int, size: int) -> None:
-        self.tensor, self.counter, self.address, self.size = tensor, counter, address, size
-
-    def __del__(self) -> None:
-        if self.address:
-            self.counter.release(self.address, self.size)
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            yield leaf.untyped_storage()
 
 
-def saved_bytes(work: Callable[[], Any]) -> int:
-    """What the graph of some work's result keeps."""
-    with Saved() as saved:
-        result = work()
-        size = saved.total
-    del result
-    return size
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes that some work allocates at once beyond what is there: by the allocator's own count on a card."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with Live() as live:
+        work()
+    return live.peak

@@ -172,8 +172,8 @@ def saves(subject: Subject) -> bool:
 def checkpoints(name: str) -> bool:
     """Gradient checkpointing gives the same gradient."""
     found = []
-    for checkpointing in (False, True):
-        one = Subject(policy(name, gradient_checkpointing=checkpointing), given())
+    for checkpoint in ("none", "both"):
+        one = Subject(policy(name, checkpoint=checkpoint), given())
         one.policy.replay(one.part, 0, STEPS).x.square().mean().backward()
         found.append([p.grad for p in one.policy.parameters.values() if p.grad is not None])
     return len(found[0]) == len(found[1]) and all(

@@ -279,7 +279,7 @@ def test_a_run_asks_its_rewards_for_checkpointing(wanted, folder, tmp_path, monk
         tmp_path / "run",
         f"rewards={{clipscore@{folder}: 1.0}}",
         "eval_rewards=[]",
-        f"optimizer.gradient_checkpointing={wanted}",
+        f"memory.checkpoint={'spans' if wanted else 'none'}",
     )
     build(settings)
     assert len(asked) == wanted

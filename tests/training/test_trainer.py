@@ -74,7 +74,7 @@ def test_rule_state_is_counted_once():
 
 
 def test_one_sample_too_many_is_a_fault_with_the_way_out():
-    with pytest.raises(Fault, match="out of memory with one sample at a time .* optimizer.gradient_checkpointing"):
+    with pytest.raises(Fault, match="out of memory with one sample at a time .* memory.checkpoint: both"):
         trained(Cramped(0), FlowGRPO())
 
 
