@@ -11,11 +11,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from diffalign.runtime import launcher
+
 if TYPE_CHECKING:
     from diffalign.config.files import load as load
     from diffalign.evaluation.suite import evaluate as evaluate
     from diffalign.runs.session import train as train
     from diffalign.sampling.pictures import sample as sample
+
+launcher.calm()  # before torch is imported
 
 __version__ = "0.1.0"
 __all__ = ["evaluate", "load", "sample", "train"]

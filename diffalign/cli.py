@@ -3,9 +3,10 @@ interrupted, 1 our bug."""
 
 from __future__ import annotations
 
-import math
+import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,26 +15,11 @@ import click
 
 import diffalign
 from diffalign import config as configs
+from diffalign.cli_types import Number, Place
 from diffalign.errors import LONGEST, Fault, Interrupted, UserError, shortened
 from diffalign.evaluation.task import SUITES
 from diffalign.runtime import launcher
-from diffalign.runtime.files import home
 from diffalign.runtime.streams import forgive
-
-
-class Number(click.FloatRange):
-    """A range of numbers; click's own lets NaN through."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = super().convert(value, param, ctx)
-        return number if math.isfinite(number) else self.fail(f"{value!r} is not a finite number.", param, ctx)
-
-
-class Place(click.Path):
-    """A path, with `~` as the user's home also where the shell leaves it alone, as in --out=~/pictures."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(home(value) if isinstance(value, str) else value, param, ctx)
 
 
 def options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -289,7 +275,13 @@ def fail(code: int, *lines: str) -> NoReturn:
 def _leave(code: int) -> NoReturn:
     """End with a code. One of several processes ends at once: with everything done, gloo's threads sometimes abort an interpreter that
     takes itself apart (seen in about 1 of 10 runs of torch 2.15.0), and the launcher takes that for a failure."""
-    if launcher.several():
+    # And so does one in which a thread goes on that nobody waits for, such as a reward's.
+    pools = ("ThreadPoolExecutor", "reward ")  # these end by themselves
+    threads = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+    stuck = [t for t in threads if not t.name.startswith(pools)]
+    if stuck:
+        atexit._run_exitfuncs()
+    if launcher.several() or stuck:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -36,7 +36,10 @@ class UserError(Exception):
 
 def one_line(error: BaseException) -> str:
     """An exception as one line: its type and the first line of its message."""
-    message = str(error).strip().splitlines()
+    try:
+        message = str(error).strip().splitlines()
+    except Exception:  # an exception of a user's own that cannot say what it is
+        message = []
     return f"{type(error).__name__}: {shortened(message[0], LONGEST // 2)}" if message else type(error).__name__
 
 

@@ -83,15 +83,13 @@ class DiffusersPolicy(ChainPolicy):
         blocks, spans = checkpoint in ("blocks", "both"), checkpoint in ("spans", "both")
         self.remarks: list[str] = []
         for name, module in adapters.denoisers(pipe).items():
-            whole = spans
-            if blocks and not by_blocks(module):
+            able = blocks and by_blocks(module)
+            if blocks and not able:
                 self.remarks.append(
                     f"memory.checkpoint: the {name} cannot run block by block, its calls run again whole"
                 )
-                whole = True
-            module.forward = self._counted(module.forward, whole)
-        decoder = getattr(pipe, "vae", None)
-        self._checkpoint_decoder = spans or (blocks and not (decoder is not None and by_blocks(decoder)))
+            module.forward = self._counted(module.forward, spans or (blocks and not able))
+        self._checkpoint_decoder = spans or (blocks and not by_blocks(getattr(pipe, "vae", None)))
 
     def _counted(self, forward: Callable[..., Any], checkpointing: bool) -> Callable[..., Any]:
         """A network's forward that counts its rows, those that checkpointing runs again included."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from diffalign.config.messages import explain, near
+from diffalign.config.messages import explain, near, renamed
 from diffalign.config.schema import LARGEST, Config
 from diffalign.errors import UserError, shown
 from diffalign.models.calls import FIXED, GIVEN
@@ -31,7 +31,7 @@ def validate(raw: dict[str, Any], problems: list[str] | None = None, book: Book 
     Raises:
         UserError: with every mistake found.
     """
-    mistakes = list(problems or [])
+    mistakes, raw = list(problems or []), renamed(raw)
     rule = raw.get("rule")
     before = len(mistakes)
     settings = _check_rule(rule, mistakes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from typing import Any, get_args
@@ -149,14 +150,25 @@ BEFORE = {"evaluation": {"least": 0}}
 RENAMED = {("optimizer", "gradient_checkpointing"): ("memory", "checkpoint", {True: "spans", False: "none"})}
 
 
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings with keys under the names they have now."""
+    values = copy.deepcopy(values)
+    for (section, old), (place, new, names) in RENAMED.items():
+        inside = values.get(section)
+        if (
+            isinstance(inside, dict)
+            and isinstance(given := inside.get(old), bool)
+            and isinstance(values.get(place, {}), dict)
+        ):
+            del inside[old]
+            values.setdefault(place, {}).setdefault(new, names[given])
+    return values
+
+
 def completed(values: dict[str, Any]) -> dict[str, Any]:
     """A dumped config, of whatever version, with the keys it lacks at what that version did, mostly their defaults, those of its rule too;
     unknown ones stay."""
-    values = json.loads(json.dumps(values))
-    for (section, old), (place, new, names) in RENAMED.items():
-        if isinstance(values.get(section), dict) and old in values[section]:
-            given = values[section].pop(old)
-            values.setdefault(place, {}).setdefault(new, names.get(given, given))
+    values = renamed(values)
     sections = {name: field.get_default(call_default_factory=True) for name, field in Config.model_fields.items()}
     defaults = _merged({k: v for k, v in _plain(sections).items() if v is not PydanticUndefined}, BEFORE)
     whole = _merged(defaults, values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.utils.checkpoint import checkpoint
 
 
@@ -13,7 +12,7 @@ def _again(module: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def by_blocks(module: torch.nn.Module) -> bool:
+def by_blocks(module: Any) -> bool:
     """Let a network of diffusers run block by block; False, and nothing changed, where its class cannot."""
     if not getattr(module, "_supports_gradient_checkpointing", False):
         return False

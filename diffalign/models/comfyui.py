@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from diffalign.errors import UserError, one_line, shown
+from diffalign.models import halves
 from diffalign.models.notes import LORA, Notes, files_of, lora_folder
 from diffalign.runtime import json_text
 from diffalign.runtime.files import make_folder, share
@@ -85,7 +86,10 @@ def _converted(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         with safe_open(path, framework="np") as file:
             notes = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (OSError, SafetensorError) as error:
+        halves.layers(tensors, lambda tensor: bool(np.isfinite(tensor).all()))
+    except ValueError as error:
+        raise UserError(f"export: {path}: {error}") from error
+    except (OSError, SafetensorError, TypeError, AttributeError) as error:  # the last two: a dtype that numpy has not
         raise UserError(f"export: {path} is damaged: {one_line(error)}") from error
     try:
         denoisers = Notes.of(notes).denoisers

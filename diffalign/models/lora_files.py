@@ -6,7 +6,6 @@ A pipeline with two denoisers (experts) has two files, since diffusers' loader t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +16,13 @@ from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffalign.errors import Fault, one_line, shortened, shown
+from diffalign.models import halves
 from diffalign.models.lora import denoisers, quiet
 from diffalign.models.notes import LORA, metadata
 from diffalign.runtime import json_text
 from diffalign.runtime.files import share
 from diffalign.runtime.memory import out_of_memory
 
-# A half of a layer's LoRA in the names of diffusers and peft, kohya, and others; and keys of text encoders, which have layers of their own.
-_HALF = re.compile(r"(.+?)\.?_?(?:lora_A|lora_down|lora\.down|lora_linear_layer\.down)(?:\.default)?\.weight")
-_ENCODERS = re.compile(r"(lora_)?(te\d?_|te\d?\.|text_encoder)")
 # Of peft's settings: those that say what the numbers mean. Others must be at what does nothing.
 _SETTINGS = {
     *(
@@ -172,17 +169,16 @@ def load(pipe: Any, folder: Path, name: str) -> None:
         ValueError: if a file is missing or damaged, or a layer of it is none of the pipeline's: diffusers leaves it out, silently.
     """
     for part in parts(pipe):
-        keys = _read(pipe, part, folder, name)
+        named = len(_read(pipe, part, folder, name))
         present = len(list(layers(getattr(pipe, part.component), name)))
         if not present:
             raise ValueError(f"{part.file} names no layer of this model's {part.component}")
-        if (
-            named := len({match[1] for key in keys if (match := _HALF.fullmatch(key)) and not _ENCODERS.match(key)})
-        ) > present:
+        if named > present:
             raise ValueError(f"{part.file} has {named} layers, this model's {part.component} has {present} of them")
 
 
-def _read(pipe: Any, part: Part, folder: Path, name: str) -> list[str]:
+def _read(pipe: Any, part: Part, folder: Path, name: str) -> set[str]:
+    """Load a part's file; the layers that it names."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -192,8 +188,7 @@ def _read(pipe: Any, part: Part, folder: Path, name: str) -> list[str]:
         tensors = load_file(folder / part.file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{part.file} is damaged: {one_line(error)}") from error
-    if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{broken[0]} holds numbers that are not finite")
+    named = halves.layers(tensors, lambda tensor: bool(tensor.isfinite().all()))
     _check_settings(metadata(folder / part.file))
     with quiet():
         try:
@@ -204,7 +199,7 @@ def _read(pipe: Any, part: Part, folder: Path, name: str) -> list[str]:
             raise ValueError(
                 f"{part.file} is no LoRA that diffusers can load here: {shortened(str(error), 300)}"
             ) from error
-    return list(tensors)
+    return named
 
 
 def _check_settings(notes: dict[str, str]) -> None:

@@ -124,7 +124,10 @@ def numbers(output: Any, count: int) -> Floats:
     if given.dtype == object and all(
         value is None or isinstance(value, (int, float, np.number)) for value in given.flat
     ):
-        given = given.astype(float)
+        try:
+            given = given.astype(float)
+        except OverflowError as error:
+            raise ValueError(f"returned {shown(output)}, {expected}") from error
     if given.dtype.kind not in "fiub":
         raise ValueError(f"returned {shown(output)}, {expected}")
     if given.shape != (count,):

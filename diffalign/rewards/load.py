@@ -15,7 +15,7 @@ from diffalign.rewards import content
 from diffalign.rewards.base import Reward, Wrapped
 from diffalign.rewards.catalog import Entry, find
 from diffalign.rewards.frames import PerFrame
-from diffalign.rewards.isolated import users, why
+from diffalign.rewards.isolated import FAILURES, switches, users, why
 from diffalign.rewards.remote import Remote
 
 
@@ -33,7 +33,7 @@ def load(name: str, deadline: float = 300.0, batch: int = 16, frames: str = "all
         raise UserError(f"rewards: {name}: {error}") from error
     if entry.urls:
         return Remote(name, entry.urls, deadline, batch)
-    with content.opened() as seen:
+    with content.opened() as seen, switches():
         reward = _loaded(entry)
     reward.background = reward.background or entry.background
     reward = PerFrame(reward, frames, reduce) if entry.modality == "image" else reward
@@ -46,7 +46,7 @@ def _loaded(entry: Entry) -> Reward:
     """An entry's object, imported and created."""
     try:
         module = _module(entry)
-    except (Exception, SystemExit) as error:  # whatever a user's file does while it is imported
+    except FAILURES as error:
         raise UserError(f"rewards: {entry.name}: cannot be imported: {why(error)}") from error
     target = getattr(module, entry.attribute, None)
     if not callable(target):
@@ -61,7 +61,7 @@ def _loaded(entry: Entry) -> Reward:
 def _made(entry: Entry, kind: Any) -> Any:
     try:
         return kind() if entry.place is None else kind(entry.place)
-    except Exception as error:  # whatever a user's class does
+    except FAILURES as error:
         raise UserError(f"rewards: {entry.name}: cannot be created: {why(error)}") from error
 
 

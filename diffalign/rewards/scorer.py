@@ -18,7 +18,7 @@ from torch import Tensor
 from diffalign.errors import Fault, RewardFailed
 from diffalign.protocols import RewardFunction
 from diffalign.rewards.base import Reward, as_reward, check_media, numbers
-from diffalign.rewards.isolated import PAUSES, own, passing, staying, undisturbed, why
+from diffalign.rewards.isolated import FAILURES, PAUSES, own, passing, staying, undisturbed, why
 from diffalign.runtime import keys
 from diffalign.runtime.memory import out_of_memory
 from diffalign.types import Floats, Media, Prompts, Scores
@@ -187,7 +187,7 @@ def _asked(name: str, reward: Reward, media: Media, prompts: Prompts) -> Any:
         given = own(media, prompts)
         with staying() if reward.background else undisturbed(prompts) if reward.foreign else nullcontext():
             return reward(*given)
-    except (Exception, SystemExit) as error:  # whatever a user's function does
+    except FAILURES as error:
         if out_of_memory(error):
             raise  # whoever asked can ask for less at a time
         raise RewardFailed(f"reward {name}: {why(error)}") from error

@@ -17,7 +17,7 @@ from diffalign import __version__
 from diffalign.errors import LONGEST, Fault, UserError, shortened, shown
 from diffalign.rewards.base import check_media, numbers
 from diffalign.rewards.catalog import Entry, find
-from diffalign.rewards.isolated import undisturbed, why
+from diffalign.rewards.isolated import FAILURES, undisturbed, why
 from diffalign.rewards.load import load
 from diffalign.rewards.wire import TooMuch, unpacked
 from diffalign.runtime import json_text
@@ -64,7 +64,7 @@ class Served:
             with torch.no_grad(), undisturbed(prompts):
                 output = self._reward(media, prompts)
             values = numbers(output, len(prompts))
-        except (Exception, SystemExit) as error:  # whatever a user's function does
+        except FAILURES as error:
             return self._failed(why(error))
         return 200, self._known | {"scores": [float(v) if np.isfinite(v) else None for v in values]}
 
@@ -128,6 +128,7 @@ def application(served: Served, token: str | None = None, most_bytes: int = 2**2
     """The FastAPI application of a reward: POST /score and GET /health."""
     import fastapi
     from fastapi.responses import JSONResponse
+    from starlette.requests import ClientDisconnect
 
     room = Room(2 * most_bytes)
     # One thread, always the same: each would keep what it freed to itself.
@@ -146,6 +147,8 @@ def application(served: Served, token: str | None = None, most_bytes: int = 2**2
             size = len(body)
             status, content = await asyncio.get_running_loop().run_in_executor(worker, served.answer, body)
             return JSONResponse(content, status)
+        except ClientDisconnect:  # nobody is there to be answered
+            return JSONResponse({"error": "the request broke off"}, 400)
         finally:
             room.taken -= max(size, len(body))
 

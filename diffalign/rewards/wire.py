@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,9 @@ def _pngs(samples: Any, most: int) -> NDArray[np.uint8]:
     if not isinstance(samples, list) or not samples or not all(isinstance(s, list) and s for s in samples):
         raise ValueError("media.data: expected a list of lists of PNG files, one a frame")
     samples_read, taken = [], 0
+    warnings.filterwarnings(
+        "ignore", category=Image.DecompressionBombWarning
+    )  # sizes are looked at before anything is decoded
     for sample in samples:
         frames = []
         for text in sample:
@@ -103,6 +107,8 @@ def _pngs(samples: Any, most: int) -> NDArray[np.uint8]:
                     frames.append(np.asarray(picture.convert("RGB")))
             except (OSError, SyntaxError, Image.DecompressionBombError) as error:
                 raise ValueError(f"media.data: not a PNG file ({one_line(error)})") from error
+        if len({frame.shape for frame in frames}) > 1:
+            raise ValueError("media.data: frames of one sample must have one size")
         samples_read.append(frames)
     if len({tuple(frame.shape for frame in frames) for frames in samples_read}) > 1:
         raise ValueError("media.data: samples of one request must have one size and number of frames")

@@ -13,6 +13,7 @@ import filelock
 
 from diffalign import config as configs
 from diffalign.errors import UserError, one_line
+from diffalign.models.notes import LORA
 from diffalign.runs.events import Evaluated, Listener, Updated
 from diffalign.runs.logs import METRICS, SCORES, Logs, read_rows
 from diffalign.runs.resume import WAY_OUT, Taken, take_up
@@ -139,6 +140,7 @@ def open_run(config: configs.Config, fresh: bool = False, change: bool = False) 
     try:
         lock = _lock(path)
         try:
+            _check_kinds(path)
             taken = Taken() if fresh else _taken(path, config, change)
             probe = path / ".write"
             probe.write_text("x", encoding="utf-8")
@@ -152,6 +154,35 @@ def open_run(config: configs.Config, fresh: bool = False, change: bool = False) 
             f"run_dir: got {str(path)!r}, cannot write there ({reason}); allowed is a folder you own"
         ) from error
     return RunFolder(path, lock, fresh, taken)
+
+
+def _check_kinds(path: Path) -> None:
+    """Refuse a folder in which a file stands where the run writes a folder, or the other way round."""
+    for name in ("checkpoints", *NUMBERED, *FOLDERS):
+        if (path / name).exists() and not (path / name).is_dir():
+            raise UserError(
+                f"run_dir: {path / name} is a file, a run has a folder there; move it, or choose another run_dir"
+            )
+    for name in FILES:
+        if (path / name).is_dir():
+            raise UserError(
+                f"run_dir: {path / name} is a folder, a run has a file there; move it, or choose another run_dir"
+            )
+
+
+def _check_others(path: Path) -> None:
+    """Refuse to begin a run where its files would take the place of somebody's: no run is there that could have written them."""
+    theirs = [name for name in FILES if (path / name).is_file()]
+    theirs += [
+        f"{name}/{file}"
+        for name in ("adapter", "best")
+        for file in ("README.md", LORA)
+        if (path / name / file).is_file()
+    ]
+    if theirs:
+        raise UserError(
+            f"run_dir: {path} holds {', '.join(theirs)} and no run; choose another run_dir, or --fresh, which writes over them"
+        )
 
 
 def _lock(path: Path) -> filelock.BaseFileLock:
@@ -172,6 +203,8 @@ def _taken(path: Path, config: configs.Config, change: bool) -> Taken:
     old = facts.get("settings") or _written(path)
     if newest is None:
         _check_lost(path, old)
+    if newest is None and old is None:
+        _check_others(path)
     if config.updates < (done := facts.get("update", 0)):
         raise UserError(f"updates: got {config.updates}, {path} has done {done}; allowed is {done} or more, or --fresh")
     if old is None:

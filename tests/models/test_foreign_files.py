@@ -268,3 +268,38 @@ def test_fresh_deletes_nothing_that_a_manifest_only_names(tmp_path):
     suite._clear(out, out / suite.MANIFEST, [])
     assert all(victim.exists() for victim in victims)
     assert not (out / "0-mine" / "000000.png").exists()
+
+
+def changed(folder, change):
+    path = folder / LORA
+    with safe_open(path, "pt") as file:
+        notes = dict(file.metadata())
+    save_file(change(load_file(path)), path, metadata=notes)
+
+
+FIRST = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != FIRST}, "has one half of a LoRA only"),
+        (lambda t: {**t, FIRST: t[FIRST] * float("nan")}, "holds numbers that are not finite"),
+        (lambda t: {**t, FIRST: t[FIRST][:1].clone()}, "which do not fit"),
+        (lambda t: {**t, FIRST: torch.tensor(1.0)}, "which do not fit"),
+        (lambda t: {**t, FIRST: t[FIRST].to(torch.int8)}, "holds int8"),
+        (lambda t: {**t, FIRST: t[FIRST].to(torch.float8_e4m3fn)}, "holds float8_e4m3fn|damaged"),
+        (lambda t: {"x": torch.ones(1)}, "it holds no layer of a LoRA"),
+    ],
+    ids=["a half missing", "nan", "rank", "number", "int8", "float8", "nothing"],
+)
+def test_half_an_adapter_is_no_adapter_wherever_it_is_read(change, said, copied):
+    """Not sampled with a matrix that diffusers makes up, not exported, no start."""
+    changed(copied / "adapter", change)
+    source = sources.resolve(str(copied / "adapter"))
+    with pytest.raises(UserError, match=said):
+        sources.pipeline(source)
+    with pytest.raises(UserError, match=said):
+        comfyui(copied / "adapter", copied / "out.safetensors")
+    with pytest.raises(UserError, match=said):
+        session.train(tiny_config(copied.parent / "next", f"lora.start={copied / 'adapter'}"), quiet=True)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -321,3 +322,51 @@ def test_two_dozen_hostile_requests_at_once_take_less_than_a_gigabyte():
         assert httpx.post(url, json=one, timeout=60).status_code == 200
     finally:
         process.kill()
+
+
+WILD = """
+import sys, torch
+class Mute(Exception):
+    def __str__(self): raise RuntimeError("no str")
+class leaves:
+    def __init__(self): raise SystemExit(0)
+class generator:
+    def __init__(self): raise GeneratorExit
+def ends(m, p): raise GeneratorExit
+def mute(m, p): raise Mute
+def big(m, p): return [10**400] * len(p)
+"""
+
+
+def test_whatever_is_raised_is_the_rewards_and_no_end_of_the_program(tmp_path):
+    (tmp_path / "r.py").write_text(WILD)
+    media, prompts = samples(2)
+    for name in ("leaves", "generator"):
+        with pytest.raises(UserError, match="cannot be created: (SystemExit|GeneratorExit)"):
+            load(f"{tmp_path}/r.py:{name}")
+    for name, said in (("ends", "GeneratorExit"), ("mute", "Mute"), ("big", "expected 2 numbers")):
+        with pytest.raises(RewardFailed, match=said):
+            Scorer({"r": load(f"{tmp_path}/r.py:{name}")}).scores(media, prompts)
+
+
+def test_what_a_reward_switches_is_switched_back():
+    def switches(media, prompts):
+        torch.autocast("cpu").__enter__()
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        torch.set_grad_enabled(True)
+        torch.set_num_threads(3)
+        torch.use_deterministic_algorithms(True)
+        torch.backends.mkldnn.enabled = False
+        torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: out * 0)
+        sys.setrecursionlimit(5000)
+        return [0.0] * len(prompts)
+
+    def state():
+        hooks = torch.nn.modules.module._global_forward_hooks
+        return [getter() for getter, _ in isolated._SWITCHES] + [len(hooks)]
+
+    before = state()
+    Scorer({"r": switches}).scores(*samples(2))
+    assert state() == before
+    assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).abs().sum() > 0

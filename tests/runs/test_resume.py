@@ -300,9 +300,11 @@ def test_no_flipped_bit_is_taken_for_what_was_written(count, short, tmp_path):
                 seen["refused"] += 1
             elif result[0] == expected:
                 seen["equal"] += 1
-                # An evaluation, a checkpoint that is not used, settings that a checkpoint has too.
+                # A checkpoint that is not used, settings that a checkpoint has too, a date in an archive.
                 assert (
-                    name.startswith(("config", "checkpoints/update_000001")) or name in (METRICS, SCORES) or result[1]
+                    name.startswith(("config", "checkpoints/update_000001", "samples"))
+                    or name in (METRICS, SCORES)
+                    or result[1]
                 ), name
             else:
                 seen["said"] += 1
@@ -342,3 +344,24 @@ def test_a_bad_byte_of_the_log_loses_its_line_alone_and_is_said(run, said):
     assert len(rows) == len(lines) - 2
     trained(run, "updates=3")
     assert any("left out what is no row of a run: line 2" in line for line in said)
+
+
+def test_a_finished_run_that_goes_on_says_nothing_of_its_log(run, said):
+    trained(run, "updates=3")
+    trained(run, "updates=4")
+    assert not [line for line in said if "is not what the run logged" in line]
+
+
+def test_somebody_elses_files_are_not_written_over(tmp_path):
+    (tmp_path / "own" / "adapter").mkdir(parents=True)
+    (tmp_path / "own" / "scores.jsonl").write_text("mine\n")
+    (tmp_path / "own" / "adapter" / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="holds scores.jsonl, adapter/README.md and no run"):
+        open_run(config_of(tmp_path / "own"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "samples").write_text("a file")
+    with pytest.raises(UserError, match="samples is a file, a run has a folder there"):
+        open_run(config_of(tmp_path / "a"))
+    (tmp_path / "b" / "config.yaml").mkdir(parents=True)
+    with pytest.raises(UserError, match="config.yaml is a folder, a run has a file there"):
+        open_run(config_of(tmp_path / "b"))
