@@ -15,10 +15,10 @@ import click
 
 import diffalign
 from diffalign import config as configs
-from diffalign.cli_types import Number, Place
 from diffalign.errors import LONGEST, Fault, Interrupted, UserError, shortened
 from diffalign.evaluation.task import SUITES
 from diffalign.runtime import launcher
+from diffalign.runtime.options import Number, Place
 from diffalign.runtime.streams import forgive
 
 

@@ -180,11 +180,9 @@ class DiffusersPolicy(ChainPolicy):
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
             if out_of_memory(error):
                 raise
-            name, said = type(self.pipe).__name__, shortened(str(error), 200)
-            given = {key: value for key, value in self.arguments.items() if key != "sigmas"}
-            raise UserError(
-                f"sampler.pipeline_args: {name} does not accept {what} with {shown(given)}: {said}"
-            ) from error
+            given = shown({key: value for key, value in self.arguments.items() if key != "sigmas"})
+            why = f"{type(self.pipe).__name__} does not accept {what} with {given}: {shortened(str(error), 200)}"
+            raise UserError(f"sampler.pipeline_args: {why}") from error
 
     # -- what a chain needs
 
