@@ -45,7 +45,8 @@ sampler:
   guidance_scale: {guidance}
   pipeline_args: {call}
 lora: {lora}
-optimizer: {{lr: {lr}, ema: 0.9, micro_batch: {micro_batch}, gradient_checkpointing: true}}
+optimizer: {{lr: {lr}, ema: 0.9, micro_batch: {micro_batch}}}
+memory: {{checkpoint: auto}}
 evaluation: {{images_per_prompt: 1, prompts: 64, every: 50}}
 output: {{samples: 8}}
 precision: bfloat16

@@ -187,7 +187,8 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
     notes = [*notes, *remarks.weights(config, rule), remarks.evaluations(config)]
     plan = plans[0]
     forward, backward = (network.calls * rows for rows in _rows(config, rule, levels))
-    again = backward if config.checkpoint != "none" else 0  # rows that run again for the gradient
+    again = backward if config.checkpoint in ("spans", "both") else 0  # whole calls that run again for the gradient
+    inside = backward if config.checkpoint in ("blocks", "both") else 0  # and block by block, within them
     nodes = sum(int(np.prod(plan.branch[:t])) for t in range(plan.stop + 1))
     noisy = sum(int(np.prod(plan.branch[: t + 1])) for t in range(plan.stop) if plan.noise[t])
     leaves = config.samples_per_update * int(np.prod(plan.branch[: plan.stop]))
@@ -200,7 +201,7 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
         4 * network.latent * config.samples_per_update * (nodes + noisy),
         network.parameters,
         network.trained,
-        network.row * (forward + again - backward) + network.trained_row * backward,
+        network.row * (forward + again + inside - backward) + network.trained_row * backward,
         network.decode * leaves * ((plan.stop == schedule.steps) + 2 * plan.perturbed)
         + network.trained_decode * leaves * plan.pathwise,
         tuple(notes),

@@ -63,7 +63,18 @@ def tiny(name: str, run_dir: Path) -> config.Config:
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def one_a_family() -> list:
+    """Every config; after a family's first the others are slow."""
+    seen: set[str] = set()
+    params = []
+    for name in CONFIGS:
+        model = name.split("/")[1]
+        params.append(pytest.param(name, marks=[pytest.mark.slow] if model in seen else []))
+        seen.add(model)
+    return params
+
+
+@pytest.mark.parametrize("name", one_a_family())
 def test_a_config_for_the_hub_trains_its_kind_of_pipeline(name, tmp_path):
     settings = tiny(name, tmp_path / "run")
     made = Session(settings, open_run(settings, fresh=False), Reporter(quiet=True))

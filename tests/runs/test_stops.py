@@ -51,7 +51,14 @@ def wait_for(path, process, seconds=60):
     assert path.exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
+)
 def test_a_reward_that_never_returns_is_ended_by_the_second_signal(number, code, tmp_path):
     given = rewards(tmp_path, HANGING.format(file="hung", where="True"))
     process = subprocess.Popen(command(tmp_path / "run", given, "updates=5"), stderr=subprocess.PIPE, text=True)
