@@ -251,7 +251,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else str(error))
     except click.NoSuchOption as error:
-        fail(2, error.format_message() + configs.settings_for(error.option_name))
+        hint = configs.settings_for(error.option_name)
+        fail(2, f"No such option {error.option_name}{hint}" if hint else error.format_message())
     except click.ClickException as error:
         fail(2, shortened(error.format_message(), LONGEST))
     except Interrupted as error:

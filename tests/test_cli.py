@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffalign.cli import main
 from tests.kit import ROOT
 from tests.kit.helpers import TINY, checkpoints, saved_state
 
@@ -380,3 +381,13 @@ def test_a_tilde_is_the_users_home_wherever_a_path_is_given(tmp_path, monkeypatc
     assert (tmp_path / "home" / "pictures" / "grid.png").is_file()
     assert (tmp_path / "home" / "judged" / "report.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+
+
+def test_an_option_that_is_a_setting_is_told_as_one(capsys):
+    for option, said in (("--lr", "optimizer.lr="), ("--rank", "lora.rank="), ("--batch-size", "prompts.groups times")):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "flow_grpo/shapes-sd3", option, "3"])
+        assert stop.value.code == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"diffalign: No such option {option}; settings are written KEY=VALUE: {said}")
+        assert "--help" not in line
