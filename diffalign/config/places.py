@@ -11,7 +11,7 @@ from typing import Any
 from diffalign.errors import UserError
 from diffalign.prompts.sets import SETS
 from diffalign.rewards import catalog
-from diffalign.runtime.files import home
+from diffalign.runtime.files import home, is_file, is_folder
 from diffalign.shapes import models
 
 # Keys that name something to read, and what stands before the path in one: NAME@PLACE.
@@ -69,7 +69,7 @@ def _home_of(problems: list[str], key: str, name: str) -> str:
 
 
 def _known(name: str) -> bool:
-    return name in SETS or models.path(name) is not None or name == "shapes" or "://" in name
+    return name in SETS or models.path(name) is not None or "://" in name
 
 
 def _is_path(reward: str) -> bool:
@@ -77,10 +77,7 @@ def _is_path(reward: str) -> bool:
 
 
 def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
+    return is_file(path) or is_folder(path)
 
 
 def _at(raw: dict[str, Any], key: str) -> Any:

@@ -17,8 +17,7 @@ from safetensors.numpy import save_file
 
 from diffalign.errors import UserError, one_line, shown
 from diffalign.models import halves
-from diffalign.models.notes import LORA, Notes, files_of, lora_folder
-from diffalign.runtime import json_text
+from diffalign.models.notes import LORA, Notes, files_of, lora_folder, lora_settings
 from diffalign.runtime.files import make_folder, share
 
 
@@ -101,11 +100,10 @@ def _converted(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if "lora_adapter_metadata" not in notes:
         raise UserError(f"export: {path} does not say its alpha")
     try:
-        settings = json_text.parse(notes.pop("lora_adapter_metadata"))
-        if not isinstance(settings, dict):
-            raise ValueError("no object")
+        settings = lora_settings(notes)
     except ValueError as error:
-        raise UserError(f"export: {path}: its lora_adapter_metadata is {error}") from error
+        raise UserError(f"export: {path}: {error}") from error
+    del notes["lora_adapter_metadata"]
     names, written = READABLE[denoisers[0]], {}
     for key, tensor in tensors.items():
         layer, _, half = key.removesuffix(".weight").rpartition(".")

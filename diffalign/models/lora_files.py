@@ -18,42 +18,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from diffalign.errors import Fault, one_line, shortened, shown
 from diffalign.models import halves
 from diffalign.models.lora import denoisers, quiet
-from diffalign.models.notes import LORA, metadata
-from diffalign.runtime import json_text
+from diffalign.models.notes import LORA, lora_settings, metadata
 from diffalign.runtime.files import share
 from diffalign.runtime.memory import out_of_memory
 
 # Of peft's settings: those that say what the numbers mean. Others must be at what does nothing.
+# fmt: off
 _SETTINGS = {
-    *(
-        "r",
-        "lora_alpha",
-        "target_modules",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-        "lora_bias",
-        "bias",
-    ),
-    *(
-        "lora_dropout",
-        "fan_in_fan_out",
-        "init_lora_weights",
-        "inference_mode",
-        "peft_type",
-        "task_type",
-        "peft_version",
-    ),
-    *(
-        "exclude_modules",
-        "modules_to_save",
-        "base_model_name_or_path",
-        "revision",
-        "layers_pattern",
-        "layers_to_transform",
-    ),
+    "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "lora_dropout",
+    "fan_in_fan_out", "init_lora_weights", "inference_mode", "peft_type", "task_type", "peft_version", "exclude_modules", "modules_to_save",
+    "base_model_name_or_path", "revision", "layers_pattern", "layers_to_transform",
 }
+# fmt: on
 _NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 
 
@@ -210,13 +186,7 @@ def _check_settings(notes: dict[str, str]) -> None:
     """
     if "lora_adapter_metadata" not in notes:
         return
-    try:
-        settings = json_text.parse(notes["lora_adapter_metadata"])
-    except ValueError as error:
-        raise ValueError(f"its lora_adapter_metadata is {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError("its lora_adapter_metadata is no object")
-    for key, value in settings.items():
+    for key, value in lora_settings(notes).items():
         name = key.rpartition(".")[2]
         if name not in _SETTINGS and value not in (None, False, {}, []):
             if name in _NEUTRAL and value == _NEUTRAL[name]:

@@ -103,6 +103,21 @@ def metadata(path: Path) -> dict[str, str]:
         raise ValueError(one_line(error)) from error
 
 
+def lora_settings(notes: dict[str, str]) -> dict[str, Any]:
+    """What a file's metadata wants peft to be told, by `component.key`.
+
+    Raises:
+        ValueError: if it is no object.
+    """
+    try:
+        settings = json_text.parse(notes["lora_adapter_metadata"])
+        if not isinstance(settings, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise ValueError(f"its lora_adapter_metadata is {error}") from error
+    return settings
+
+
 def lora_folder(place: str | Path) -> Path | None:
     """The folder with a LoRA that a place stands for; None if there is none.
 

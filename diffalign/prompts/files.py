@@ -13,7 +13,7 @@ from diffalign.errors import UserError, shown
 from diffalign.prompts import sets as prompt_sets
 from diffalign.prompts.sets import Entry as Entry
 from diffalign.runtime import json_text
-from diffalign.runtime.files import home, is_file
+from diffalign.runtime.files import home, is_file, is_folder
 
 BREAK = re.compile(r"\r\n|\n|\r")  # what ends a line; U+2028, a form feed and others are text
 
@@ -66,14 +66,6 @@ def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.so
     return entries
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a path names a folder; a name that no file system takes names none."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
-
-
 Lines = Iterator[tuple[int, "Entry | Broken"]]
 
 
@@ -111,16 +103,10 @@ def table(text: str, delimiter: str) -> Lines:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(rows, [])
-        names = ["prompt" if name.strip().lower() == "prompt" else name.strip() for name in header]
-        if names.count("prompt") != 1 or len(set(names)) < len(names):
-            raise Broken(1, f"its header is {shown(header)}, expected names that differ and a column prompt")
+        names = _columns(header, header)
         for row in rows:
-            if not any(cell.strip() for cell in row):
-                continue
-            if len(row) != len(names):
-                yield rows.line_num, Broken(rows.line_num, f"{len(row)} columns, the header has {len(names)}")
-            else:
-                yield rows.line_num, checked(dict(zip(names, row, strict=True)))
+            if any(cell.strip() for cell in row):
+                yield rows.line_num, _row(row, names, rows.line_num)
     except csv.Error as error:
         raise Broken(rows.line_num, f"not a table ({error})") from None
 
@@ -128,17 +114,24 @@ def table(text: str, delimiter: str) -> Lines:
 def tabs(text: str) -> Lines:
     """A table with tabs, in which a quotation mark is text: one row a line."""
     lines = BREAK.split(text)
-    names = ["prompt" if name.strip().lower() == "prompt" else name.strip() for name in lines[0].split("\t")]
-    if names.count("prompt") != 1 or len(set(names)) < len(names):
-        raise Broken(1, f"its header is {shown(lines[0])}, expected names that differ and a column prompt")
+    names = _columns(lines[0].split("\t"), lines[0])
     for number, line in enumerate(lines[1:], 2):
-        cells = line.split("\t")
-        if not line.strip():
-            continue
-        if len(cells) != len(names):
-            yield number, Broken(number, f"{len(cells)} columns, the header has {len(names)}")
-        else:
-            yield number, checked(dict(zip(names, cells, strict=True)))
+        if line.strip():
+            yield number, _row(line.split("\t"), names, number)
+
+
+def _columns(header: list[str], given: object) -> list[str]:
+    """A table's columns, `prompt` among them; `given`: the header as it stands in the file."""
+    names = ["prompt" if name.strip().lower() == "prompt" else name.strip() for name in header]
+    if names.count("prompt") != 1 or len(set(names)) < len(names):
+        raise Broken(1, f"its header is {shown(given)}, expected names that differ and a column prompt")
+    return names
+
+
+def _row(cells: list[str], names: list[str], number: int) -> Entry | Broken:
+    if len(cells) != len(names):
+        return Broken(number, f"{len(cells)} columns, the header has {len(names)}")
+    return checked(dict(zip(names, cells, strict=True)))
 
 
 def checked(entry: Any) -> Entry | Broken:

@@ -35,11 +35,9 @@ class RunFolder(Listener):
     Held by one process at a time; a second one is refused. The others of a run that has several read it, without a lock.
     """
 
-    def __init__(
-        self, path: Path, lock: filelock.BaseFileLock | None = None, fresh: bool = False, taken: Taken | None = None
-    ) -> None:
+    def __init__(self, path: Path, lock: filelock.BaseFileLock | None = None, fresh: bool = False) -> None:
         self.path, self._lock, self._fresh = path.absolute(), lock, fresh
-        self.taken = taken or Taken()
+        self.taken = Taken()
         self.store, self.logs = Store(self.path / "checkpoints"), Logs(self.path)
 
     def __truediv__(self, name: str) -> Path:
@@ -141,7 +139,9 @@ def open_run(config: configs.Config, fresh: bool = False, change: bool = False) 
         lock = _lock(path)
         try:
             _check_kinds(path)
-            taken = Taken() if fresh else _taken(path, config, change)
+            folder = RunFolder(path, lock, fresh)
+            if not fresh:
+                folder.taken = _taken(path, folder.store, config, change)
             probe = path / ".write"
             probe.write_text("x", encoding="utf-8")
             probe.unlink()
@@ -153,7 +153,7 @@ def open_run(config: configs.Config, fresh: bool = False, change: bool = False) 
         raise UserError(
             f"run_dir: got {str(path)!r}, cannot write there ({reason}); allowed is a folder you own"
         ) from error
-    return RunFolder(path, lock, fresh, taken)
+    return folder
 
 
 def _check_kinds(path: Path) -> None:
@@ -195,9 +195,8 @@ def _lock(path: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def _taken(path: Path, config: configs.Config, change: bool) -> Taken:
+def _taken(path: Path, store: Store, config: configs.Config, change: bool) -> Taken:
     """The run that a folder holds, taken up with a config; the config as it is where it holds none."""
-    store = Store(path.absolute() / "checkpoints")
     newest = store.newest()
     facts: dict[str, Any] = {} if newest is None else store.facts(newest)
     old = facts.get("settings") or _written(path)

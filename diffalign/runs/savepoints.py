@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from diffalign import config as configs
 from diffalign.config import Config
@@ -23,8 +22,7 @@ from diffalign.training.trainer import Trainer
 class SavePoints:
     """A run's checkpoints, from its first to its last.
 
-    digests: names for the content of what the run is begun with; change: whether other settings and content are accepted; history: what
-    was changed so far.
+    digests: names for the content of what the run is begun with; change: whether other settings and content are accepted.
     """
 
     config: Config
@@ -36,7 +34,6 @@ class SavePoints:
     digests: dict[str, str]
     say: Callable[[str], None]
     change: bool = False
-    history: list[dict[str, Any]] = field(default_factory=list)
     saved: int = -1
 
     def save(self, spent: Spent, skipped: int) -> None:
@@ -64,7 +61,7 @@ class SavePoints:
             digests=self.digests,
             settings=configs.settings(self.config),
             given=configs.given(self.config),
-            history=self.history,
+            history=self.outputs.history,
             logs=self.folder.logs.digests(),
             spent=spent,
         )
@@ -102,7 +99,6 @@ class SavePoints:
         states.restore(state, policy, self.trainer.optimizer, self.trainer.rule)
         if any(line.startswith("optimizer.micro_batch:") for line in changes):
             policy.micro_batch = asked
-        self.history = [*state.history, *([{"update": state.update, "changes": changes}] if changes else [])]
-        self.outputs.history = self.history
-        self.judged.since = judged_since(self.history)
+        history = [*state.history, *([{"update": state.update, "changes": changes}] if changes else [])]
+        self.outputs.history, self.judged.since = history, judged_since(history)
         self.saved = state.update

@@ -190,21 +190,24 @@ class Session:
 
     def _tidy(self) -> None:
         """Grids, evaluations and checkpoints that are due."""
-        output, every = self.config.output, self.config.evaluation.every
+        output = self.config.output
         last = not self.budget.allows(self.spent, self.last)
         if not last and self.done % output.sample_every == 0:
             self.outputs.samples(self.done)
-        due = bool(every) and self.done % every == 0
         self._evaluate_if_due()
         # After grids and evaluation: a checkpoint says that everything up to it was done.
-        if self.done % output.checkpoint_every == 0 or due or last:
+        if self.done % output.checkpoint_every == 0 or self._due or last:
             self.save()
+
+    @property
+    def _due(self) -> bool:
+        every = self.config.evaluation.every
+        return bool(every) and self.done % every == 0
 
     def _evaluate_if_due(self) -> None:
         """An evaluation in between, with the adapter if it is the best so far, unless it was made."""
-        settings = self.config.evaluation
-        between = self.done < self.config.updates and bool(settings.every) and self.done % settings.every == 0
-        if settings.enabled and between and self.judged.summary(self.done) is None:
+        between = self.done < self.config.updates and self._due
+        if self.config.evaluation.enabled and between and self.judged.summary(self.done) is None:
             self._evaluate()
             self.outputs.best(self.done)
 

@@ -59,6 +59,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path names a folder; a name that no file system takes names none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def fingerprint(path: Path) -> str:
     """A name for a large file's content: its size, its first and its last megabyte."""
     hashed = hashlib.sha256(str(path.stat().st_size).encode())

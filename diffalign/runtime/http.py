@@ -91,9 +91,9 @@ class Patient:
 
         self.deadline = deadline
         self.said = ""  # why the last request failed
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        bearer = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(
-            timeout=httpx.Timeout(READ, connect=CONNECT), headers={"Accept-Encoding": "identity", **self._headers}
+            timeout=httpx.Timeout(READ, connect=CONNECT), headers={"Accept-Encoding": "identity", **bearer}
         )
         for transport in (self._client._transport, *self._client._mounts.values()):
             pool = getattr(transport, "_pool", None)
