@@ -89,6 +89,7 @@ class DiffusersPolicy(ChainPolicy):
                     f"memory.checkpoint: the {name} cannot run block by block, its calls run again whole"
                 )
             module.forward = self._counted(module.forward, spans or (blocks and not able))
+        self._lora_layers = adapters.layers(pipe)
         self._checkpoint_decoder = spans or (blocks and not by_blocks(getattr(pipe, "vae", None)))
 
     def _counted(self, forward: Callable[..., Any], checkpointing: bool) -> Callable[..., Any]:
@@ -223,5 +224,5 @@ class DiffusersPolicy(ChainPolicy):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        with adapters.disabled(self.pipe):
+        with adapters.disabled(self._lora_layers):
             yield

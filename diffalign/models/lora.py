@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from diffalign.errors import UserError
+from diffalign.models.products import make_lean
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # names diffusers gives the component that denoises
 # Attention and feed-forward layers as diffusers' models name them; a target that a model does not have is no error.
@@ -72,6 +73,7 @@ def attach(pipe: Any, rank: int, alpha: float, targets: Sequence[str] | None, se
                 raise UserError(f"lora.targets: no layer of {component} is named {', '.join(missing or wanted)}")
             config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=present, init_lora_weights="gaussian")
             module.add_adapter(config)
+            make_lean(module)
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
@@ -92,7 +94,7 @@ def compared(pipe: Any, samples: int) -> Iterator[Callable[[], list[float]]]:
         @functools.wraps(forward)  # pipelines look at the signature
         def run(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            with disabled(pipe):
+            with disabled(with_lora):
                 base = _squares(forward(*args, **kwargs))
             for total, rows in ((apart, _squares(output, base[0])[1]), (size, base[1])):
                 total.add_(rows.double().cpu().reshape(-1, samples).sum(0))
@@ -100,7 +102,7 @@ def compared(pipe: Any, samples: int) -> Iterator[Callable[[], list[float]]]:
 
         return run
 
-    modules = denoisers(pipe).values()
+    modules, with_lora = denoisers(pipe).values(), layers(pipe)
     plain = [module.forward for module in modules]
     for module, forward in zip(modules, plain, strict=True):
         module.forward = watched(forward)
@@ -118,19 +120,21 @@ def _squares(output: Any, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return rows, (rows if base is None else rows - base).square().flatten(1).sum(1)
 
 
+def layers(pipe: Any) -> list[Any]:
+    """The denoisers' layers that have LoRA."""
+    return [layer for m in denoisers(pipe).values() for layer in m.modules() if isinstance(layer, BaseTunerLayer)]
+
+
 @contextmanager
-def disabled(pipe: Any) -> Iterator[None]:
-    """The base model, bit for bit, without gradient; `requires_grad` comes back as it was, on exceptions too."""
-    layers = [layer for m in denoisers(pipe).values() for layer in m.modules() if isinstance(layer, BaseTunerLayer)]
-    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+def disabled(layers: Sequence[Any]) -> Iterator[None]:
+    """The base model, bit for bit, without gradient, for the length of the context; `layers` as `layers` lists them, which takes a
+    walk through all modules."""
     was = [layer.disable_adapters for layer in layers]
     with torch.no_grad():
         try:
             for layer in layers:
-                layer.enable_adapters(False)
+                layer._disable_adapters = True  # peft's own switch also visits every parameter's requires_grad
             yield
         finally:
             for layer, off in zip(layers, was, strict=True):
-                layer.enable_adapters(not off)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+                layer._disable_adapters = off
