@@ -79,4 +79,5 @@ def make_lean(module: nn.Module) -> None:
     """Let a denoiser's linear layers with LoRA multiply the short way."""
     for layer in [part for part in module.modules() if isinstance(part, BaseTunerLayer)]:
         if isinstance(layer.base_layer, nn.Linear) and not isinstance(layer, _Lean):
-            layer.__class__ = _lean(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _lean(kind)

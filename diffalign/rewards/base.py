@@ -97,7 +97,7 @@ def check_media(media: Media) -> Media:
     pixels = media.pixels
     if pixels.ndim != 5 or pixels.shape[2] != 3 or not pixels.is_floating_point():
         raise Fault(f"pictures: got {tuple(pixels.shape)} {pixels.dtype}, expected (N, F, 3, H, W) float")
-    low, high = float(pixels.detach().amin()), float(pixels.detach().amax())
+    low, high = torch.stack(torch.aminmax(pixels.detach())).tolist()
     if not (math.isfinite(low) and math.isfinite(high)):
         raise Fault(
             "pictures: not finite, they would be black: the decoder went beyond what its numbers hold, or the weights diverged; "

@@ -76,10 +76,10 @@ class DDPO(Rule):
         """The last rewards of each of some prompts, with these (N,) among them."""
         before = self.rewards.get(name, {})
         joined = {text: list(before.get(text, ())) for text in dict.fromkeys(texts)}
-        for text, value, given in zip(texts, reward, valid, strict=True):
+        for text, value, given in zip(texts, reward.tolist(), valid, strict=True):
             if given:
-                joined[text] = [*joined[text], float(value)][-self.settings.history :]
-        return joined
+                joined[text].append(value)
+        return {text: values[-self.settings.history :] for text, values in joined.items()}
 
     def _standardised(
         self, history: dict[str, list[float]], texts: list[str], reward: Floats, valid: NDArray[np.bool_]
@@ -87,8 +87,10 @@ class DDPO(Rule):
         """Advantages of rewards (N,) among their prompts' `history`."""
         s = self.settings
         advantage = np.zeros(len(reward))
-        for text in dict.fromkeys(texts):
-            rows = np.array([t == text for t in texts]) & valid
+        names, number = np.unique(np.asarray(texts, object), return_inverse=True)
+        members = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
+        for text, mine in zip(names, members, strict=True):
+            rows = mine[valid[mine]]
             own = np.asarray(history[text])
             compared = own if len(own) >= s.history_least else reward[valid]
             advantage[rows] = ops.advantages.standardised(reward[rows], compared, limit=s.advantage_limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,13 @@ from diffalign.types import Credit, Rollout, Span, Term, chunks
 # it is a tenth of the clip range, so that no row can be clipped, and at most 1e-4: rounding stored latents to bfloat16 after their
 # log-prob, the commonest mistake, gives 4e-4 and more.
 EXACT_GAP, CLOSE_GAP, OF_CLIP = 1e-12, 1e-4, 0.1
+Noted = dict["str | Span", Tensor]
 Logged = dict["str | Span", float]  # numbers by name; norms of terms' gradients by their steps
+
+
+def read(values: Sequence[Tensor]) -> list[float]:
+    """Numbers off tensors of one element, all at once: each read on its own waits for the device."""
+    return torch.stack([value.reshape(()) for value in values]).tolist() if values else []
 
 
 @dataclass
@@ -55,35 +62,40 @@ class Backward:
         """
         total = total or len(rollout.prompts)
         self.tally = Tally()
-        sums: Logged = defaultdict(float)
-        weights: Logged = defaultdict(float)
+        noted: list[tuple[str | Span, float, Tensor]] = []  # name, share of the samples, value: read when all is done
+        gaps: list[tuple[Tensor, Term, float | None]] = []
         for rows in chunks(len(rollout.prompts), self.policy.micro_batch):
             part = rollout.select(rows)
             part_credit = None if credit is None else select_credit(credit, rollout.tree, rows)
             share = len(rows) / total
             for term in terms:
-                for name, value in self._term(term, part, part_credit, share, where if first else None).items():
-                    sums[name] += share * float(value)
-                    weights[name] += share
+                gap, clip, logged = self._term(term, part, part_credit, share)
+                noted += [(name, share, value) for name, value in logged.items()]
+                if first and gap is not None:
+                    gaps.append((gap, term, clip))
+        numbers = read([*(value for *_, value in noted), *(gap for gap, *_ in gaps)])
+        for (_, term, clip), apart in zip(gaps, numbers[len(noted) :], strict=True):
+            self._check_gap(apart, clip, where, term)
+        sums: Logged = defaultdict(float)
+        weights: Logged = defaultdict(float)
+        for (name, share, _), number in zip(noted, numbers, strict=False):
+            sums[name] += share * number
+            weights[name] += share
         return {name: value / weights[name] for name, value in sums.items()}
 
     def _term(
-        self, term: Term, part: Rollout, credit: Credit | None, share: float, where: str | None
-    ) -> dict[str | Span, Tensor | float]:
-        """One term on one part, and what it logs; where: of a first pass, for messages."""
+        self, term: Term, part: Rollout, credit: Credit | None, share: float
+    ) -> tuple[Tensor | None, float | None, Noted]:
+        """One term on one part; its gap and clip range (see `Loss`), and what it logs, without a graph."""
         seen: dict[str, Tensor] = {}
         reward = self.scorer.pathwise(part.prompts.select(part.tree.leaf_root), seen, self.tally)
         loss = self.rule.loss(term, self.policy, part, credit, reward)
-        if where is not None and loss.gap is not None:
-            self._check_gap(float(loss.gap), loss.clip, where, term)
-        logged: dict[str | Span, Tensor | float] = {}
-        logged.update(seen)
-        logged.update(loss.metrics)
+        logged: Noted = {name: value.detach() for name, value in {**seen, **loss.metrics}.items()}
         if (norm := self._backward(term, loss.value, share)) is not None:
             logged[term.start, term.stop] = norm
-        return logged
+        return None if loss.gap is None else loss.gap.detach(), loss.clip, logged
 
-    def _backward(self, term: Term, value: Tensor, share: float) -> float | None:
+    def _backward(self, term: Term, value: Tensor, share: float) -> Tensor | None:
         """Add a term's gradient; the norm of the part's own, unweighted, where it is asked for."""
         if not self.term_norms:
             (value * (term.weight * share)).backward()
@@ -100,7 +112,7 @@ class Backward:
                 parameter.grad = scaled if old is None else old + scaled
             else:
                 parameter.grad = old
-        return float(torch.stack([g.norm() for g in own if g is not None]).norm())
+        return torch.stack([g.norm() for g in own if g is not None]).norm()
 
     def _check_gap(self, gap: float, clip: float | None, where: str, term: Term) -> None:
         close = CLOSE_GAP if clip is None else min(CLOSE_GAP, OF_CLIP * clip)

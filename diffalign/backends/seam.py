@@ -1,0 +1,167 @@
+"""A pipeline's own `__call__` over some of its steps: what a policy asks of a pipeline, and all that is replaced while it runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from diffalign.backends import recorder
+from diffalign.backends.walk import OnStep
+from diffalign.errors import UserError, shortened, shown
+from diffalign.models.encodings import TextEncoders
+from diffalign.processes.table import Kind
+from diffalign.runtime.memory import out_of_memory
+
+
+class Seam:
+    """Calls of a pipeline with a recording scheduler, latents swapped in where it prepares its own, and prompts encoded once.
+
+    Args:
+        pipe: the pipeline; kind: of the sampler that its scheduler is to be, see `recorder.stand_in`.
+        sigmas: "pipeline" for the scheduler's own noise levels, "linear" for evenly spaced ones.
+        arguments: of the pipeline's `__call__`, its number of steps included.
+
+    Raises:
+        UserError: for a pipeline that cannot be called so, or does not take these arguments.
+    """
+
+    def __init__(self, pipe: Any, kind: Kind, sigmas: recorder.Sigmas, arguments: dict[str, Any]) -> None:
+        if problems := recorder.unfit(pipe):
+            raise recorder.refused(pipe, "; ".join(problems))
+        self.pipe, self.arguments = pipe, arguments
+        # Undecorated: `__call__` runs under no_grad, what it wraps does not.
+        self._call = inspect.unwrap(type(pipe).__call__)
+        calls = (self._call, type(pipe.scheduler).set_timesteps)
+        if sigmas == "linear" and not all("sigmas" in inspect.signature(call).parameters for call in calls):
+            # Trained so, its adapter could not be sampled so by a plain call.
+            raise UserError(
+                f"sampler.sigmas: got 'linear', this {type(pipe).__name__} cannot be told its levels; allowed is pipeline"
+            )
+        self._own_scheduler = pipe.scheduler
+        self._own_class, self._quick_class = type(pipe), _device_known(pipe, torch.device(pipe._execution_device))
+        self.recorder = recorder.stand_in(pipe.scheduler, kind, sigmas)
+        self._latent: Tensor | None = None
+        self._prepared: Tensor | None = None
+        self._prepare = pipe.prepare_latents
+        self._forms: dict[
+            str, Any
+        ] = {}  # what `prepare_latents` returned, its latents without memory, by its arguments
+        self.texts = TextEncoders(pipe, self._empty_run)
+        with torch.no_grad(), self.accepting("a"):  # the pipeline sets its timesteps as it would to sample
+            self._empty_run("a")
+        self._check_contract()
+        self.timesteps = self.recorder.full_timesteps.double().cpu().numpy()
+        self.levels = recorder.levels(self.recorder, kind)
+        with torch.no_grad(), self.accepting("a"):  # a size that the network has no positions for is found out now
+            self.run(["a"], None, (0,), lambda step, prediction, latent: latent)
+
+    def run(
+        self,
+        text: list[str],
+        x: Tensor | None,
+        steps: Sequence[int],
+        on_step: OnStep | None,
+        *,
+        generators: list[torch.Generator] | None = None,
+        output: str = "latent",
+        forced: Tensor | None = None,
+    ) -> Any:
+        """The call over some steps, from latents x where given; every prediction goes to `on_step`. forced: other timesteps."""
+        self.recorder.steps, self.recorder.forced = list(steps), forced
+        self.recorder.on_step = on_step or recorder._unexpected
+        self._latent = x
+        if generators is None:
+            # Where a start is drawn that is swapped out, it must not touch the global generator.
+            generators = [torch.Generator().manual_seed(0) for _ in text]
+        with self._hooks():
+            try:
+                # A copy: some pipelines write their chat template into the list.
+                result = self._call(
+                    self.pipe, prompt=list(text), generator=generators, output_type=output, **self.arguments
+                )
+            except recorder.ContractError as error:
+                raise recorder.refused(self.pipe, str(error)) from error
+        if steps and self.recorder.cursor < len(steps):
+            raise recorder.refused(
+                self.pipe, f"it calls scheduler.step {self.recorder.cursor} times for {len(steps)} timesteps"
+            )
+        return result[0]
+
+    def start(self, text: list[str], generators: list[torch.Generator]) -> Tensor:
+        """The pipeline's own initial latents."""
+        # Not what the call returns: some pipelines unpack their latents before they hand them out.
+        with self.accepting("these prompts"):  # arguments that fit the first, short text may not fit others
+            self.run(text, None, (), None, generators=generators)
+        assert self._prepared is not None
+        return self._prepared
+
+    @contextmanager
+    def accepting(self, what: str) -> Iterator[None]:
+        """Say of what a pipeline does not take that it is the user's to mend."""
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+            if out_of_memory(error):
+                raise
+            given = shown({key: value for key, value in self.arguments.items() if key != "sigmas"})
+            why = f"{type(self.pipe).__name__} does not accept {what} with {given}: {shortened(str(error), 200)}"
+            raise UserError(f"sampler.pipeline_args: {why}") from error
+
+    def _check_contract(self) -> None:
+        """Refuse a pipeline whose call went past what the seam replaced."""
+        if self._prepared is None:
+            raise recorder.refused(self.pipe, "its call does not use its prepare_latents")
+        if not hasattr(self.recorder, "full_timesteps"):
+            raise recorder.refused(self.pipe, "its call does not set its scheduler's timesteps")
+
+    def _empty_run(self, text: str) -> None:
+        """The call without a step."""
+        self.run([text], None, (), None, generators=[torch.Generator().manual_seed(0)])
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        """Everything that is replaced, for the length of a call."""
+        pipe = self.pipe
+        pipe.scheduler = self.recorder
+        pipe.prepare_latents = self._prepare_latents
+        pipe.__class__ = self._quick_class
+        if self.texts.encodings is not None:
+            pipe.encode_prompt = self.texts.encodings
+        try:
+            yield
+        finally:
+            pipe.__class__ = self._own_class
+            pipe.scheduler = self._own_scheduler
+            for name in ("prepare_latents", "encode_prompt"):
+                pipe.__dict__.pop(name, None)
+            self.recorder.on_step = recorder._unexpected
+            self._latent = None
+
+    def _prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+        if self._latent is None:
+            output = self._prepare(*args, **kwargs)
+            self._prepared = recorder.first(output)
+            return output
+        # A start that is swapped out takes as long to draw as one that is used: it is drawn once for each form.
+        given = [*args, *kwargs.items()]
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(given)):
+            return recorder.swap_first(self._prepare(*args, **kwargs), self._latent)
+        name = repr([item for item in given if "Generator" not in repr(item)])
+        if name not in self._forms:
+            output = self._prepare(*args, **kwargs)
+            first = recorder.first(output)
+            form = first.new_empty(1).expand(first.shape)  # no memory
+            self._forms[name] = recorder.swap_first(output, form)
+        return recorder.swap_first(self._forms[name], self._latent)
+
+
+def _device_known(pipe: Any, device: torch.device) -> type:
+    """The pipeline's class with its device answered: its own answer visits every module, at every call."""
+    answered = property(lambda _: device)
+    return type(type(pipe).__name__, (type(pipe),), {"_execution_device": answered, "device": answered})
