@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffalign.sampling.pictures import sample as sample
 
 launcher.calm()  # before torch is imported
+launcher.hush()
 
 __version__ = "0.1.0"
 __all__ = ["evaluate", "load", "sample", "train"]

@@ -19,6 +19,7 @@ from diffalign.errors import LONGEST, Fault, Interrupted, UserError, shortened
 from diffalign.evaluation.task import SUITES
 from diffalign.runtime import launcher
 from diffalign.runtime.options import Number, Place
+from diffalign.runtime.precision import PRECISIONS, QUANTIZE
 from diffalign.runtime.streams import forgive
 
 
@@ -45,7 +46,10 @@ A_CALL = options(
     click.option("--steps", type=click.IntRange(1, 1000), help="Sampling steps [default: as trained]."),
     click.option("--guidance", type=Number(0, 1000), help="Guidance scale [default: as trained]."),
     click.option("--set", "arguments", multiple=True, metavar="KEY=VALUE", help="A further argument of the call."),
-    click.option("--precision", type=click.Choice(("float32", "bfloat16")), help="Of the model [default: as trained]."),
+    click.option(
+        "--precision", "--dtype", type=click.Choice(tuple(PRECISIONS)), help="Of the model [default: as trained]."
+    ),
+    click.option("--quantize", type=click.Choice(QUANTIZE), help="What the denoiser is held in [default: as trained]."),
 )
 
 
@@ -85,14 +89,15 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, qu
 @click.option("--base", is_flag=True, help="Also draw without adapters, from the same seeds.")
 @click.option("--fps", type=click.IntRange(1, 240), default=16, show_default=True, help="Frames per second of videos.")
 @click.option("--out", type=Place(file_okay=False), default="samples", show_default=True, help="Where to write.")
-def sample(
-    target: str, strength: float, more: tuple[str, ...], arguments: tuple[str, ...], precision: str | None, **asked: Any
-) -> None:
+def sample(target: str, strength: float, more: tuple[str, ...], arguments: tuple[str, ...], **asked: Any) -> None:
     """Write pictures or videos, a grid and an index page from a run, an adapter or a model."""
     from diffalign.sampling import pictures, sources
 
     texts = pictures.captions(asked.pop("prompts"), asked.pop("file"))
-    source = sources.with_options(sources.resolve(target, strength, more), arguments, precision)
+    resolved = sources.resolve(target, strength, more)
+    source = sources.with_options(resolved, arguments, asked.pop("precision"), asked.pop("quantize"))
+    if source.remark:
+        click.echo(source.remark, err=True)
     show(map(pictures.label, pictures.sample(source, texts, asked.pop("count"), **asked)))
 
 

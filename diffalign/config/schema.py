@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import SETS
 from diffalign.rules import RULES, Rule
+from diffalign.runtime.precision import PRECISIONS, QUANTIZE, SHORT
 from diffalign.runtime.settings import Settings
 from diffalign.shapes.captions import SPLITS, TASKS
 
@@ -20,11 +21,11 @@ assert (Task.__args__, Split.__args__) == (TASKS, SPLITS)  # type: ignore[attr-d
 LARGEST = 100_000  # samples per update
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 Precision = Annotated[
     Literal["float32", "bfloat16"],
     BeforeValidator(lambda given: SHORT.get(given, given) if isinstance(given, str) else given),
 ]
+assert Precision.__origin__.__args__ == tuple(PRECISIONS)  # type: ignore[attr-defined]
 
 
 # Whether a key may change when a run is taken up again. Held: never; free: as the user likes; on request: with --change.
@@ -113,10 +114,12 @@ class OptimizerConfig(Settings):
 
 
 Checkpoint = Literal["none", "blocks", "spans", "both"]
+Quantize = Literal["none", "int8", "nf4"]
+assert Quantize.__args__ == QUANTIZE  # type: ignore[attr-defined]
 
 
 class MemorySection(Settings):
-    """What is kept for the gradient. None of it changes a number."""
+    """What is held where, and in how many bits. Where a key changes no number, it may change with every start."""
 
     model_config = ConfigDict(json_schema_extra=FREE)
 
@@ -124,6 +127,11 @@ class MemorySection(Settings):
         "none",
         description="what runs again for the gradient, of network, decoder and reward: nothing; blocks one by one; whole calls (spans); "
         "both. auto: blocks, and both where a gradient runs through several steps",
+    )
+    quantize: Quantize = Field(
+        "none",
+        description="what the frozen denoiser's linear layers are held in: precision, 8 bits (torchao), or 4 (bitsandbytes, CUDA alone)",
+        json_schema_extra=ASKED,
     )
 
 

@@ -48,6 +48,7 @@ def evaluate(
     guidance: float | None = None,
     arguments: Sequence[str] = (),
     precision: str | None = None,
+    quantize: str | None = None,
     batch: int = 16,
     drift: bool = True,
     fresh: bool = False,
@@ -59,7 +60,7 @@ def evaluate(
         targets: runs, adapters, models; before the first adapter of a model, that model without is judged too.
         suite: a name of `task.SUITES`, a set of prompts or a file of them; prompts: others for the suite's rewards.
         samples: of every prompt; batch: how many are drawn at a time.
-        steps, guidance, arguments (KEY=VALUE), precision: of the pipelines' calls, where they are not to be as trained.
+        steps, guidance, arguments (KEY=VALUE), precision, quantize: of the pipelines and their calls, where they are not to be as trained.
         drift: also compare predictions with the base model's, which is twice the work.
         fresh: make again what `out` holds.
 
@@ -67,7 +68,7 @@ def evaluate(
         UserError, Fault: see `run`.
     """
     task = task_of(suite, prompts, rewards, split, samples, seed, batch, drift)
-    return run(task, models_of(targets, arguments, steps, guidance, precision), Path(out), fresh, say)
+    return run(task, models_of(targets, arguments, steps, guidance, precision, quantize), Path(out), fresh, say)
 
 
 def models_of(
@@ -76,13 +77,14 @@ def models_of(
     steps: int | None,
     guidance: float | None,
     precision: str | None = None,
+    quantize: str | None = None,
 ) -> list[sources.Source]:
     """What to sample from: every target, and before the first adapter of a model, that model without."""
     models: list[sources.Source] = []
     for target in targets:
-        source = sources.with_options(sources.resolve(target), options, precision)
+        source = sources.with_options(sources.resolve(target), options, precision, quantize)
         source = replace(source, call=sources.call_of(source, steps, guidance, None))
-        for one in (replace(source, adapters=()), source):
+        for one in (replace(source, adapters=(), trained_on=""), source):
             if one not in models:
                 models.append(one)
     return models
@@ -98,6 +100,8 @@ def run(task: Task, models: list[sources.Source], out: Path, fresh: bool, say: C
     """
     world = World.join()
     tell = say if world.leads else lambda line: None
+    for line in dict.fromkeys(filter(None, (model.remark for model in models))):
+        tell(line)
     try:
         world.lead(lambda: _open(task, models, out, fresh))
         scorer = world.together(lambda: _scorer(task, tell))

@@ -12,7 +12,7 @@ import torch
 
 from diffalign.errors import UserError, one_line, shortened
 from diffalign.models import lora as adapters
-from diffalign.models import single_file
+from diffalign.models import quantizing, single_file
 from diffalign.runtime.files import fingerprint
 
 # What pipelines that start from a picture or a video are called.
@@ -138,22 +138,32 @@ def load(
     device: str = "cpu",
     revision: str | None = None,
     weights: str | None = None,
+    quantize: str = "none",
 ) -> tuple[Any, Place]:
     """A pipeline from a hub id, a local folder or the name of an embedded one, frozen and ready; and where it was.
 
-    weights: a single file, as other tools save models, whose parts take the place of the model's.
+    weights: a single file, as other tools save models, whose parts take the place of the model's; quantize: the denoisers, see
+    `quantizing.settings`.
 
     Raises:
         UserError: if there is nothing to load under that name, or it starts from a picture.
     """
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
+    quantizing.check(quantize, device)
     place = locate(model, revision)
-    other = single_file.Read({}) if weights is None else single_file.read(weights, place.folder, dtype)
+    bits = quantizing.settings(quantize, dtype)
+    other = single_file.Read({}) if weights is None else single_file.read(weights, place.folder, dtype, bits)
+    denoisers = [name for name in adapters.DENOISERS if (Path(place.folder) / name).is_dir()]
+    mapped = None if bits is None else PipelineQuantizationConfig(quant_mapping=dict.fromkeys(denoisers, bits))
     try:
         with adapters.quiet():
             pipe = DiffusionPipeline.from_pretrained(
-                place.folder, dtype=dtype, variant=variant(Path(place.folder)), **other.components
+                place.folder,
+                dtype=dtype,
+                variant=variant(Path(place.folder)),
+                quantization_config=mapped,
+                **other.components,
             )
     except Exception as error:  # a damaged file, a class that diffusers does not have
         raise UserError(f"model: cannot load {model!r}: {one_line(error)}") from error

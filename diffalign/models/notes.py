@@ -14,7 +14,7 @@ from diffalign.runtime.files import is_file
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for an adapter's file
 DDIM = "DDIMScheduler"  # in an adapter's notes: it was trained walking DDIM
-FORMAT = 2  # of the notes; a change of what they mean needs a new number. 1: without a number
+FORMAT = 3  # of the notes; a change of what they mean needs a new number. 1: without a number
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Notes:
 
     base_model, base_revision, base_weights, base_weights_digest: what it was trained on: a name, a commit of the hub, a single file and
     its fingerprint; denoisers: their classes; updates: how many it was trained for; call: arguments of the pipeline's call that give what
-    training saw; scheduler: `DDIM` if it was walked.
+    training saw; quantize: how the base was quantised in training; scheduler: `DDIM` if it was walked.
     """
 
     base_model: str = ""
@@ -36,6 +36,7 @@ class Notes:
     seed: int = 0
     updates: int = 0
     precision: str = ""
+    quantize: str = ""
     diffalign_version: str = ""
     call: dict[str, Any] = field(default_factory=dict)
     scheduler: str = ""

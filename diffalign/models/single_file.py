@@ -32,8 +32,8 @@ class Read:
         return f"{', '.join(self.components)}{left}"
 
 
-def read(path: str, folder: str, dtype: torch.dtype) -> Read:
-    """What a single file holds of a folder's pipeline.
+def read(path: str, folder: str, dtype: torch.dtype, bits: Any = None) -> Read:
+    """What a single file holds of a folder's pipeline, its denoiser quantised by `bits`, see `quantizing.settings`.
 
     Raises:
         UserError: if it cannot be read, or does not fit.
@@ -57,7 +57,7 @@ def read(path: str, folder: str, dtype: torch.dtype) -> Read:
             content = load_single_file_checkpoint(path)
         except Exception as error:  # each format has its own
             raise UserError(f"weights: cannot read {path!r} as a {kind}: {one_line(error)}") from error
-        components = {names[0]: _component(path, content, folder, names[0], kind, dtype)}
+        components = {names[0]: _component(path, content, folder, names[0], kind, dtype, bits)}
         if "vae" in index and _begins(content, AUTOENCODER):
             components["vae"] = _component(path, content, folder, "vae", index["vae"][1], dtype)
         for name, (library, encoder) in index.items():
@@ -70,13 +70,15 @@ def _begins(content: dict[str, Any], prefixes: tuple[str, ...]) -> bool:
     return any(key.startswith(prefixes) for key in content)
 
 
-def _component(path: str, content: dict[str, Any], folder: str, name: str, kind: str, dtype: torch.dtype) -> Any:
+def _component(
+    path: str, content: dict[str, Any], folder: str, name: str, kind: str, dtype: torch.dtype, bits: Any = None
+) -> Any:
     """A diffusers model from the file."""
     import diffusers
 
     try:
         made = getattr(diffusers, kind).from_single_file(
-            dict(content), config=folder, subfolder=name, torch_dtype=dtype
+            dict(content), config=folder, subfolder=name, torch_dtype=dtype, quantization_config=bits
         )
     except Exception as error:  # not a checkpoint, one of another model, a class without single files
         raise UserError(

@@ -26,13 +26,12 @@ from diffalign.prompts import book
 from diffalign.rewards.scorer import Scorer
 from diffalign.rules import Rule
 from diffalign.runs import parts as build
+from diffalign.runtime.precision import PRECISIONS
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.shapes import models
 from diffalign.training.fitting import fit
 from diffalign.training.trainer import Trainer
 from diffalign.types import Media, Plan, Prompts, Schedule
-
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 
 
 @dataclass(frozen=True)
@@ -152,9 +151,9 @@ def _outline(config: Config) -> Cost:
     counted = _cost(config, rule, toy.levels, toy.schedule, network, notes)
     copies = 4 + len(rule.decays(0)) + (config.optimizer.ema is not None)
     memory = {
-        "denoiser": counted.parameters * WIDTH[config.precision],
-        "autoencoder": (decoder[1] if decoder else 0) * WIDTH[config.precision],
-        "text encoders": float(architectures.known()[config.model]["encoders"]) * WIDTH[config.precision],
+        "denoiser": counted.parameters * PRECISIONS[config.precision],
+        "autoencoder": (decoder[1] if decoder else 0) * PRECISIONS[config.precision],
+        "text encoders": float(architectures.known()[config.model]["encoders"]) * PRECISIONS[config.precision],
         "what is trained": 4
         * copies
         * counted.trained,  # float32: itself, its gradient, Adam's two moments, slow copies

@@ -80,6 +80,7 @@ def notes(config: Config, parts: Parts, update: int) -> Notes:
         seed=config.seed,
         updates=update,
         precision=config.precision,
+        quantize=config.memory.quantize,
         diffalign_version=diffalign.__version__,
         call=call_arguments(config),
         scheduler=DDIM if _is_ddim(config) else "",

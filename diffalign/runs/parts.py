@@ -25,8 +25,6 @@ from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.fitting import fit
 from diffalign.training.trainer import Trainer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 @dataclass
 class Parts:
@@ -72,8 +70,10 @@ def device(config: Config) -> str:
 
 def build(config: Config, say: Callable[[str], None] = print) -> Parts:
     """Load the pipeline, attach the LoRA, load the rewards; `say` hears what is waited for."""
-    dtype = DTYPES[config.precision]
-    pipe, place = loading.load(config.model, dtype, device(config), config.revision, config.weights)
+    dtype = getattr(torch, config.precision)
+    pipe, place = loading.load(
+        config.model, dtype, device(config), config.revision, config.weights, config.memory.quantize
+    )
     if config.attention == "xformers":
         loading.use_xformers(pipe)
     parameters = _lora(config, pipe)

@@ -26,6 +26,8 @@ PARTS = {
     "hpsv2": Part("hpsv2", "hpsv2"),
     "rapidocr_onnxruntime": Part("rapidocr-onnxruntime", "ocr"),
     "xformers": Part("xformers", "xformers"),
+    "torchao": Part("torchao", "quantize"),
+    "bitsandbytes": Part("bitsandbytes", "quantize"),
     "imageio": Part("imageio", "video"),
     "fastapi": Part("fastapi", "server"),
     "uvicorn": Part("uvicorn", "server"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 
@@ -24,3 +25,9 @@ def calm() -> None:
     """Let idle threads sleep instead of spin, unless the user has said otherwise: the same alone, and 0.6 of the time beside another busy
     process. It is read when torch is first imported."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def hush() -> None:
+    """Keep optional packages from talking when diffusers imports them: of each other's versions, which nobody asked about."""
+    for name in ("torch.utils._pytree", "bitsandbytes", "diffusers.quantizers"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -14,10 +14,10 @@ from diffalign.models.calls import FIXED, GIVEN
 from diffalign.models.notes import DDIM, LORA, Notes, choices, lora_folder
 from diffalign.processes import linear_sigmas
 from diffalign.runtime.files import HUB_ID, fingerprint, home, is_file
+from diffalign.runtime.precision import PRECISIONS, QUANTIZE
 from diffalign.runtime.yaml_text import parse
 
 STRONGEST = 100
-PRECISIONS = ("float32", "bfloat16")
 
 
 def _not_free(key: str) -> str:
@@ -38,7 +38,10 @@ class Adapter:
 @dataclass(frozen=True)
 class Source:
     """What to sample from: a model, adapters on it, the call's arguments, whether they were trained walking DDIM, the model's
-    commit on the hub, None for the newest, the single file of its denoiser, None for its own, and what it is loaded in."""
+    commit on the hub, None for the newest, the single file of its denoiser, None for its own, and what it is loaded in.
+
+    trained_on: how the base of its adapter was quantised, "" where nothing is known of that.
+    """
 
     model: str
     adapters: tuple[Adapter, ...]
@@ -47,6 +50,19 @@ class Source:
     revision: str | None = None
     weights: str | None = None
     precision: str = "float32"
+    quantize: str = "none"
+    trained_on: str = ""
+
+    @property
+    def remark(self) -> str:
+        """What the user should know of the pictures; empty if nothing."""
+        if self.trained_on in ("", self.quantize):
+            return ""
+        told = {kind: f"an {kind} base" for kind in QUANTIZE} | {"none": "a base that is not quantised"}
+        return (
+            f"the adapter was trained on {told.get(self.trained_on, 'another base')}, here it is on {told[self.quantize]}: "
+            "pictures differ as the two do"
+        )
 
 
 def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Source:
@@ -64,8 +80,10 @@ def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Sou
     return replace(source, adapters=(*source.adapters, *adapters))
 
 
-def with_options(source: Source, options: Sequence[str], precision: str | None = None) -> Source:
-    """The source with further arguments of the pipeline's call, KEY=VALUE with YAML values, and in another precision.
+def with_options(
+    source: Source, options: Sequence[str], precision: str | None = None, quantize: str | None = None
+) -> Source:
+    """The source with further arguments of the pipeline's call, KEY=VALUE with YAML values, in another precision, quantised otherwise.
 
     Raises:
         UserError: for anything else.
@@ -78,7 +96,12 @@ def with_options(source: Source, options: Sequence[str], precision: str | None =
         if why := _not_free(key):
             raise UserError(f"--set: got {shown(option)}, {key} is {why}")
         given[key] = parse(text, f"--set: got {shown(option)}, its value")
-    return replace(source, call={**source.call, **given}, precision=precision or source.precision)
+    return replace(
+        source,
+        call={**source.call, **given},
+        precision=precision or source.precision,
+        quantize=quantize or source.quantize,
+    )
 
 
 def _target(target: str, strength: float) -> Source:
@@ -101,6 +124,8 @@ def _target(target: str, strength: float) -> Source:
             notes.base_revision or None,
             notes.base_weights or None,
             notes.precision if notes.precision in PRECISIONS else "float32",
+            notes.quantize if notes.quantize in QUANTIZE else "none",
+            notes.quantize,
         )
     if is_file(path / "config.yaml"):
         raise UserError(f"sample: the run {target} has no adapter yet; it has its first at a checkpoint")
@@ -192,11 +217,12 @@ def pipeline(source: Source) -> Any:
     import torch
 
     from diffalign.backends import recorder
-    from diffalign.models import loading, lora_files
+    from diffalign.models import loading, lora_files, quantizing
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, source.precision)
-    pipe, _ = loading.load(source.model, dtype, device=device, revision=source.revision, weights=source.weights)
+    quantizing.check(source.quantize, device, "--quantize")
+    pipe, _ = loading.load(source.model, dtype, device, source.revision, source.weights, source.quantize)
     if source.ddim:
         pipe.scheduler = recorder.as_ddim(pipe.scheduler)
     for number, adapter in enumerate(source.adapters):

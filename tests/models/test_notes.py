@@ -11,7 +11,7 @@ from tests.kit import ROOT
 
 # Changing these needs a new FORMAT: a later version must know what it reads.
 WRITTEN = {
-    2: "base_model base_revision base_weights base_weights_digest denoisers rule rewards seed updates precision diffalign_version "
+    3: "base_model base_revision base_weights base_weights_digest denoisers rule rewards seed updates precision quantize diffalign_version "
     "call scheduler",
 }
 
@@ -45,7 +45,7 @@ def test_a_file_of_another_tool_says_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("notes", "problem"),
     [
-        ({"notes_format": "3"}, "its notes have format 3, this version reads up to 2"),
+        ({"notes_format": "4"}, "its notes have format 4, this version reads up to 3"),
         ({"notes_format": "two"}, "its notes have format two"),
         ({"call": "{"}, "its note call is not JSON"),
         ({"call": "[]"}, "its note call is '\\[\\]', expected a dict"),

@@ -41,11 +41,8 @@ def test_an_old_run_goes_on_as_it_would_have(old, tmp_path):
     assert [keys_of(row) for row in lines[-3:]] == [keys_of(row) for row in before[-3:]]
     if old.parent.name == "format_2" and old.name in MENDED:
         return
-    third, expected_third = (next(row for row in each if row["update"] == 3) for each in (lines, before))
-    if third == expected_third:  # a machine that computes as the one that made them did
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-        return
-    # Elsewhere the last bits differ, which a clip range turns into another gradient here and there.
+    # LoRA's products are summed otherwise since, and elsewhere they were another machine's: the last bits differ, which a clip range
+    # turns into another gradient here and there.
     began = load_file(old / "checkpoints/update_000002/tensors.safetensors")
     shifts = [tensor - began[f"parameters/{parameter(name)}"] for name, tensor in expected.items()]
     apart = [found[name] - tensor for name, tensor in expected.items()]

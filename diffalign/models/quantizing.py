@@ -1,0 +1,47 @@
+"""A frozen denoiser whose linear layers are held in 8 or 4 bits, through diffusers' own quantisation.
+
+The quantised network is the base: it samples, replays and is the reference. Quantising the same file again gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from diffalign.errors import UserError
+from diffalign.runtime.extras import missing
+
+_MODULES = {"int8": "torchao", "nf4": "bitsandbytes"}
+
+
+def check(quantize: str, device: str, field: str = "memory.quantize") -> None:
+    """Whether that can be done here; `none` always.
+
+    Raises:
+        UserError: with what is missing.
+    """
+    if quantize == "none":
+        return
+    if mend := missing(_MODULES[quantize]):
+        raise UserError(f"{field}: got {quantize}, which needs {_MODULES[quantize]}; {mend}")
+    if quantize == "nf4" and not device.startswith("cuda"):
+        raise UserError(f"{field}: got nf4, which needs a CUDA device, this is {device}; allowed here is none, int8")
+
+
+def settings(quantize: str, dtype: torch.dtype) -> Any:
+    """What diffusers' loaders are told, for products in `dtype`; None: as the weights are."""
+    import diffusers
+
+    if quantize == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+    if quantize == "nf4":
+        return diffusers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return None
