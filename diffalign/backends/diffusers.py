@@ -18,8 +18,15 @@ from diffalign.backends.seam import Seam
 from diffalign.backends.walk import OnStep
 from diffalign.models import lora as adapters
 from diffalign.models.checkpointing import by_blocks
+from diffalign.models.encodings import Kept
 from diffalign.processes import Process
 from diffalign.types import Media, Prompts, Rollout
+
+
+def call_arguments(steps: int, guidance_scale: float | None, call: dict[str, Any] | None) -> dict[str, Any]:
+    """What a pipeline's call is given in every run of it."""
+    guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    return {**(call or {}), "num_inference_steps": steps, **guidance}
 
 
 class DiffusersPolicy(ChainPolicy):
@@ -32,6 +39,7 @@ class DiffusersPolicy(ChainPolicy):
         parameters: what is trained, from `adapters.attach`; empty to sample only.
         checkpoint: what runs again for the gradient: "blocks" of networks, "spans" (whole calls), "both", or "none".
         stretches: first steps of the stretches that prompts with stages tell apart.
+        kept: where texts' encodings are, for a pipeline without its text encoders.
     """
 
     def __init__(
@@ -48,11 +56,11 @@ class DiffusersPolicy(ChainPolicy):
         parameters: dict[str, Tensor] | None = None,
         checkpoint: str = "none",
         stretches: Sequence[int] = (0,),
+        kept: Kept | None = None,
     ) -> None:
-        guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-        arguments = {**(call or {}), "num_inference_steps": steps, **guidance}
-        self.seam = seam = Seam(pipe, process.kind, sigmas, arguments)
-        self.pipe, self.arguments, self.texts = pipe, arguments, seam.texts
+        arguments = call_arguments(steps, guidance_scale, call)
+        self.seam = seam = Seam(pipe, process.kind, sigmas, arguments, kept)
+        self.pipe, self.arguments = pipe, arguments
         self.parameters = parameters or {}
         super().__init__(seam.timesteps, seam.levels, process, noise_level, micro_batch, stretches)
         blocks, spans = checkpoint in ("blocks", "both"), checkpoint in ("spans", "both")

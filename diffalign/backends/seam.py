@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from diffalign.backends import recorder
 from diffalign.backends.walk import OnStep
 from diffalign.errors import UserError, shortened, shown
-from diffalign.models.encodings import TextEncoders
+from diffalign.models.encoders import PROBE, device_known
+from diffalign.models.encodings import Encodings, Kept
 from diffalign.processes.table import Kind
 from diffalign.runtime.memory import out_of_memory
 
@@ -26,12 +27,15 @@ class Seam:
         pipe: the pipeline; kind: of the sampler that its scheduler is to be, see `recorder.stand_in`.
         sigmas: "pipeline" for the scheduler's own noise levels, "linear" for evenly spaced ones.
         arguments: of the pipeline's `__call__`, its number of steps included.
+        kept: where its texts' encodings are, if it comes without its text encoders.
 
     Raises:
         UserError: for a pipeline that cannot be called so, or does not take these arguments.
     """
 
-    def __init__(self, pipe: Any, kind: Kind, sigmas: recorder.Sigmas, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, pipe: Any, kind: Kind, sigmas: recorder.Sigmas, arguments: dict[str, Any], kept: Kept | None = None
+    ) -> None:
         if problems := recorder.unfit(pipe):
             raise recorder.refused(pipe, "; ".join(problems))
         self.pipe, self.arguments = pipe, arguments
@@ -44,7 +48,7 @@ class Seam:
                 f"sampler.sigmas: got 'linear', this {type(pipe).__name__} cannot be told its levels; allowed is pipeline"
             )
         self._own_scheduler = pipe.scheduler
-        self._own_class, self._quick_class = type(pipe), _device_known(pipe, torch.device(pipe._execution_device))
+        self._own_class, self._quick_class = type(pipe), device_known(pipe, pipe._execution_device)
         self.recorder = recorder.stand_in(pipe.scheduler, kind, sigmas)
         self._latent: Tensor | None = None
         self._prepared: Tensor | None = None
@@ -52,14 +56,15 @@ class Seam:
         self._forms: dict[
             str, Any
         ] = {}  # what `prepare_latents` returned, its latents without memory, by its arguments
-        self.texts = TextEncoders(pipe, self._empty_run)
-        with torch.no_grad(), self.accepting("a"):  # the pipeline sets its timesteps as it would to sample
-            self._empty_run("a")
+        encode = getattr(pipe, "encode_prompt", None)
+        self.encodings = encode and (Encodings(encode) if kept is None else Encodings.of(encode, kept))
+        with torch.no_grad(), self.accepting(PROBE):  # the pipeline sets its timesteps as it would to sample
+            self.run([PROBE], None, (), None)
         self._check_contract()
         self.timesteps = self.recorder.full_timesteps.double().cpu().numpy()
         self.levels = recorder.levels(self.recorder, kind)
-        with torch.no_grad(), self.accepting("a"):  # a size that the network has no positions for is found out now
-            self.run(["a"], None, (0,), lambda step, prediction, latent: latent)
+        with torch.no_grad(), self.accepting(PROBE):  # a size that the network has no positions for is found out now
+            self.run([PROBE], None, (0,), lambda step, prediction, latent: latent)
 
     def run(
         self,
@@ -120,10 +125,6 @@ class Seam:
         if not hasattr(self.recorder, "full_timesteps"):
             raise recorder.refused(self.pipe, "its call does not set its scheduler's timesteps")
 
-    def _empty_run(self, text: str) -> None:
-        """The call without a step."""
-        self.run([text], None, (), None, generators=[torch.Generator().manual_seed(0)])
-
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         """Everything that is replaced, for the length of a call."""
@@ -131,8 +132,8 @@ class Seam:
         pipe.scheduler = self.recorder
         pipe.prepare_latents = self._prepare_latents
         pipe.__class__ = self._quick_class
-        if self.texts.encodings is not None:
-            pipe.encode_prompt = self.texts.encodings
+        if self.encodings is not None:
+            pipe.encode_prompt = self.encodings
         try:
             yield
         finally:
@@ -159,9 +160,3 @@ class Seam:
             form = first.new_empty(1).expand(first.shape)  # no memory
             self._forms[name] = recorder.swap_first(output, form)
         return recorder.swap_first(self._forms[name], self._latent)
-
-
-def _device_known(pipe: Any, device: torch.device) -> type:
-    """The pipeline's class with its device answered: its own answer visits every module, at every call."""
-    answered = property(lambda _: device)
-    return type(type(pipe).__name__, (type(pipe),), {"_execution_device": answered, "device": answered})

@@ -7,14 +7,13 @@ encoders are not needed any more.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from torch.nn import functional as F
 
 from diffalign.errors import Fault
 from diffalign.models.encoding_store import Store
-from diffalign.runtime.memory import release
 
 MEMORY_BYTES = 2**30  # of encoded batches kept in memory: one prompt of a large T5 takes 4 MB
 CLOSE = 2e-2  # largest difference between a batch's and single texts' encodings, as a share of the encoding's own size (bfloat16)
@@ -70,6 +68,7 @@ def joined(rows: Sequence[Any], layout: Layout) -> Any:
     tensor a text are joined as lists."""
     order = iter(layout)
     lengths: list[int] = []
+    where: list[torch.device] = []
 
     def join(*items: Any) -> Any:
         first = items[0]
@@ -80,15 +79,29 @@ def joined(rows: Sequence[Any], layout: Layout) -> Any:
             return tuple(join(*column) for column in zip(*items, strict=True))
         kind = next(order)
         if isinstance(kind, torch.dtype):
-            places = torch.arange(max(lengths))
-            return None if len(set(lengths)) == 1 else (places < torch.tensor(lengths)[:, None]).to(kind)
+            if len(set(lengths)) == 1:
+                return None
+            places, ends = (torch.tensor(each, device=where[-1]) for each in (range(max(lengths)), lengths))
+            return (places < ends[:, None]).to(kind)
         if not kind or first.ndim < 2:
             return torch.cat(items) if kind else first
         lengths[:] = [item.shape[1] for item in items]
+        where.append(first.device)
         room = [(0, 0) * (item.ndim - 2) + (0, max(lengths) - item.shape[1]) for item in items]
         return torch.cat([F.pad(item, space) for item, space in zip(items, room, strict=True)])
 
     return join(*rows)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Encodings of single texts on disk: where, what their names begin from, how batches are put together, and whether all that will be
+    asked for are there."""
+
+    store: Store
+    depends: str
+    layout: Layout
+    complete: bool
 
 
 class Encodings:
@@ -106,7 +119,7 @@ class Encodings:
         self._memory: OrderedDict[str, Any] = OrderedDict()
         self._layout: Layout | None = None  # of single texts' encodings; None: batches are encoded whole
         self._calls: list[dict[str, Any]] = []  # the arguments of the calls so far, for `prepare`
-        self.complete = False  # everything that will be asked for is stored
+        self._complete = False  # everything that will be asked for is stored
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(self._signature.bind(*args, **kwargs).arguments)
@@ -129,7 +142,7 @@ class Encodings:
         return self._memory[name]
 
     def _fresh(self, arguments: dict[str, Any]) -> Any:
-        if self.complete:
+        if self._complete:
             raise Fault(f"the encoded prompt {arguments.get('prompt')!r} is gone from the cache; start again")
         with torch.no_grad():
             return mapped(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, self._encode(**arguments))
@@ -145,6 +158,18 @@ class Encodings:
         return mapped(
             lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf, encoding
         )
+
+    @classmethod
+    def of(cls, encode: Callable[..., Any], kept: Kept) -> Encodings:
+        """For a pipeline whose texts' encodings are kept."""
+        made = cls(encode, kept.store, kept.depends)
+        made._layout, made._complete = kept.layout, kept.complete
+        return made
+
+    def kept(self, complete: bool) -> Kept | None:
+        """What is on disk, for other pipelines of the same call; None if batches are encoded whole."""
+        assert self._store is not None
+        return None if self._layout is None else Kept(self._store, self._depends, self._layout, complete)
 
     @property
     def splits(self) -> bool:
@@ -240,60 +265,3 @@ def _close(joined_rows: Any, expected: Any) -> bool:
 
     pairs = zip(leaves(joined_rows), leaves(expected), strict=False)
     return len(leaves(joined_rows)) == len(leaves(expected)) and all(itertools.starmap(alike, pairs))
-
-
-@functools.cache
-def versions() -> str:
-    """Of the libraries that tokenize and encode."""
-    from importlib.metadata import version
-
-    return ", ".join(f"{name} {version(name)}" for name in ("diffusers", "transformers", "tokenizers"))
-
-
-class TextEncoders:
-    """A pipeline's text encoders: what they said is remembered, and they may leave.
-
-    Args:
-        run: runs the pipeline with a text and no steps, which tells what it passes to its `encode_prompt`.
-    """
-
-    def __init__(self, pipe: Any, run: Callable[[str], Any]) -> None:
-        self.pipe, self._run = pipe, run
-        encode = getattr(pipe, "encode_prompt", None)
-        self.encodings = None if encode is None else Encodings(encode)
-
-    @property
-    def names(self) -> list[str]:
-        """Of those that are in memory."""
-        parts = self.pipe.components.items()
-        return [name for name, part in parts if name.startswith("text_encoder") and isinstance(part, torch.nn.Module)]
-
-    def store(self, folder: Path, budget: float, texts: Sequence[str], mine: Sequence[str]) -> str:
-        """Encode `mine`, a share of all texts of a run, and keep them on disk; returns why not, "" if it is done.
-
-        With all shares done, `leave` may follow.
-        """
-        if self.encodings is None:
-            return f"{type(self.pipe).__name__} has no encode_prompt"
-        parts = self.pipe.components
-        tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
-        depends = digest([parts[name] for name in self.names], tokenizers, type(self.pipe).__name__, versions())
-        kept = Encodings(self.pipe.encode_prompt, Store(folder, budget), depends)
-        self.encodings, before = kept, self.encodings
-        with torch.no_grad():  # an empty run tells it what else the pipeline passes on
-            self._run(texts[0])
-        why_not = kept.prepare(texts, mine)
-        if not kept.splits:
-            self.encodings = before
-        return why_not
-
-    def leave(self) -> int:
-        """Let the text encoders go; returns the bytes they took."""
-        assert self.encodings is not None
-        taken = 0
-        for name in self.names:
-            taken += sum(p.nbytes for p in getattr(self.pipe, name).parameters())
-            setattr(self.pipe, name, None)
-        self.encodings.complete = True
-        release()
-        return taken

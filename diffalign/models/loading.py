@@ -6,18 +6,20 @@ import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from diffalign.errors import UserError, one_line, shortened
 from diffalign.models import lora as adapters
-from diffalign.models import quantizing, single_file
+from diffalign.models import quantizing, single_file, untrained
 from diffalign.runtime.files import fingerprint
 
 # What pipelines that start from a picture or a video are called.
 _VARIANT = re.compile(r"[\w-]+\.(?!index|safetensors)(\w+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 
+_OTHER_NETWORKS = ("image_encoder", "safety_checker")  # of transformers, besides text encoders
+Part = Literal["all", "encoders", "rest"]
 OTHER_TASKS = re.compile("ImageToVideo|Image2Video|VideoToVideo|Img2Img|Inpaint|Edit|Kontext|Control|Upscale|Pix2Pix")
 
 
@@ -139,32 +141,40 @@ def load(
     revision: str | None = None,
     weights: str | None = None,
     quantize: str = "none",
+    part: Part = "all",
 ) -> tuple[Any, Place]:
     """A pipeline from a hub id, a local folder or the name of an embedded one, frozen and ready; and where it was.
 
     weights: a single file, as other tools save models, whose parts take the place of the model's; quantize: the denoisers, see
-    `quantizing.settings`.
+    `quantizing.settings`; part: its text encoders alone, its other networks being shells without weights; or the rest, without them.
 
     Raises:
         UserError: if there is nothing to load under that name, or it starts from a picture.
     """
-    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+    import diffusers
 
     quantizing.check(quantize, device)
     place = locate(model, revision)
     bits = quantizing.settings(quantize, dtype)
-    other = single_file.Read({}) if weights is None else single_file.read(weights, place.folder, dtype, bits)
-    denoisers = [name for name in adapters.DENOISERS if (Path(place.folder) / name).is_dir()]
-    mapped = None if bits is None else PipelineQuantizationConfig(quant_mapping=dict.fromkeys(denoisers, bits))
     try:
         with adapters.quiet():
-            pipe = DiffusionPipeline.from_pretrained(
+            index = diffusers.DiffusionPipeline.load_config(place.folder)
+            given = _stand_ins(index, Path(place.folder), dtype, part)
+            other = single_file.Read({})
+            if weights is not None:
+                other = single_file.read(weights, place.folder, dtype, bits, given)
+            # By its own class: through the base class, components that are optional for it are not taken, silently.
+            kind = getattr(diffusers, index["_class_name"], diffusers.DiffusionPipeline)
+            pipe = kind.from_pretrained(
                 place.folder,
                 dtype=dtype,
                 variant=variant(Path(place.folder)),
-                quantization_config=mapped,
+                quantization_config=quantizing.mapped(bits, Path(place.folder)),
+                **given,
                 **other.components,
             )
+    except UserError:
+        raise
     except Exception as error:  # a damaged file, a class that diffusers does not have
         raise UserError(f"model: cannot load {model!r}: {one_line(error)}") from error
     if OTHER_TASKS.search(type(pipe).__name__):
@@ -179,6 +189,26 @@ def load(
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
+            if part == "encoders" and not any(p.is_meta for p in component.parameters()):
+                component.to(device)
     if weights is not None:
         place = replace(place, file=str(other), digest=fingerprint(Path(weights)))
-    return pipe.to(device), place
+    return (pipe if part == "encoders" else pipe.to(device)), place
+
+
+def _stand_ins(index: dict[str, Any], folder: Path, dtype: torch.dtype, part: Part) -> dict[str, Any]:
+    """What takes the place of components that are not loaded: nothing, or a shell of a network, which says its config."""
+    if part == "all":
+        return {}
+    networks = {name: spec[1] for name, spec in index.items() if isinstance(spec, (list, tuple)) and spec[1]}
+    given: dict[str, Any] = {}
+    for name, kind in networks.items():
+        encoder = name.startswith("text_encoder")
+        if part == "rest" and encoder:
+            given[name] = None
+        elif part == "encoders" and not encoder:
+            if (shell := untrained.shell(folder / name, kind, dtype)) is not None:
+                given[name] = shell
+            elif name in _OTHER_NETWORKS:
+                given[name] = None
+    return given

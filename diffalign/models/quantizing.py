@@ -5,11 +5,13 @@ The quantised network is the base: it samples, replays and is the reference. Qua
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffalign.errors import UserError
+from diffalign.models import lora as adapters
 from diffalign.runtime.extras import missing
 
 _MODULES = {"int8": "torchao", "nf4": "bitsandbytes"}
@@ -45,3 +47,14 @@ def settings(quantize: str, dtype: torch.dtype) -> Any:
             bnb_4bit_compute_dtype=dtype,
         )
     return None
+
+
+def mapped(bits: Any, folder: Path) -> Any:
+    """What a pipeline's loader is told for a folder's denoisers."""
+    if bits is None:
+        return None
+    from diffusers import PipelineQuantizationConfig
+
+    return PipelineQuantizationConfig(
+        quant_mapping={name: bits for name in adapters.DENOISERS if (folder / name).is_dir()}
+    )

@@ -5,6 +5,7 @@ The model names the pipeline, its settings and tokenizers; what the file lacks i
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ class Read:
         return f"{', '.join(self.components)}{left}"
 
 
-def read(path: str, folder: str, dtype: torch.dtype, bits: Any = None) -> Read:
-    """What a single file holds of a folder's pipeline, its denoiser quantised by `bits`, see `quantizing.settings`.
+def read(path: str, folder: str, dtype: torch.dtype, bits: Any = None, without: Collection[str] = ()) -> Read:
+    """What a single file holds of a folder's pipeline, its denoiser quantised by `bits`, see
+    `quantizing.settings`; nothing is made of components `without`.
 
     Raises:
         UserError: if it cannot be read, or does not fit.
@@ -57,13 +59,16 @@ def read(path: str, folder: str, dtype: torch.dtype, bits: Any = None) -> Read:
             content = load_single_file_checkpoint(path)
         except Exception as error:  # each format has its own
             raise UserError(f"weights: cannot read {path!r} as a {kind}: {one_line(error)}") from error
-        components = {names[0]: _component(path, content, folder, names[0], kind, dtype, bits)}
-        if "vae" in index and _begins(content, AUTOENCODER):
+        components: dict[str, Any] = {}
+        if names[0] not in without:
+            components[names[0]] = _component(path, content, folder, names[0], kind, dtype, bits)
+        if "vae" in index.keys() - set(without) and _begins(content, AUTOENCODER):
             components["vae"] = _component(path, content, folder, "vae", index["vae"][1], dtype)
         for name, (library, encoder) in index.items():
-            if library == "transformers" and name.startswith("text_encoder") and _has_encoder(content, encoder):
+            wanted = library == "transformers" and name.startswith("text_encoder") and name not in without
+            if wanted and _has_encoder(content, encoder):
                 components[name] = _encoder(path, content, folder, name, encoder, dtype)
-    return Read(components, _left(content, components))
+    return Read(components, _left(content, [*components, *without]))
 
 
 def _begins(content: dict[str, Any], prefixes: tuple[str, ...]) -> bool:
@@ -123,7 +128,7 @@ def _whole(path: str, module: Any, kind: str) -> Any:
     return module
 
 
-def _left(content: dict[str, Any], components: dict[str, Any]) -> tuple[str, ...]:
+def _left(content: dict[str, Any], components: Collection[str]) -> tuple[str, ...]:
     """Beginnings of names of an autoencoder's or text encoders' weights that nothing was made of."""
     parts = {".".join(key.split(".")[:2]) for key in content if key.startswith(ENCODERS)}
     encoders = [name for name in components if name.startswith("text_encoder")]

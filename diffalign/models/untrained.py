@@ -66,6 +66,17 @@ def _check_size(module: Any, folder: Path) -> None:
         )
 
 
+def shell(folder: Path, kind: str, dtype: torch.dtype) -> Any:
+    """A network of one of diffusers' classes without weights, from its folder's config: it takes no memory. None for another class."""
+    import diffusers
+
+    made = getattr(diffusers, kind, None)
+    if not (isinstance(made, type) and issubclass(made, torch.nn.Module)):
+        return None
+    with torch.device("meta"):
+        return made.from_config(made.load_config(folder)).to(dtype)  # type: ignore[attr-defined]
+
+
 @contextmanager
 def meta(precision: str) -> Iterator[None]:
     """Make what is made on the meta device, where it takes no memory, and in a precision."""

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffalign.backends.diffusers import DiffusersPolicy
+from diffalign.backends.diffusers import DiffusersPolicy, call_arguments
 from diffalign.backends.table import policy_class
 from diffalign.config import Config
 from diffalign.errors import Fault, UserError, one_line
-from diffalign.models import loading, lora, lora_files
+from diffalign.models import encoders, loading, lora, lora_files
+from diffalign.models.encodings import Kept
 from diffalign.models.notes import lora_folder
 from diffalign.processes import PROCESSES
 from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime.distributed import World
 from diffalign.runtime.launcher import several
+from diffalign.runtime.memory import release
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.fitting import fit
 from diffalign.training.trainer import Trainer
@@ -68,12 +70,47 @@ def device(config: Config) -> str:
     return kind
 
 
-def build(config: Config, say: Callable[[str], None] = print) -> Parts:
-    """Load the pipeline, attach the LoRA, load the rewards; `say` hears what is waited for."""
-    dtype = getattr(torch, config.precision)
-    pipe, place = loading.load(
-        config.model, dtype, device(config), config.revision, config.weights, config.memory.quantize
+def encode_first(config: Config, world: World, say: Callable[[str], None]) -> Kept | None:
+    """Encode all prompts of the run by the text encoders alone, if the config has a cache for it: they are gone before anything else
+    comes. None: they are to come with the rest."""
+    settings, sampler = config.prompts, config.sampler
+    if settings.cache is None:
+        return None
+    texts = config.book.texts
+    folder, budget = Path(settings.cache).expanduser(), settings.cache_gib * 2**30
+    say(f"encoding {len(texts)} prompts, or finding them in {folder}")
+
+    def encode() -> tuple[Kept | None, str, int]:
+        pipe, _ = _loaded(config, "encoders")
+        taken = sum(p.nbytes for name in encoders.present(pipe) for p in getattr(pipe, name).parameters())
+        arguments = call_arguments(sampler.steps, sampler.guidance_scale, sampler.pipeline_args)
+        where, mine = device(config), texts[world.rank :: world.size]
+        return *encoders.encode_all(pipe, arguments, where, folder, budget, texts, mine), taken
+
+    kept, why_not, taken = world.together(encode)
+    release()
+    if why_not := next(filter(None, world.gather(why_not)), ""):
+        say(f"text encoders stay: {why_not}")
+        return kept and replace(kept, complete=False)
+    say(f"text encoders left memory: {taken / 2**20:.0f} MiB")
+    return kept
+
+
+def _loaded(config: Config, part: loading.Part) -> tuple[Any, loading.Place]:
+    return loading.load(
+        config.model,
+        getattr(torch, config.precision),
+        device(config),
+        config.revision,
+        config.weights,
+        "none" if part == "encoders" else config.memory.quantize,
+        part,
     )
+
+
+def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None = None) -> Parts:
+    """Load the pipeline, attach the LoRA, load the rewards; `say` hears what is waited for. kept: from `encode_first`."""
+    pipe, place = _loaded(config, "rest" if kept is not None and kept.complete else "all")
     if config.attention == "xformers":
         loading.use_xformers(pipe)
     parameters = _lora(config, pipe)
@@ -89,7 +126,7 @@ def build(config: Config, say: Callable[[str], None] = print) -> Parts:
     judging = dict.fromkeys([*config.eval_rewards, *config.rewards])
     return Parts(
         place,
-        policy(config, pipe, parameters),
+        policy(config, pipe, parameters, kept),
         Scorer({name: loaded[name] for name in config.rewards}, config.rewards),
         Scorer({name: loaded[name] for name in judging}),
     )
@@ -109,7 +146,9 @@ def _lora(config: Config, pipe: Any) -> dict[str, torch.Tensor]:
     return parameters
 
 
-def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None = None) -> DiffusersPolicy:
+def policy(
+    config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None = None, kept: Kept | None = None
+) -> DiffusersPolicy:
     """The policy of a config around a loaded pipeline.
 
     Raises:
@@ -130,6 +169,7 @@ def policy(config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None
             parameters=parameters,
             checkpoint=config.checkpoint,
             stretches=config.book.stretches,
+            kept=kept,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"sampler: {type(pipe).__name__} does not accept these settings: {one_line(error)}") from error
@@ -187,19 +227,3 @@ def introduce(config: Config, parts: Parts, say: Callable[[str], None]) -> None:
         say(f"{config.model} at commit {place.commit}")
     if place.file:
         say(f"from {config.weights}: {place.file}")
-
-
-def store_prompts(config: Config, parts: Parts, world: World, say: Callable[[str], None]) -> None:
-    """Encode all prompts of the run beforehand and let the text encoders go, if the config has a cache for it."""
-    settings, encoders = config.prompts, parts.policy.texts
-    if settings.cache is None:
-        return
-    texts = config.book.texts
-    folder, budget = Path(settings.cache).expanduser(), settings.cache_gib * 2**30
-    say(f"encoding {len(texts)} prompts, or finding them in {folder}")
-    mine = texts[world.rank :: world.size]
-    answers = world.gather(world.together(lambda: encoders.store(folder, budget, texts, mine)))
-    if why_not := next(filter(None, answers), ""):
-        say(f"text encoders stay: {why_not}")
-    else:
-        say(f"text encoders leave memory: {encoders.leave() / 2**20:.0f} MiB")

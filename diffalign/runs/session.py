@@ -102,7 +102,8 @@ class Session:
         self, config: Config, folder: RunFolder, reporter: Reporter, world: World = ALONE, change: bool = False
     ) -> None:
         self.config, self.folder, self.reporter, self.world = config, folder, reporter, world
-        self.parts = made = world.together(lambda: parts.build(config, reporter.say))
+        kept = parts.encode_first(config, world, reporter.say)
+        self.parts = made = world.together(lambda: parts.build(config, reporter.say, kept))
         self.policy, self.averages = (
             made.policy,
             {} if config.optimizer.ema is None else {AVERAGES: config.optimizer.ema},
@@ -130,7 +131,6 @@ class Session:
         for key, value in folder.taken.kept.items():
             reporter.say(f"{key}: {value!r}, as the run began; this version's default is another")
         parts.introduce(config, made, reporter.say)
-        parts.store_prompts(config, made, world, reporter.say)
         self.budget, self.spent, self.last = Budget(updates=config.updates), Spent(), Spent()
         self.skipped = self.nonfinite = self.unscored = 0  # updates; gradients and updates in a row
         self.stop, self.reach = Stop(), Reach(self.trainer)

@@ -165,7 +165,7 @@ def test_a_run_leaves_the_pipeline_as_it_was(policy, part):
 
 def test_prompts_are_encoded_once_per_batch(policy, part, monkeypatch):
     calls = []
-    monkeypatch.setattr(policy.texts.encodings, "_encode", lambda *a, **k: calls.append(a) or 1 / 0)
+    monkeypatch.setattr(policy.seam.encodings, "_encode", lambda *a, **k: calls.append(a) or 1 / 0)
     policy.transition(part, 1)
     assert not calls
 
@@ -176,7 +176,7 @@ def test_encoded_prompts_are_kept_up_to_a_budget(monkeypatch):
     one = [batch.select([k]) for k in range(len(batch))]
     for each in one:
         policy.rollout(each, NOISY)
-    kept = policy.texts.encodings._memory
+    kept = policy.seam.encodings._memory
     assert len(kept) == 1 + len({each.text[0] for each in one})  # and that of the first empty run
     monkeypatch.setattr(encodings, "MEMORY_BYTES", 1)
     last = policy.rollout(one[0], NOISY).x[-1]

@@ -21,6 +21,7 @@ from diffalign.errors import Fault, UserError
 from diffalign.evaluation import fixed as evaluate
 from diffalign.evaluation import results
 from diffalign.evaluation.results import Summary
+from diffalign.models import encoders
 from diffalign.planning import cost
 from diffalign.report import figures
 from diffalign.rewards.base import Wrapped
@@ -590,11 +591,11 @@ def test_the_evaluation_compares_the_same_images(whole):
 def test_with_a_cache_the_encoders_leave_and_a_resumed_run_is_the_same(tmp_path):
     cached = (f"prompts.cache={tmp_path / 'encoded'}", "evaluation.every=1")
     made = start(tmp_path / "whole", "updates=2", *cached)
-    assert made.policy.texts.names == []
+    assert encoders.present(made.parts.pipe) == []
     expected = finish(made)
     count = len(list((tmp_path / "encoded").glob("*.safetensors")))
-    # every counting caption of training and test, and the negative text's
-    assert count == len({*made.fixed.prompts.text, *(entry["prompt"] for entry in made.config.book.training)})
+    # every counting caption of training and test, the negative text, and the one that pipelines are tried with
+    assert count == 1 + len({*made.fixed.prompts.text, *(entry["prompt"] for entry in made.config.book.training)})
     made = start(tmp_path / "cut", "updates=1", *cached)
     finish(made)
     assert same(finish(start(tmp_path / "cut", "updates=2", *cached)), expected)
@@ -610,7 +611,7 @@ def test_with_a_cache_the_encoders_leave_and_a_resumed_run_is_the_same(tmp_path)
 def test_a_cache_that_is_too_small_keeps_the_encoders_and_says_so(tmp_path, capsys):
     settings = tiny_config(tmp_path / "run", f"prompts.cache={tmp_path / 'encoded'}", "prompts.cache_gib=0.0001")
     made = Session(settings, open_run(settings, False), Reporter())
-    assert len(made.policy.texts.names) == 3
+    assert len(encoders.present(made.parts.pipe)) == 3
     said = capsys.readouterr()
     assert "text encoders stay: " in said.out + said.err
     assert "encoded prompts take up to" in said.out + said.err
