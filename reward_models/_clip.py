@@ -81,10 +81,15 @@ def tokens(texts: list[str], length: int = 77) -> Tensor:
     return _tokenizer(length)(texts)
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def once(texts: list[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
     """Embeddings (N, D) of length 1, each text encoded once."""
     place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    return F.normalize(encode(list(place)), dim=-1)[[place[text] for text in texts]]
+    return F.normalize(wide(encode(list(place))), dim=-1)[[place[text] for text in texts]]
 
 
 def checkpointed(layers: Iterable[torch.nn.Module]) -> None:
@@ -119,9 +124,11 @@ def head(weights: dict[str, Tensor], prefix: str = "") -> Head:
 
 
 def through(layers: Head, x: Tensor) -> Tensor:
-    """A head's score (N,) of embeddings (N, D)."""
-    for weight, bias in layers:
-        x = F.linear(x, weight.to(x), bias.to(x))
+    """A head's score (N,) of embeddings (N, D), in float32: in half of that scores would be rounded to hundredths."""
+    x = wide(x)
+    with torch.autocast(x.device.type, enabled=False):
+        for weight, bias in layers:
+            x = F.linear(x, weight.to(x), bias.to(x))
     return x[:, 0]
 
 
@@ -208,7 +215,7 @@ class Towers:
         """Picture embeddings of length 1, (N, D)."""
         net = self.net.to(pixels.device)
         pooled = net.vision_model(pixel_values=normalised(crop(pixels, self.size))).pooler_output
-        return F.normalize(net.visual_projection(pooled), dim=-1)
+        return F.normalize(wide(net.visual_projection(pooled)), dim=-1)
 
     @torch.no_grad()
     def text(self, texts: list[str]) -> Tensor:
@@ -228,6 +235,10 @@ class Towers:
     def problems(self) -> list[str]:
         """What looks wrong with its weights."""
         return untrained(self.scale)
+
+    def networks(self) -> list[torch.nn.Module]:
+        """What may be moved between uses."""
+        return [self.net]
 
     @property
     def scale(self) -> Tensor:

@@ -77,6 +77,10 @@ class Official(Reward):
         pairs = zip(to_uint8(media)[:, 0], prompts.metadata, strict=True)
         return [self.verdict(self.found(picture, wanted, device), wanted) for picture, wanted in pairs]
 
+    def networks(self) -> list[torch.nn.Module]:
+        """What may be moved between uses."""
+        return [self.detector, self.clip.net]
+
     def verdict(self, found: list[Detection], wanted: dict[str, Any]) -> float:
         """The published rule."""
         return float(geneval.official(found, wanted).correct)
@@ -120,6 +124,10 @@ class Official(Reward):
 
 class Partial(Official):
     """The same with a share of what is asked for, in [0, 1]."""
+
+    def networks(self) -> list[torch.nn.Module]:
+        """What may be moved between uses."""
+        return [self.detector, self.clip.net]
 
     def verdict(self, found: list[Detection], wanted: dict[str, Any]) -> float:
         return geneval.partial(found, wanted)

@@ -70,6 +70,10 @@ class HPSv2(Reward):
         """What looks wrong with its weights."""
         return _clip.untrained(self.net.logit_scale.exp())
 
+    def networks(self) -> list[torch.nn.Module]:
+        """What may be moved between uses."""
+        return [self.net]
+
     def checkpoint(self) -> None:
         """Keep only the inputs of layers for the gradient."""
         _clip.checkpointed(self.net.visual.transformer.resblocks)
@@ -84,7 +88,7 @@ class HPSv2(Reward):
         pictures = net.encode_image(_clip.normalised(_clip.pad(pixels, size)))
         with torch.no_grad():
             words = _clip.once(texts, lambda t: net.encode_text(_clip.tokens(t, net.context_length).to(pixels.device)))
-        return (F.normalize(pictures, dim=-1) * words).sum(1)
+        return (F.normalize(_clip.wide(pictures), dim=-1) * words).sum(1)
 
 
 class HPSv21(HPSv2):

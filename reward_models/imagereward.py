@@ -79,6 +79,10 @@ class ImageReward(Reward):
         ).last_hidden_state[:, 0]
         return (_clip.through(self.head, x) - MEAN) / STD
 
+    def networks(self) -> list[torch.nn.Module]:
+        """What may be moved between uses."""
+        return [self.picture, self.text]
+
     def checkpoint(self) -> None:
         """Keep only the inputs of layers for the gradient."""
         _clip.checkpointed([*self.picture.encoder.layers, *self.text.encoder.layer])

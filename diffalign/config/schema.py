@@ -133,6 +133,19 @@ class MemorySection(Settings):
         description="what the frozen denoiser's linear layers are held in: precision, 8 bits (torchao), or 4 (bitsandbytes, CUDA alone)",
         json_schema_extra=ASKED,
     )
+    decode: Literal["whole", "sliced", "tiled"] = Field(
+        "whole",
+        description="how finished latents are decoded: a batch at once, sample by sample, or in overlapping tiles, which blends seams",
+        json_schema_extra=ASKED,
+    )
+    judges: Literal["resident", "offloaded"] = Field(
+        "resident", description="networks of learned rewards between uses: on the device, or in host memory"
+    )
+    judge_precision: Precision = Field(
+        "float32",
+        description="of learned rewards in training; evaluations are judged in float32, by a copy of their own",
+        json_schema_extra=ASKED,
+    )
 
 
 class EvaluationConfig(Settings):

@@ -52,6 +52,15 @@ class Reward(ABC):
         """What looks wrong with its weights."""
         return []
 
+    def networks(self) -> list[torch.nn.Module]:
+        """Its networks, which may be moved between uses: each call puts them where the pictures are."""
+        return []
+
+    def rest(self) -> None:
+        """Leave the device until it is asked again."""
+        for network in self.networks():
+            network.to("cpu")
+
 
 class Wrapped(Reward):
     """A function, or an object of a class of its own, as a reward."""
@@ -77,6 +86,9 @@ class Wrapped(Reward):
 
     def problems(self) -> list[str]:
         return getattr(self.function, "problems", list)()
+
+    def networks(self) -> list[torch.nn.Module]:
+        return getattr(self.function, "networks", list)()
 
 
 def _nothing() -> None:

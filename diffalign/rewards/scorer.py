@@ -55,6 +55,11 @@ class Scorer:
         for reward in self.rewards.values():
             reward.greet(say)
 
+    def rest(self) -> None:
+        """Let all rewards leave the device until they are asked again."""
+        for reward in self.rewards.values():
+            reward.rest()
+
     # -- without gradient
 
     def begin(self, media: Media, prompts: Prompts) -> Callable[[], Scores]:

@@ -14,11 +14,14 @@ from diffalign.backends.diffusers import DiffusersPolicy, call_arguments
 from diffalign.backends.table import policy_class
 from diffalign.config import Config
 from diffalign.errors import Fault, UserError, one_line
-from diffalign.models import encoders, loading, lora, lora_files
+from diffalign.models import decoding, encoders, loading, lora, lora_files
 from diffalign.models.encodings import Kept
 from diffalign.models.notes import lora_folder
 from diffalign.processes import PROCESSES
+from diffalign.rewards.base import Reward
+from diffalign.rewards.catalog import find
 from diffalign.rewards.load import load as load_reward
+from diffalign.rewards.narrow import Narrow, difference
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime.distributed import World
 from diffalign.runtime.launcher import several
@@ -26,6 +29,7 @@ from diffalign.runtime.memory import release
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.fitting import fit
 from diffalign.training.trainer import Trainer
+from diffalign.types import Plan, Prompts
 
 
 @dataclass
@@ -114,22 +118,26 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     if config.attention == "xformers":
         loading.use_xformers(pipe)
     parameters = _lora(config, pipe)
-    scoring = config.scoring
-    names = dict.fromkeys([*config.rewards, *config.eval_rewards])
-    loaded = {
-        name: load_reward(name, scoring.deadline, scoring.batch, scoring.frames, scoring.reduce) for name in names
-    }
-    for reward in loaded.values():
-        reward.greet(say)
-        if config.checkpoint != "none":
-            reward.checkpoint()
+    decoding.cut(pipe, config.memory.decode)
     judging = dict.fromkeys([*config.eval_rewards, *config.rewards])
-    return Parts(
-        place,
-        policy(config, pipe, parameters, kept),
-        Scorer({name: loaded[name] for name in config.rewards}, config.rewards),
-        Scorer({name: loaded[name] for name in judging}),
-    )
+    judges = {name: _reward(config, name, say) for name in judging}
+    training = {name: _narrowed(config, name, judges[name], say) for name in config.rewards}
+    return Parts(place, policy(config, pipe, parameters, kept), Scorer(training, config.rewards), Scorer(judges))
+
+
+def _reward(config: Config, name: str, say: Callable[[str], None]) -> Reward:
+    scoring = config.scoring
+    reward = load_reward(name, scoring.deadline, scoring.batch, scoring.frames, scoring.reduce)
+    reward.greet(say)
+    if config.checkpoint != "none":
+        reward.checkpoint()
+    return reward
+
+
+def _narrowed(config: Config, name: str, wide: Reward, say: Callable[[str], None]) -> Reward:
+    """A reward as it is asked in training: in bfloat16 if the config says so and it is a learned one, which has a gradient."""
+    narrow = config.memory.judge_precision == "bfloat16" and find(name).differentiable and wide.networks()
+    return Narrow(_reward(config, name, say)) if narrow else wide
 
 
 def _lora(config: Config, pipe: Any) -> dict[str, torch.Tensor]:
@@ -204,6 +212,7 @@ def trainer(config: Config, parts: Parts, world: World, say: Callable[[str], Non
         seed=config.seed,
         world=world,
         max_invalid=config.scoring.max_invalid,
+        rest=config.memory.judges == "offloaded",
         notify=say,
     )
     batch = made.draw(0).select(range(parts.policy.micro_batch))
@@ -214,8 +223,8 @@ def trainer(config: Config, parts: Parts, world: World, say: Callable[[str], Non
     return made
 
 
-def introduce(config: Config, parts: Parts, say: Callable[[str], None]) -> None:
-    """Say what a user should know of what was loaded."""
+def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str], None]) -> None:
+    """Say what a user should know of what was loaded; `batch`: samples to try it on."""
     place = parts.place
     for line in parts.policy.remarks:
         say(line)
@@ -227,3 +236,12 @@ def introduce(config: Config, parts: Parts, say: Callable[[str], None]) -> None:
         say(f"{config.model} at commit {place.commit}")
     if place.file:
         say(f"from {config.weights}: {place.file}")
+    if narrow := [name for name, reward in parts.scorer.rewards.items() if isinstance(reward, Narrow)]:
+        part = parts.policy.rollout(batch, Plan.deterministic(parts.policy.schedule.steps))
+        with torch.no_grad():
+            media = parts.policy.decode(part, part.x[-1])
+        for name in narrow:
+            apart, spread = difference(parts.scorer.rewards[name], parts.judges.rewards[name], media, part.at(-1))
+            say(
+                f"{name} in bfloat16: scores of {len(batch)} pictures differ by up to {apart:.2g}; their std is {spread:.2g}"
+            )

@@ -12,7 +12,7 @@ from diffalign.errors import UserError
 WAY_OUT = "choose another run_dir, or --fresh to start over"
 # What an evaluation's numbers depend on besides the weights that are trained: after a change of these they are compared with none before.
 JUDGED = (
-    *("model", "revision", "weights", "precision", "memory.quantize"),
+    *("model", "revision", "weights", "precision", "memory.quantize", "memory.decode"),
     *("content of model", "content of weights", "content of rewards."),
 )
 

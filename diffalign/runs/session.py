@@ -130,7 +130,8 @@ class Session:
         self.listeners = world.led(listeners(config, folder, reporter))
         for key, value in folder.taken.kept.items():
             reporter.say(f"{key}: {value!r}, as the run began; this version's default is another")
-        parts.introduce(config, made, reporter.say)
+        batch = self.trainer.draw(0).select(range(self.policy.micro_batch))
+        parts.introduce(config, made, batch, reporter.say)
         self.budget, self.spent, self.last = Budget(updates=config.updates), Spent(), Spent()
         self.skipped = self.nonfinite = self.unscored = 0  # updates; gradients and updates in a row
         self.stop, self.reach = Stop(), Reach(self.trainer)
@@ -225,6 +226,8 @@ class Session:
                 return fitting(policy, work, self.reporter.say)
 
         scores = self.world.gather((rows, self.world.together(own)))
+        if self.config.memory.judges == "offloaded":
+            self.fixed.scorer.rest()
         summary = self.judged.keep(scores, update)
         self.listeners.evaluated(Evaluated(update, summary))
         return summary

@@ -20,7 +20,10 @@ from diffalign.errors import Fault, UserError
 from diffalign.rewards import catalog
 from diffalign.rewards.check import check
 from diffalign.rewards.load import load
+from diffalign.rewards.narrow import Narrow, difference
+from diffalign.rewards.scorer import Scorer
 from diffalign.runs.parts import build
+from diffalign.runs.session import train
 from diffalign.types import Media, Prompts
 from reward_models import _clip, hpsv2
 from tests.kit.helpers import tiny_config
@@ -407,3 +410,64 @@ def test_full_size_weights_load_as_published_and_score(name, tmp_path):
     assert slope.abs().max() > 0
     again = reward(Media(pixels.detach()[:1]), prompts.select([0]))
     torch.testing.assert_close(again, scores.detach()[:1], rtol=1e-3, atol=1e-4)
+
+
+LEARNED = ("pickscore", "clipscore", "hpsv2.1")
+
+
+def placed(name, folder, checkpoint, monkeypatch):
+    if name.startswith("hps"):
+        monkeypatch.setattr(hpsv2.HPSv2, "architecture", "tiny-hps")
+        return load(f"{name}@{checkpoint.path}")
+    return load(f"{name}@{folder}")
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_m22_a_judge_in_bfloat16_is_near_and_has_a_gradient(name, folder, checkpoint, monkeypatch):
+    """Both have 8 binary digits: a score in [-1, 1] times its scale moves by less than one step of that. Held in float32, so that
+    differences of two pictures are finer than that step."""
+    media, prompts = given()
+    wide, narrow = placed(name, folder, checkpoint, monkeypatch), Narrow(placed(name, folder, checkpoint, monkeypatch))
+    assert {p.dtype for net in narrow.networks() for p in net.parameters()} == {torch.bfloat16}
+    apart, spread = difference(narrow, wide, media, prompts)
+    scale = float(wide(Media(media.pixels), prompts).abs().max())
+    assert 0 < apart < 2**-6 * max(scale, 1)
+    assert spread > 0
+    pixels = media.pixels.clone().requires_grad_()
+    scores = narrow(Media(pixels), prompts)
+    assert scores.dtype == torch.float32
+    (slope,) = torch.autograd.grad(scores.sum(), pixels)
+    assert slope.isfinite().all() and slope.abs().max() > 0
+    assert {p.dtype for net in wide.networks() for p in net.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_m22_judges_that_rest_score_the_same_and_leave_the_device(name, folder, checkpoint, monkeypatch):
+    media, prompts = given()
+    reward = placed(name, folder, checkpoint, monkeypatch)
+    moved = []
+    for net in reward.networks():
+        own = net.to
+        monkeypatch.setattr(net, "to", lambda *args, own=own: moved.append(str(args[0])) or own(*args))
+    with torch.no_grad():
+        before = reward(media, prompts)
+        Scorer({name: reward}).rest()
+        assert torch.equal(reward(media, prompts), before)
+    assert moved == ["cpu"] * 3  # called, at rest, called
+
+
+def test_training_is_judged_in_bfloat16_and_evaluations_in_float32(folder, tmp_path, capsys):
+    settings = tiny_config(
+        tmp_path / "run",
+        f"rewards={{pickscore@{folder}: 1.0}}",
+        "eval_rewards=[]",
+        "memory.judge_precision=bfloat16",
+        "updates=1",
+    )
+    train(settings)
+    said = capsys.readouterr()
+    assert "in bfloat16: scores of " in said.out + said.err
+    parts = build(settings, lambda line: None)
+    for scorer, dtype in ((parts.scorer, torch.bfloat16), (parts.judges, torch.float32)):
+        (reward,) = scorer.rewards.values()
+        assert {p.dtype for net in reward.networks() for p in net.parameters()} == {dtype}
