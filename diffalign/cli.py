@@ -7,7 +7,7 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,20 +18,8 @@ from diffalign import config as configs
 from diffalign.errors import LONGEST, Fault, Interrupted, UserError, shortened
 from diffalign.evaluation.task import SUITES
 from diffalign.runtime import launcher
-from diffalign.runtime.options import Number, Place
-from diffalign.runtime.precision import PRECISIONS, QUANTIZE
+from diffalign.runtime.options import A_CALL, A_CONFIG, VRAM, Number, Place
 from diffalign.runtime.streams import forgive
-
-
-def options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Several decorators as one."""
-
-    def decorate(command: Any) -> Any:
-        for decorator in reversed(given):
-            command = decorator(command)
-        return command
-
-    return decorate
 
 
 def show(lines: Iterable[object]) -> None:
@@ -40,23 +28,21 @@ def show(lines: Iterable[object]) -> None:
         click.echo(str(line))
 
 
-A_CONFIG = options(click.argument("config"), click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."))
-A_CALL = options(
-    click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True),
-    click.option("--steps", type=click.IntRange(1, 1000), help="Sampling steps [default: as trained]."),
-    click.option("--guidance", type=Number(0, 1000), help="Guidance scale [default: as trained]."),
-    click.option("--set", "arguments", multiple=True, metavar="KEY=VALUE", help="A further argument of the call."),
-    click.option(
-        "--precision", "--dtype", type=click.Choice(tuple(PRECISIONS)), help="Of the model [default: as trained]."
-    ),
-    click.option("--quantize", type=click.Choice(QUANTIZE), help="What the denoiser is held in [default: as trained]."),
-)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(diffalign.__version__, prog_name="diffalign")
 def app() -> None:
     """Align image and video diffusion models with a reward. The update rule is one word in the config."""
+
+
+def _settings(config: str, overrides: tuple[str, ...], vram: float | None) -> configs.Config:
+    """A config, fitted into memory where that is asked for."""
+    if vram is None:
+        return configs.load(config, overrides)
+    from diffalign.planning import vram as cards
+
+    settings, fit = cards.fitted(config, overrides, vram)
+    show(cards.verdict(vram, fit))
+    return settings
 
 
 @app.command()
@@ -64,11 +50,12 @@ def app() -> None:
 @click.option("--fresh", is_flag=True, help="Start over; what the run folder holds of this run is deleted.")
 @click.option("--change", is_flag=True, help="Go on with other settings or files than the run began with.")
 @click.option("--quiet", is_flag=True, help="Print nothing but the result.")
-def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, quiet: bool) -> None:
+@VRAM
+def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, quiet: bool, vram: float | None) -> None:
     """Train CONFIG, a path or a name such as flow_grpo/shapes-sd3. The same command again resumes."""
     from diffalign.runs.folder import open_run
 
-    settings = configs.load(config, overrides)
+    settings = _settings(config, overrides, vram)
     folder = open_run(settings, fresh, change) if launcher.leads() else None  # refused before torch is imported
     from diffalign.runs import session
 
@@ -139,8 +126,9 @@ def export(folder: Path, out: Path) -> None:
 @A_CONFIG
 @click.option("--preview", type=Place(dir_okay=False, path_type=Path), help="A picture of samples; loads weights.")
 @click.option("--card", help="Bound on a card's peak: a100, h200, ...")
-def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: str | None) -> None:
-    """Say what one update of CONFIG does and costs; loads no weights."""
+@VRAM
+def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: str | None, vram: float | None) -> None:
+    """Say what one update of CONFIG does and costs, and with --vram first whether it fits; loads no weights."""
     settings = configs.load(config, overrides)
     if preview is not None:
         from diffalign.planning import preview as previews
@@ -149,7 +137,14 @@ def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: st
         return
     from diffalign.planning import cost
 
-    show(cost.count(settings).lines(*cost.bound(card)))
+    known = None
+    if vram is not None:
+        from diffalign.planning import vram as cards
+
+        settings, fit = cards.fitted(config, overrides, vram)
+        show(cards.verdict(vram, fit))
+        known = fit.facts
+    show(cost.count(settings, known).lines(*cost.bound(card)))
 
 
 @app.command()

@@ -146,6 +146,12 @@ class MemorySection(Settings):
         description="of learned rewards in training; evaluations are judged in float32, by a copy of their own",
         json_schema_extra=ASKED,
     )
+    encode_on: Literal["device", "cpu"] = Field(
+        "device",
+        description="where prompts are encoded for prompts.cache; cpu: for text encoders that are larger than the card",
+    )
+    vram: float | None = Field(None, gt=0, le=1e4, description="GiB that the settings were chosen for by --vram")
+    counted: float | None = Field(None, gt=0, description="GiB that the run takes, as --vram counted")
 
 
 class EvaluationConfig(Settings):

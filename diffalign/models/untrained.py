@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,19 @@ def shell(folder: Path, kind: str, dtype: torch.dtype) -> Any:
         return None
     with torch.device("meta"):
         return made.from_config(made.load_config(folder)).to(dtype)  # type: ignore[attr-defined]
+
+
+def alike(folder: Path, kind: str, settings: dict[str, Any]) -> bool:
+    """Whether a folder's config is of one of diffusers' classes with these settings and the defaults of all others."""
+    import diffusers
+
+    own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if own.get("_class_name") != kind:
+        return False
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters.items()
+    defaults = {key: p.default for key, p in parameters if p.default is not inspect.Parameter.empty}
+    said = ((own.get(key, defaults.get(key)), value) for key, value in {**defaults, **settings}.items())
+    return all(json.dumps(mine, default=str) == json.dumps(theirs, default=str) for mine, theirs in said)
 
 
 @contextmanager

@@ -39,6 +39,27 @@ def known() -> dict[str, Any]:
     return json.loads((Path(__file__).parent / "architectures.json").read_text(encoding="utf-8"))
 
 
+@cache
+def name_of(model: str) -> str | None:
+    """The table's name of a hub id, or of a local folder whose denoisers are of the same class and settings; None if there is none."""
+    if model in known():
+        return model
+    return next((name for name, facts in known().items() if _alike(Path(model), facts["denoisers"])), None)
+
+
+def _alike(folder: Path, denoisers: dict[str, Any]) -> bool:
+    """Whether a folder's denoisers are those of an entry, by their configs."""
+    present = {name for name in adapters.DENOISERS if (folder / name / "config.json").is_file()}
+    return present == set(denoisers) and all(
+        untrained.alike(folder / name, kind, settings) for name, (kind, settings) in denoisers.items()
+    )
+
+
+def entry(config: Config) -> dict[str, Any]:
+    """A config's model in the table."""
+    return known()[str(name_of(config.model))]
+
+
 def sizes(config: Config) -> Sizes:
     """Sizes that shapes name: h8 is height / 8, f4 the latent frames at four to one, text the tokens of a prompt.
 
@@ -53,7 +74,7 @@ def sizes(config: Config) -> Sizes:
     named = {f"{key[0]}{by}": call[key] // by for key in ("height", "width") for by in (8, 16, 32)}
     frames = int(call.get("num_frames", 1))
     named |= {f"f{by}": (frames - 1) // by + 1 for by in (4, 8)}
-    return named | {"text": int(call.get("max_sequence_length", known()[config.model]["text"]))}
+    return named | {"text": int(call.get("max_sequence_length", entry(config)["text"]))}
 
 
 def dimension(value: Any, given: Sizes) -> Any:
@@ -65,7 +86,7 @@ def dimension(value: Any, given: Sizes) -> Any:
 
 def predictions(config: Config) -> int:
     """Network rows that one sample takes at a step."""
-    scale, kind = config.sampler.guidance_scale, known()[config.model]["guidance"]
+    scale, kind = config.sampler.guidance_scale, entry(config)["guidance"]
     if kind == "true_cfg":
         return 2 if config.sampler.pipeline_args.get("true_cfg_scale", 1) > 1 else 1
     above = {"cfg": 1.0, "cfg0": 0.0}.get(kind, math.inf)
@@ -76,8 +97,7 @@ def denoisers(config: Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The denoisers on the meta device with their LoRA, and its parameters."""
     with untrained.meta(config.precision):
         modules = {
-            name: untrained.component(kind, settings)
-            for name, (kind, settings) in known()[config.model]["denoisers"].items()
+            name: untrained.component(kind, settings) for name, (kind, settings) in entry(config)["denoisers"].items()
         }
         lora = config.lora
         trained = adapters.attach(SimpleNamespace(**modules), lora.rank, lora.alpha, lora.targets, config.seed)
@@ -94,12 +114,17 @@ class Held:
 
 @dataclass(frozen=True)
 class Row:
-    """What one sample takes: FLOPs of the forward pass, of that and all that its gradient takes; memory, plain and block by block."""
+    """What one sample takes: FLOPs of the forward pass, of that and all that its gradient takes; bytes at once without a graph; memory with
+    one, plain and block by block."""
 
     forward: float
     both: float
+    quiet: float
     plain: Held
     blocks: Held
+
+
+NOTHING = Row(0.0, 0.0, 0.0, Held(0.0, 0.0), Held(0.0, 0.0))
 
 
 class _Flops(TorchDispatchMode):
@@ -122,12 +147,14 @@ def _row(run: Callable[[], torch.Tensor], module: torch.nn.Module) -> Row:
             output = run()
             forward = flops.total
             output.sum().backward()
+        with torch.no_grad(), Live() as live:
+            run()
         plain = _held(run, module)
         blocks = plain
         if by_blocks(module):
             blocks = _held(run, module)
             module.disable_gradient_checkpointing()  # type: ignore[operator]
-    return Row(forward, flops.total, plain, blocks)
+    return Row(forward, flops.total, float(live.peak), plain, blocks)
 
 
 def _held(run: Callable[[], torch.Tensor], module: torch.nn.Module) -> Held:
@@ -161,14 +188,22 @@ def _fused_attention() -> Iterator[None]:
 
 def decoder(config: Config) -> tuple[Row, int] | None:
     """What decoding one sample takes, and the autoencoder's parameters; None where it is not known."""
-    if "decoder" not in known()[config.model]:
+    if "decoder" not in entry(config):
         return None
-    kind, settings, shape = known()[config.model]["decoder"]
+    kind, settings, shape = entry(config)["decoder"]
     with untrained.meta(config.precision):
         module = untrained.component(kind, settings)
         latent = torch.ones(dimension(shape, sizes(config)), requires_grad=True)
     row = _row(lambda: module.decode(latent, return_dict=False)[0], module)
     return row, sum(p.numel() for p in module.parameters())
+
+
+def encoded(config: Config) -> int:
+    """Numbers in the encoding of one prompt."""
+    given = sizes(config)
+    inputs = entry(config)["inputs"]
+    specs = [inputs[name] for name in ("encoder_hidden_states", "pooled_projections", "cap_feats") if name in inputs]
+    return sum(math.prod(dimension(spec["list"] if isinstance(spec, dict) else spec, given)) for spec in specs)
 
 
 def row(config: Config, module: torch.nn.Module) -> Row:
@@ -183,7 +218,7 @@ def row(config: Config, module: torch.nn.Module) -> Row:
         return [made(spec["list"])] if "list" in spec else {key: made(value) for key, value in spec.items()}
 
     with untrained.meta(config.precision):
-        inputs = {key: made(spec) for key, spec in known()[config.model]["inputs"].items()}
+        inputs = {key: made(spec) for key, spec in entry(config)["inputs"].items()}
 
     def run() -> torch.Tensor:
         output = module(**inputs, return_dict=False)[0]

@@ -7,26 +7,26 @@ step of the pipeline's own code, built from its configs with random weights.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from diffalign.backends.diffusers import DiffusersPolicy
-from diffalign.backends.toy import ToyPolicy, grid
+from diffalign.backends.toy import ToyPolicy
 from diffalign.config import Config
 from diffalign.errors import UserError, one_line
 from diffalign.models import lora as adapters
 from diffalign.models.untrained import random_pipeline
 from diffalign.planning import architectures, remarks
-from diffalign.processes import PROCESSES, Levels
+from diffalign.planning.demand import Demand, demand
+from diffalign.planning.facts import Facts, facts, parameters_of, toy
+from diffalign.processes import Levels
 from diffalign.prompts import book
 from diffalign.rewards.scorer import Scorer
 from diffalign.rules import Rule
 from diffalign.runs import parts as build
-from diffalign.runtime.precision import PRECISIONS
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.shapes import models
 from diffalign.training.fitting import fit
@@ -49,7 +49,7 @@ class Cost:
     flops: float
     decode_flops: float
     notes: tuple[str, ...]
-    memory: dict[str, float] = field(default_factory=dict)  # bytes by what takes them, where it is known
+    demand: Demand | None = None  # memory, where it is known
 
     def lines(self, rate: float, source: str) -> list[str]:
         """A report; `rate` in FLOP/s, and where it is from."""
@@ -62,14 +62,12 @@ class Cost:
         ]
         for number, terms in enumerate(self.plan.updates, 1):
             lines.append(f"step {number}      {', '.join(map(str, terms))}")
-        parts = ", ".join(f"{name} {taken / 2**30:.1f}" for name, taken in self.memory.items())
-        memory = [f"memory      {sum(self.memory.values()) / 2**30:.1f} GiB, counted: {parts}"] if self.memory else []
         return [
             *lines,
             f"samples     {self.samples}",
             f"rows        {self.rows_forward} forward, of them {self.rows_backward} with backward",
             f"stored      {self.stored_bytes / 2**20:.1f} MiB of trajectories",
-            *memory,
+            *(self.demand.lines() if self.demand else ()),
             f"parameters  {self.parameters / 1e6:.2f} M in the denoiser, {self.trained / 1e6:.3f} M trained",
             f"flops       {_big(self.flops)} network, {_big(self.decode_flops)} decoding, per update",
             f"bound       {total / rate:.2f} s an update at {_big(rate)}FLOP/s ({source})",
@@ -91,18 +89,20 @@ class Network:
     trained: int
 
 
-def count(config: Config) -> Cost:
-    """Count one update of a config.
+def count(config: Config, known: Facts | None = None) -> Cost:
+    """Count one update of a config; `known`: of its model, if they were counted before.
 
     Raises:
         UserError: if the model is neither embedded, nor a local folder, nor known by its architecture.
     """
     folder = models.path(config.model) or Path(config.model)
-    if not folder.exists() and config.model in architectures.known():
-        return _outline(config)
+    if not models.path(config.model) and architectures.name_of(config.model) is not None:
+        if config.make_rule().needs.graph_bytes:
+            raise UserError("rule.memory_gib: plan cannot fit depth and span into memory without the model's folder")
+        return _outline(config, known or facts(config))
     if not (folder / "model_index.json").is_file():
-        known = ", ".join([*models.names(), *architectures.known()])
-        raise UserError(f"model: got {config.model!r}; plan reads local folders, and knows {known}")
+        names = ", ".join([*models.names(), *architectures.known()])
+        raise UserError(f"model: got {config.model!r}; plan reads local folders, and knows {names}")
     try:
         with adapters.quiet():
             pipe = random_pipeline(folder)
@@ -118,64 +118,32 @@ def count(config: Config) -> Cost:
     notes = []
     if fit(rule, policy, Scorer({"toy": _toy_reward}), batch):
         notes.append("what is auto was fitted without the reward's own graph, which a run counts")
-    network = _network(policy, *_sizes(adapters.denoisers(pipe), trained))
+    network = _network(policy, *parameters_of(adapters.denoisers(pipe), trained))
     return _cost(config, rule, policy.levels, policy.schedule, network, notes)
 
 
-def _sizes(modules: dict[str, Any], trained: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """Parameters of modules without the LoRA in them, and of the LoRA."""
-    own = sum(p.numel() for p in trained.values())
-    return sum(p.numel() for m in modules.values() for p in m.parameters()) - own, own
-
-
-def _outline(config: Config) -> Cost:
+def _outline(config: Config, found: Facts) -> Cost:
     """The same for a model on the hub, from its architecture alone."""
-    modules, trained = architectures.denoisers(config)
-    row, decoder = architectures.row(config, next(iter(modules.values()))), architectures.decoder(config)
-    sampler, given = config.sampler, architectures.sizes(config)
-    kind = PROCESSES[sampler.process].kind
-    toy = ToyPolicy(process=sampler.process, noise_level=sampler.noise_level, levels=grid(kind, sampler.steps))
-    parameters, own = _sizes(modules, trained)
-    latent = int(np.prod(architectures.dimension(architectures.known()[config.model]["latent"], given)))
-    nothing = architectures.Held(0.0, 0.0)
-    decode = decoder[0] if decoder else architectures.Row(0.0, 0.0, nothing, nothing)
+    given = architectures.sizes(config)
+    chain = toy(config)
+    latent = int(np.prod(architectures.dimension(architectures.entry(config)["latent"], given)))
     network = Network(
-        architectures.predictions(config), row.forward, row.both, decode.forward, decode.both, latent, parameters, own
+        found.rows,
+        found.row.forward,
+        found.row.both,
+        found.decode.forward,
+        found.decode.both,
+        latent,
+        found.linear + found.other,
+        found.trained,
     )
-    notes = ["the model is known by its architecture alone: noise levels are even ones, rewards are not counted"]
-    if decoder is None:
+    notes = ["the model is known by its architecture alone: noise levels are even ones"]
+    if not found.decoder:
         notes.append("its decoder is not known here and not counted")
-    rule = config.make_rule()
-    if rule.needs.graph_bytes:
-        raise UserError("rule.memory_gib: plan cannot fit depth and span into memory without the model's folder")
-    counted = _cost(config, rule, toy.levels, toy.schedule, network, notes)
-    copies = 4 + len(rule.decays(0)) + (config.optimizer.ema is not None)
-    memory = {
-        "denoiser": counted.parameters * PRECISIONS[config.precision],
-        "autoencoder": (decoder[1] if decoder else 0) * PRECISIONS[config.precision],
-        "text encoders": float(architectures.known()[config.model]["encoders"]) * PRECISIONS[config.precision],
-        "what is trained": 4
-        * copies
-        * counted.trained,  # float32: itself, its gradient, Adam's two moments, slow copies
-        "graph": _graph(config, counted.plan, network.calls, row, decode),
-    }
-    if config.prompts.cache is not None:
-        del memory["text encoders"]
-    return replace(counted, memory={name: float(taken) for name, taken in memory.items() if taken})
-
-
-def _graph(config: Config, plan: Plan, calls: int, row: architectures.Row, decode: architectures.Row) -> float:
-    """Bytes that the largest term of a micro-batch takes at once, from what a row and the decoder take for one sample."""
-    span = max(term.stop - term.start if term.through == "reward" else 1 for terms in plan.updates for term in terms)
-    blocks, spans = config.checkpoint in ("blocks", "both"), config.checkpoint in ("spans", "both")
-    step, last = (part.blocks if blocks else part.plain for part in (row, decode))
-    kept = 0.0 if spans else step.kept  # whole calls that run again keep next to nothing
-    alone = 0.0 if spans else last.kept
-    if not plan.pathwise:
-        last, alone = architectures.Held(0.0, 0.0), 0.0
-    # Every step's graph is there while the decoder's, or the last step's, is taken a gradient of.
-    most = span * kept * calls + max(calls * (step.peak - kept), last.peak, alone)
-    return most * config.optimizer.micro_batch
+    if found.plan.pathwise:
+        notes.append("what the rewards' own graph takes is not counted")
+    counted = _cost(config, config.make_rule(), chain.levels, chain.schedule, network, notes)
+    return replace(counted, demand=demand(config, found))
 
 
 def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, network: Network, notes: list[str]) -> Cost:

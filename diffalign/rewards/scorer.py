@@ -42,11 +42,14 @@ class Scorer:
     Args:
         rewards: rewards, or functions that are wrapped as such.
         weights: of each; 1 where left out.
+        offload: whether networks of rewards are on the device one at a time, and none of them once all is scored.
     """
 
-    def __init__(self, rewards: Callables, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, rewards: Callables, weights: Mapping[str, float] | None = None, offload: bool = False) -> None:
         self.rewards: dict[str, Reward] = {name: as_reward(reward) for name, reward in rewards.items()}
         self.weights = dict.fromkeys(self.rewards, 1.0) if weights is None else dict(weights)
+        self._offload = offload
+        self._there: Reward | None = None  # whose network is on the device
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._proved: set[str] = set()  # those that were found to depend on the pixels
 
@@ -56,9 +59,18 @@ class Scorer:
             reward.greet(say)
 
     def rest(self) -> None:
-        """Let all rewards leave the device until they are asked again."""
-        for reward in self.rewards.values():
-            reward.rest()
+        """All is scored: networks leave the device until they are asked again, if they are to."""
+        if self._offload:
+            for reward in self.rewards.values():
+                reward.rest()
+            self._there = None
+
+    def _alone(self, reward: Reward) -> None:
+        """Let the network that was asked last leave for another one."""
+        if self._offload and reward.networks() and self._there is not reward:
+            if self._there is not None:
+                self._there.rest()
+            self._there = reward
 
     # -- without gradient
 
@@ -79,6 +91,7 @@ class Scorer:
                 work = functools.partial(_scored, name, reward, copy, prompts)
                 answers[name] = self._thread(name).submit(work).result
             else:
+                self._alone(reward)
                 values = _scored(name, reward, media, prompts)
                 answers[name] = functools.partial(lambda values: values, values)
 

@@ -84,11 +84,13 @@ def encode_first(config: Config, world: World, say: Callable[[str], None]) -> Ke
     folder, budget = Path(settings.cache).expanduser(), settings.cache_gib * 2**30
     say(f"encoding {len(texts)} prompts, or finding them in {folder}")
 
+    where = "cpu" if config.memory.encode_on == "cpu" else device(config)
+
     def encode() -> tuple[Kept | None, str, int]:
-        pipe, _ = _loaded(config, "encoders")
+        pipe, _ = _loaded(config, "encoders", where)
         taken = sum(p.nbytes for name in encoders.present(pipe) for p in getattr(pipe, name).parameters())
         arguments = call_arguments(sampler.steps, sampler.guidance_scale, sampler.pipeline_args)
-        where, mine = device(config), texts[world.rank :: world.size]
+        mine = texts[world.rank :: world.size]
         return *encoders.encode_all(pipe, arguments, where, folder, budget, texts, mine), taken
 
     kept, why_not, taken = world.together(encode)
@@ -100,11 +102,11 @@ def encode_first(config: Config, world: World, say: Callable[[str], None]) -> Ke
     return kept
 
 
-def _loaded(config: Config, part: loading.Part) -> tuple[Any, loading.Place]:
+def _loaded(config: Config, part: loading.Part, where: str) -> tuple[Any, loading.Place]:
     return loading.load(
         config.model,
         getattr(torch, config.precision),
-        device(config),
+        where,
         config.revision,
         config.weights,
         "none" if part == "encoders" else config.memory.quantize,
@@ -114,7 +116,7 @@ def _loaded(config: Config, part: loading.Part) -> tuple[Any, loading.Place]:
 
 def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None = None) -> Parts:
     """Load the pipeline, attach the LoRA, load the rewards; `say` hears what is waited for. kept: from `encode_first`."""
-    pipe, place = _loaded(config, "rest" if kept is not None and kept.complete else "all")
+    pipe, place = _loaded(config, "rest" if kept is not None and kept.complete else "all", device(config))
     if config.attention == "xformers":
         loading.use_xformers(pipe)
     parameters = _lora(config, pipe)
@@ -122,7 +124,9 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     judging = dict.fromkeys([*config.eval_rewards, *config.rewards])
     judges = {name: _reward(config, name, say) for name in judging}
     training = {name: _narrowed(config, name, judges[name], say) for name in config.rewards}
-    return Parts(place, policy(config, pipe, parameters, kept), Scorer(training, config.rewards), Scorer(judges))
+    offload = config.memory.judges == "offloaded"
+    scorers = Scorer(training, config.rewards, offload), Scorer(judges, offload=offload)
+    return Parts(place, policy(config, pipe, parameters, kept), *scorers)
 
 
 def _reward(config: Config, name: str, say: Callable[[str], None]) -> Reward:
@@ -212,7 +216,6 @@ def trainer(config: Config, parts: Parts, world: World, say: Callable[[str], Non
         seed=config.seed,
         world=world,
         max_invalid=config.scoring.max_invalid,
-        rest=config.memory.judges == "offloaded",
         notify=say,
     )
     batch = made.draw(0).select(range(parts.policy.micro_batch))

@@ -226,8 +226,7 @@ class Session:
                 return fitting(policy, work, self.reporter.say)
 
         scores = self.world.gather((rows, self.world.together(own)))
-        if self.config.memory.judges == "offloaded":
-            self.fixed.scorer.rest()
+        self.fixed.scorer.rest()
         summary = self.judged.keep(scores, update)
         self.listeners.evaluated(Evaluated(update, summary))
         return summary

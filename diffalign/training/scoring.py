@@ -48,13 +48,12 @@ class Clock:
 class Sampling:
     """Samples by a policy and asks a scorer.
 
-    log_probs: whether scores carry the log-probs of the rollout's edges; rest: whether rewards leave the device once all is scored.
+    log_probs: whether scores carry the log-probs of the rollout's edges.
     """
 
     policy: TrainablePolicy
     scorer: Scorer
     log_probs: bool = False
-    rest: bool = False
 
     def run(self, prompts: Prompts, plan: Plan, clock: Clock) -> tuple[Rollout, Scores | None]:
         """Sample and, if that goes to the end, score: rewards in the background work while the next micro-batch is sampled."""
@@ -85,8 +84,7 @@ class Sampling:
         """Wait for the scores of a rollout's micro-batches."""
         with clock("reward"):
             parts = [answer() for answer in begun]
-            if self.rest:
-                self.scorer.rest()
+            self.scorer.rest()
         steps = range(rollout.plan.stop) if self.log_probs else ()
         return Scores(
             {name: np.concatenate([part.by_name[name] for part in parts]) for name in self.scorer.rewards},

@@ -46,7 +46,6 @@ class Trainer:
         term_norms: also return the gradient norm of every term.
         world: the processes that share the work; each samples its own micro-batches, as large as the policy's are now.
         max_invalid: share of an update's samples that may be without a score.
-        rest: whether rewards leave the device between an update's scores and the next's.
         notify: told what a user should know.
     """
 
@@ -63,13 +62,12 @@ class Trainer:
         term_norms: bool = False,
         world: World = ALONE,
         max_invalid: float = 1.0,
-        rest: bool = False,
         notify: Callable[[str], None] = print,
     ) -> None:
         self.rule, self.policy, self.scorer, self.optimizer, self.draw = rule, policy, scorer, optimizer, draw
         self.max_grad_norm, self.seed, self.max_invalid, self.notify = max_grad_norm, seed, max_invalid, notify
         self.world, self.dealt = world, policy.micro_batch
-        self.sampling = Sampling(policy, scorer, rule.needs.log_probs, rest)
+        self.sampling = Sampling(policy, scorer, rule.needs.log_probs)
         self.backward = Backward(rule, policy, scorer, term_norms or rule.needs.term_norms)
         self.whole = True  # the parameters are those after some update, not those within one
         policy.add_shadows(rule.decays(0))

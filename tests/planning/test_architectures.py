@@ -3,11 +3,14 @@
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from click.testing import CliRunner
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffalign import config
 from diffalign.cli import app
@@ -92,13 +95,20 @@ def test_flops_are_those_of_its_linear_layers_and_its_attention():
     """FLUX.1 at 512 x 512: 2 in out a token in every linear layer, and 4 N^2 width in each of 57 attentions of N = 1024 + 256 tokens."""
     settings = config.load("flow_grpo/flux-dev")
     modules, _ = architectures.denoisers(settings)
-    counted = []
-    layers = [layer for layer in modules["transformer"].modules() if isinstance(layer, torch.nn.Linear)]
-    for layer in layers:
-        layer.register_forward_hook(lambda m, args, out: counted.append(2 * args[0].numel() * m.out_features))
+    counted, rank = [], settings.lora.rank
+    lora = [layer for layer in modules["transformer"].modules() if isinstance(layer, BaseTunerLayer)]
+    inside = {id(part) for layer in lora for part in layer.modules() if part is not layer}
+    plain = [p for p in modules["transformer"].modules() if isinstance(p, torch.nn.Linear) and id(p) not in inside]
+    for layer in [*plain, *lora]:
+        more = rank * (layer.in_features + layer.out_features) if layer in lora else 0
+        layer.register_forward_hook(
+            lambda m, args, out, more=more: counted.append(
+                2 * args[0].numel() // m.in_features * (m.in_features * m.out_features + more)
+            )
+        )
     row = architectures.row(settings, modules["transformer"])
     forward, both = row.forward, row.both
-    assert forward == pytest.approx(sum(counted[: len(layers)]) + 57 * 4 * 1280**2 * 3072, rel=1e-3)
+    assert forward == pytest.approx(sum(counted[: len(plain) + len(lora)]) + 57 * 4 * 1280**2 * 3072, rel=1e-3)
     assert 2 * forward < both < 2.2 * forward  # frozen weights need no gradient of their own
 
 
@@ -111,7 +121,10 @@ def test_sizes_are_asked_for_and_cards_have_a_bound():
     assert done.exit_code == 0, done.output
     assert "989.0 TFLOP/s (the dense bfloat16 peak of the h200 by its data sheet)" in done.output
     assert "known by its architecture alone" in done.output
-    assert "GiB, counted: denoiser 22.2, autoencoder 0.2, what is trained" in done.output
+    assert (
+        "GiB, counted, the most while training: denoiser 22.2, autoencoder 0.2, encoded prompts 1.0, what is trained"
+        in done.output
+    )
 
 
 def test_a_row_counts_products_and_what_the_gradient_keeps():
@@ -155,14 +168,16 @@ def test_our_counter_is_torch_s_own():
 
 def test_memory_counts_encoders_graphs_and_slow_copies():
     few = ["prompts.cache=null", "memory.checkpoint=none", "optimizer.micro_batch=2"]
-    base = cost.count(config.load("truncated_bp/sd15", [*few, "rule.depth=1", "optimizer.ema=null"])).memory
-    deep = cost.count(config.load("truncated_bp/sd15", [*few, "rule.depth=3", "optimizer.ema=0.9"])).memory
+    base, deep = (
+        cost.count(config.load("truncated_bp/sd15", [*few, *more])).demand.phases["training"]
+        for more in (("rule.depth=1", "optimizer.ema=null"), ("rule.depth=3", "optimizer.ema=0.9"))
+    )
     settings = config.load("truncated_bp/sd15")
     row = architectures.row(settings, architectures.denoisers(settings)[0]["unet"])
     assert base["text encoders"] == 2 * 123_060_480
     assert deep["graph"] - base["graph"] == 2 * 2 * 2 * row.plain.kept  # two steps more, of two samples, with guidance
     assert deep["what is trained"] * 4 == base["what is trained"] * 5
-    assert "text encoders" not in cost.count(settings).memory
+    assert "text encoders" not in cost.count(settings).demand.phases["training"]
 
 
 def spelled(pattern: str) -> list[str]:
@@ -211,3 +226,20 @@ def test_every_embedded_pipeline_is_planned_without_its_weights(name):
     found = cost.count(config.load(name))
     assert found.rows_forward > found.rows_backward > 0
     assert found.flops > 1e9
+
+
+def test_a_local_copy_is_known_by_its_configs(tmp_path):
+    """A fine-tune of a known architecture is counted as that; one of another width, or without one of two experts, is not."""
+    for model, facts in architectures.known().items():
+        folder = tmp_path / model.replace("/", "-")
+        with torch.device("meta"):
+            for name, (kind, settings) in facts["denoisers"].items():
+                getattr(diffusers, kind)(**settings).save_config(folder / name)
+        assert architectures.name_of(str(folder)) == model
+    path = tmp_path / "Wan-AI-Wan2.1-T2V-1.3B-Diffusers" / "transformer" / "config.json"
+    own = json.loads(path.read_text())
+    path.write_text(json.dumps({**own, "num_layers": 29}))
+    architectures.name_of.cache_clear()
+    assert architectures.name_of(str(path.parent.parent)) is None
+    shutil.rmtree(tmp_path / "Wan-AI-Wan2.2-T2V-A14B-Diffusers" / "transformer_2")
+    assert architectures.name_of(str(tmp_path / "Wan-AI-Wan2.2-T2V-A14B-Diffusers")) is None

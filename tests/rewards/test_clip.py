@@ -18,6 +18,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from diffalign.config import load as load_config
 from diffalign.errors import Fault, UserError
 from diffalign.rewards import catalog
+from diffalign.rewards.base import Wrapped
 from diffalign.rewards.check import check
 from diffalign.rewards.load import load
 from diffalign.rewards.narrow import Narrow, difference
@@ -451,7 +452,7 @@ def test_m22_judges_that_rest_score_the_same_and_leave_the_device(name, folder, 
         monkeypatch.setattr(net, "to", lambda *args, own=own: moved.append(str(args[0])) or own(*args))
     with torch.no_grad():
         before = reward(media, prompts)
-        Scorer({name: reward}).rest()
+        Scorer({name: reward}, offload=True).rest()
         assert torch.equal(reward(media, prompts), before)
     assert moved == ["cpu"] * 3  # called, at rest, called
 
@@ -471,3 +472,32 @@ def test_training_is_judged_in_bfloat16_and_evaluations_in_float32(folder, tmp_p
     for scorer, dtype in ((parts.scorer, torch.bfloat16), (parts.judges, torch.float32)):
         (reward,) = scorer.rewards.values()
         assert {p.dtype for net in reward.networks() for p in net.parameters()} == {dtype}
+
+
+def test_judges_that_are_offloaded_are_on_the_device_one_at_a_time(folder, checkpoint, monkeypatch):
+    media, prompts = given()
+    there, rewards = set(), {name: placed(name, folder, checkpoint, monkeypatch) for name in LEARNED}
+    most = []
+    for name, reward in rewards.items():
+
+        def rest(name=name):
+            there.discard(name)
+
+        def ask(media, prompts, name=name, own=reward.networks):
+            there.add(name)
+            most.append(len(there))
+            return torch.zeros(len(prompts))
+
+        fake = type("Fake", (Wrapped,), {"networks": lambda self: [torch.nn.Identity()]})(ask)
+        fake.rest = rest
+        rewards[name] = fake
+    scorer = Scorer(rewards, offload=True)
+    for _ in range(2):
+        scorer.scores(media, prompts)
+    assert most == [1] * 6
+    scorer.rest()
+    assert not there
+    resident = Scorer(rewards)
+    resident.scores(media, prompts)
+    resident.rest()
+    assert len(there) == 3

@@ -1,0 +1,119 @@
+"""What a run takes of a card's memory: counted by phase, from what one row of the network and one decoded sample take.
+
+Everything here is arithmetic on `Facts`, which do not depend on how memory is used: settings are tried out without counting again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffalign.config import Config
+from diffalign.planning.architectures import Held
+from diffalign.planning.facts import Facts
+from diffalign.rewards.catalog import find
+from diffalign.runtime.precision import PRECISIONS, QUANTIZED
+
+GIB = 2**30
+CONTEXT = 1.0 * GIB  # the driver's context, kernels, and what the allocator cannot use between tensors
+ENCODED = 1.0 * GIB  # of encoded prompts that are kept in memory at most
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes by what takes them, in each phase of a run; what the device must have is the largest phase's sum."""
+
+    phases: dict[str, dict[str, float]]
+
+    @property
+    def largest(self) -> str:
+        """The phase that takes the most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def total(self) -> float:
+        """Bytes that the device must have."""
+        return sum(self.phases[self.largest].values())
+
+    def lines(self) -> list[str]:
+        """A report."""
+        most = {name: taken for name, taken in self.phases[self.largest].items() if taken >= 0.05 * GIB}
+        others = [f"{phase} {sum(p.values()) / GIB:.1f}" for phase, p in self.phases.items() if phase != self.largest]
+        parts = ", ".join(f"{name} {taken / GIB:.1f}" for name, taken in most.items())
+        return [
+            f"memory      {self.total / GIB:.1f} GiB, counted, the most while {self.largest}: {parts}",
+            f"            {', '.join(others)}",
+        ]
+
+
+def demand(config: Config, facts: Facts) -> Demand:
+    """What a run with a config takes."""
+    memory, width = config.memory, PRECISIONS[config.precision]
+    packed = QUANTIZED.get(memory.quantize, width)
+    encoders, context = {"text encoders": facts.encoders * width}, {"context": CONTEXT}
+    texts = len(config.book.texts) + 1
+    here = {
+        "denoiser": facts.linear * packed + facts.other * width,
+        "autoencoder": facts.decoder * width,
+        "encoded prompts": min(texts * facts.encoded * width, ENCODED),
+        **({} if config.prompts.cache is not None else encoders),
+    }
+    trained = FLOAT32 * facts.trained
+    training, evaluating = judges(config)
+    # Off the device between uses they come one at a time; through a reward's gradient all of them are asked at once.
+    offloaded = memory.judges == "offloaded"
+    always = 0.0 if offloaded else sum((training | evaluating).values())
+    scoring, judging = (max(each.values(), default=0.0) if offloaded else always for each in (training, evaluating))
+    learning = max(always, sum(training.values()) if facts.plan.pathwise else 0.0)
+    # A gradient is there in training alone.
+    rest = {"what is trained": trained * (facts.copies - 1)}
+    quiet = {"network and decoder": _quiet(config, facts)}
+    graph = {"what is trained": trained * facts.copies, "graph": _graph(config, facts)}
+
+    phases = {
+        "sampling": {**here, **rest, **quiet, "rewards": scoring, **context},
+        "training": {**here, **graph, "rewards": learning, **context},
+    }
+    if config.evaluation.enabled:
+        phases["evaluating"] = {**here, **rest, **quiet, "rewards": judging, **context}
+    if config.prompts.cache is not None and memory.encode_on == "device":
+        phases["encoding"] = {**encoders, **context}
+    return Demand(phases)
+
+
+def judges(config: Config) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes of learned rewards' networks, by network: those asked in training, and those that judge evaluations; one that does both is
+    there once."""
+    narrow = config.memory.judge_precision == "bfloat16"
+    training, evaluating = {}, {}
+    for name in dict.fromkeys([*config.rewards, *config.eval_rewards]):
+        entry = find(name)
+        own = narrow and entry.differentiable
+        if name in config.rewards:
+            training[f"{name} in bfloat16" if own else name] = entry.memory * GIB / (2 if own else 1)
+        if config.evaluation.enabled:
+            evaluating[name] = entry.memory * GIB
+    return training, evaluating
+
+
+def _quiet(config: Config, facts: Facts) -> float:
+    """Bytes that a micro-batch takes at once without a graph, in the network or the decoder."""
+    samples = config.optimizer.micro_batch
+    decoded = samples if config.memory.decode == "whole" else 1
+    # A decoded batch stays whole: three numbers a pixel are nothing beside the decoder's own.
+    return max(facts.rows * facts.row.quiet * samples, facts.decode.quiet * decoded)
+
+
+def _graph(config: Config, facts: Facts) -> float:
+    """Bytes that the largest term of a micro-batch takes at once."""
+    plan = facts.plan
+    span = max(term.stop - term.start if term.through == "reward" else 1 for terms in plan.updates for term in terms)
+    blocks, spans = config.checkpoint in ("blocks", "both"), config.checkpoint in ("spans", "both")
+    step, last = (part.blocks if blocks else part.plain for part in (facts.row, facts.decode))
+    kept = 0.0 if spans else step.kept  # whole calls that run again keep next to nothing
+    alone = 0.0 if spans else last.kept
+    if not plan.pathwise:
+        last, alone = Held(0.0, 0.0), 0.0
+    # Every step's graph is there while the decoder's, or the last step's, is taken a gradient of.
+    most = span * kept * facts.rows + max(facts.rows * (step.peak - kept), last.peak, alone)
+    return most * config.optimizer.micro_batch

@@ -1,0 +1,130 @@
+"""`--vram N`: the cheapest way of using memory that fits a card of N GiB, by the same count that `plan` prints.
+
+Only what changes no number of an update's geometry is changed: prompts, group size, steps, sizes of pictures and rank stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from diffalign import config as configs
+from diffalign.config import Config
+from diffalign.errors import UserError
+from diffalign.planning import architectures
+from diffalign.planning.demand import GIB, Demand, demand
+from diffalign.planning.facts import Facts, facts
+from diffalign.runtime.precision import PRECISIONS
+
+CACHE = "runs/encoded"
+# Cheapest in time first; each is taken besides those before it.
+LADDER: tuple[dict[str, Any], ...] = (
+    {},
+    {"memory.checkpoint": "blocks"},
+    {"memory.decode": "sliced"},
+    {"memory.judge_precision": "bfloat16"},
+    {"memory.judges": "offloaded"},
+    {"memory.quantize": "int8"},
+    {"memory.quantize": "nf4"},
+    {"memory.checkpoint": "both"},
+)
+GROWS, SHRINKS = 4, 4  # the micro-batch, before anything else is done
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was changed, as a config's keys, and what a run with it takes."""
+
+    chosen: dict[str, Any]
+    demand: Demand
+    facts: Facts
+
+
+def fitted(name: str, overrides: tuple[str, ...], vram: float) -> tuple[Config, Fitted]:
+    """A config with the cheapest settings that fit `vram` GiB, where it does not name others itself.
+
+    Raises:
+        UserError: if nothing does, with the least that would; or the model's memory is not known beforehand.
+    """
+    config = configs.load(name, overrides)
+    if architectures.name_of(config.model) is None:
+        known = ", ".join(architectures.known())
+        raise UserError(f"--vram: the memory that {config.model!r} takes is not known beforehand; known are {known}")
+    found = facts(config)
+    least = float("inf")
+    for chosen in _ways(config, found, vram):
+        tried = _with(config, chosen)
+        taken = demand(tried, found)
+        least = min(least, taken.total)
+        if taken.total <= vram * GIB:
+            kept = {**chosen, "memory.vram": vram, "memory.counted": round(taken.total / GIB, 1)}
+            lines = [f"{key}={value}" for key, value in kept.items()]
+            return configs.load(name, [*overrides, *lines]), Fitted(_changed(config, chosen), taken, found)
+    raise UserError(
+        f"--vram: got {vram:g}, {config.model} at this size takes {least / GIB:.1f} GiB at the least; allowed is that or more, a smaller "
+        "lora.rank or picture, or fewer rewards"
+    )
+
+
+def _ways(config: Config, found: Facts, vram: float) -> Iterator[dict[str, Any]]:
+    """Settings to try, cheapest first: rung by rung the largest micro-batch, then the smaller ones with everything on."""
+    named = set(configs.given(config))
+    own, whole = config.optimizer.micro_batch, config.samples_per_update
+    sizes = [own * GROWS // 2**k for k in range(20) if own * GROWS // 2**k >= 1]
+    sizes = [size for size in sizes if size <= whole and whole % size == 0] or [own]
+    few = [size for size in sizes if size * SHRINKS >= own]
+    chosen: dict[str, Any] = {} if config.prompts.cache is not None else {"prompts.cache": CACHE}
+    encoders = found.encoders * PRECISIONS[config.precision]
+    if encoders + GIB > vram * GIB:
+        chosen["memory.encode_on"] = "cpu"
+    for rung in LADDER:
+        free = {key: value for key, value in rung.items() if not _fixed(config, named, key)}
+        chosen = chosen | {key: value for key, value in free.items() if not _less(config, key, value)}
+        for size in few:
+            yield chosen | {"optimizer.micro_batch": size}
+    for size in sizes:
+        yield chosen | {"optimizer.micro_batch": size}
+
+
+def _fixed(config: Config, named: set[str], key: str) -> bool:
+    """Whether the user has decided it."""
+    section, _, inner = key.partition(".")
+    return key in named and getattr(getattr(config, section), inner) != "auto"
+
+
+def _less(config: Config, key: str, value: Any) -> bool:
+    """Whether the config does more already."""
+    order = ("none", "spans", "blocks", "both")
+    return key == "memory.checkpoint" and order.index(value) <= order.index(config.checkpoint)
+
+
+def _with(config: Config, chosen: dict[str, Any]) -> Config:
+    """The config with other values, unchecked: they are of the ladder."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in chosen.items():
+        section, _, inner = key.partition(".")
+        sections.setdefault(section, {})[inner] = value
+    changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=changed)
+
+
+def _changed(config: Config, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Of what was chosen, what differs from the config."""
+    settings = configs.settings(config)
+    flat = {
+        f"{section}.{key}": value
+        for section, values in settings.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    }
+    return {key: value for key, value in chosen.items() if flat.get(key) != value}
+
+
+def verdict(vram: float, fit: Fitted) -> list[str]:
+    """What `plan --vram` begins with."""
+    told = ", ".join(f"{key}={value}" for key, value in fit.chosen.items()) or "as the config has it"
+    return [
+        f"fits        {vram:g} GiB: {fit.demand.total / GIB:.1f} GiB, counted, not measured, at the most, while {fit.demand.largest}",
+        f"with        {told}",
+    ]
