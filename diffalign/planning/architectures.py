@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import addmm_flop, flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry
 
 from diffalign.config import Config
 from diffalign.errors import UserError
@@ -31,8 +31,8 @@ from diffalign.models.checkpointing import by_blocks
 from diffalign.runtime.memory import Live
 
 Sizes = dict[str, int]
-if torch.ops.aten.addmm_ not in flop_registry:  # torch counts the product that is added in place for nothing
-    register_flop_formula(torch.ops.aten.addmm_)(addmm_flop)
+# torch counts the product that is added in place for nothing.
+flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])
 
 
 @cache
