@@ -1,7 +1,8 @@
 """What one update costs over the network alone: python benchmarks/update_cost.py [CONFIG] [key=value ...]
 
 In one process, at equal micro-batch and threads, updates and pure network passes take turns. The pure passes call the denoiser
-on the same numbers of rows with fixed inputs: forward without graph for sampling, forward and backward for training.
+on the same numbers of rows with fixed inputs: forward without graph for sampling, forward and backward for training. They are made
+twice: with LoRA, and without it, where the gradient goes to the latents alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,31 @@ def captured_call(session: Session) -> tuple[Any, dict[str, Any]]:
     return module, seen[-1]
 
 
+def passes(module: Any, call: dict[str, Any], forward: int, backward: int) -> float:
+    """Seconds of so many calls, some of them with a gradient, which goes to the latents too."""
+    latent = next(name for name in ("hidden_states", "sample", "x") if name in call)
+    started = time.perf_counter()
+    with torch.no_grad():
+        for _ in range(forward - backward):
+            module(**call)
+    for _ in range(backward):
+        module(**call | {latent: call[latent].detach().requires_grad_()})[0].mean().backward()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def bare(session: Session) -> Iterator[None]:
+    """The network without LoRA, with a graph all the same."""
+    layers = adapters.layers(session.parts.pipe)
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 def main() -> None:
     """Measure, print, and keep the result with device and date."""
     name, *overrides = sys.argv[1:] or ["flow_grpo/shapes-sd3"]
@@ -56,15 +84,19 @@ def main() -> None:
         metrics = update.metrics
         if update.flat:
             continue
-        started = time.perf_counter()
-        with torch.no_grad():
-            for _ in range(forward - backward):
-                module(**call)
-        for _ in range(backward):
-            module(**call)[0].mean().backward()
-        network = time.perf_counter() - started
-        core = metrics["seconds/sample"] + metrics["seconds/train"]
-        rows.append({"core": core / network, "whole": metrics["seconds/total"] / network, "network_seconds": network})
+        network = passes(module, call, forward, backward)
+        with bare(session):
+            without = passes(module, call, forward, backward)
+        core, whole = metrics["seconds/sample"] + metrics["seconds/train"], metrics["seconds/total"]
+        rows.append(
+            {
+                "core": core / network,
+                "whole": whole / network,
+                "core_over_bare": core / without,
+                "network_seconds": network,
+                "bare_seconds": without,
+            }
+        )
     result = {
         "config": name,
         "overrides": overrides,

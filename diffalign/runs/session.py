@@ -133,6 +133,7 @@ class Session:
         batch = self.trainer.draw(0).select(range(self.policy.micro_batch))
         parts.introduce(config, made, batch, reporter.say)
         self.budget, self.spent, self.last = Budget(updates=config.updates), Spent(), Spent()
+        self.held: float | None = None  # GiB, once they were told
         self.skipped = self.nonfinite = self.unscored = 0  # updates; gradients and updates in a row
         self.stop, self.reach = Stop(), Reach(self.trainer)
 
@@ -182,6 +183,11 @@ class Session:
         if torch.cuda.is_available():
             row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["skipped"] = float(self.skipped)
+        if self.held is None and (counted := self.config.memory.counted) is not None and "memory_gib" in row:
+            self.held = row["memory_gib"]
+            self.reporter.say(
+                f"memory: {self.held:.1f} GiB were allocated at the most so far, {counted:.1f} counted with context"
+            )
         self.listeners.updated(Updated(self.done, self.config.updates, update, row))
         if self.nonfinite >= NONFINITE_LIMIT:
             raise Fault(

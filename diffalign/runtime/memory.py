@@ -57,7 +57,9 @@ def fitting(policy: Batched, work: Callable[[], T], notify: Callable[[str], None
             parameter.grad = None
         release()
         if policy.micro_batch == 1:
-            raise Fault(f"out of memory with one sample at a time ({problem}); try memory.checkpoint: both")
+            raise Fault(
+                f"out of memory with one sample at a time ({problem}); try memory.checkpoint: both, or --vram with what the card has"
+            )
         policy.micro_batch = max(1, policy.micro_batch // 2)
         notify(f"out of memory ({problem}): going on with optimizer.micro_batch {policy.micro_batch}")
 

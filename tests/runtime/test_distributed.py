@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from diffalign import config as configs
 from diffalign.runs import session
 from diffalign.runs.folder import read_rows
-from diffalign.runtime.distributed import World
+from diffalign.runtime.distributed import World, checksum
 from tests.kit.helpers import TINY
 from tests.kit.processes import launch
 
@@ -19,7 +21,7 @@ WORKER = """
 import json, os, sys
 import numpy as np, torch
 torch.set_num_threads(1)
-from diffalign.runtime.distributed import World
+from diffalign.runtime.distributed import World, checksum
 from tests.runtime import test_distributed
 world = World.join()
 getattr(test_distributed, sys.argv[1])(world, sys.argv[2])
@@ -221,3 +223,20 @@ def test_a_fault_in_one_process_ends_the_run_of_all(tmp_path):
     assert "process 1: RewardFailed: reward" in first.stderr
     assert "ConnectionError: reward server is down" in second.stderr
     assert "Traceback" not in first.stderr + second.stderr
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=40),
+    st.integers(0, 10**6),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_a_checksum_sees_a_bit_and_an_order(values, place, dtype):
+    tensor = torch.tensor(values, dtype=dtype)
+    assert checksum([tensor, tensor[:1]]) == checksum([tensor.clone(), tensor[:1]])
+    flipped = tensor.clone()
+    octets = flipped.view(torch.uint8)
+    octets[place % len(octets)] ^= 1 << place % 8
+    assert checksum([flipped]) != checksum([tensor])
+    turned = tensor.flip(0)
+    same = torch.equal(turned.view(torch.uint8), tensor.view(torch.uint8))
+    assert (checksum([turned]) == checksum([tensor])) == same

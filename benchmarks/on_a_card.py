@@ -1,0 +1,278 @@
+"""What a card does with full-size denoisers, random weights, nothing fetched: python benchmarks/on_a_card.py [OUT.json]
+
+For each preset, in a process of its own with a time limit: seconds and allocated bytes of a sampled and a trained micro-batch, by what is
+switched on; how near that is to what the card's products give; the count that `diffalign plan` makes beside what was allocated. Ten minutes
+on an H100. `--layers 2 --pixels 64` tries it on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+
+from diffalign import config as configs
+from diffalign.models import lora, untrained
+from diffalign.models.checkpointing import by_blocks
+from diffalign.planning import architectures
+from diffalign.planning.cost import matrix_rate
+from diffalign.runtime.memory import out_of_memory, peak_bytes, release
+
+GIB = 2**30
+# preset, rows of a micro-batch, base
+RUNS = (
+    ("ddpo/sd15", 8, "none"),
+    ("ddpo/sdxl", 2, "none"),
+    ("flow_grpo/sd35-medium", 8, "none"),
+    ("flow_grpo/z-image", 4, "none"),
+    ("flow_grpo/flux-dev", 4, "nf4"),
+    ("flow_grpo/wan21", 2, "none"),
+)
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def main() -> None:
+    """All presets, one process each; a result is written as soon as it is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "results" / "on_a_card.json")
+    parser.add_argument("--presets", nargs="*", default=[name for name, *_ in RUNS])
+    parser.add_argument("--layers", type=int, help="of each denoiser, to try the script")
+    parser.add_argument("--pixels", type=int, help="height and width, to try the script")
+    parser.add_argument("--seconds", type=float, default=95, help="limit of one preset")
+    parser.add_argument("--one", nargs=3, metavar=("PRESET", "ROWS", "BASE"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(measure(given.one[0], int(given.one[1]), given.one[2], given.layers, given.pixels)))
+        return
+    result: dict[str, Any] = {"machine": machine(), "rows": []}
+    for name, rows, base in RUNS:
+        if name in given.presets:
+            result["rows"].append(child(name, rows, base if CUDA else "none", given))
+            given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    card = torch.cuda.get_device_name() if CUDA else f"CPU, {platform.machine()}"
+    return {
+        "device": card,
+        "driver": torch.version.cuda or "",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "date": date.today().isoformat(),
+        "product_tflops": round(rate() / 1e12, 2),
+    }
+
+
+def rate() -> float:
+    """FLOP/s of a large product, in bfloat16 on a card."""
+    if not CUDA:
+        return matrix_rate()
+    a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    seconds = timed(lambda: a @ a)
+    return 2 * 8192**3 / seconds
+
+
+def child(name: str, rows: int, base: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One preset's result; what it died of, if it did: a fault of a card ends its process."""
+    command = [sys.executable, __file__, "--one", name, str(rows), base]
+    for key in ("layers", "pixels"):
+        command += [f"--{key}", str(value)] if (value := getattr(given, key)) else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=given.seconds, check=False)
+        lines = done.stdout.splitlines()
+        if done.returncode == 0 and lines:
+            return json.loads(lines[-1])
+        problem = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    except subprocess.TimeoutExpired:
+        problem = f"took longer than {given.seconds:g} s"
+    return {"preset": name, "rows": rows, "base": base, "problem": problem}
+
+
+def timed(work: Callable[[], Any], rounds: int = 3) -> float:
+    """Median seconds, after one call that is not counted."""
+    found = []
+    for k in range(rounds + 1):
+        if CUDA:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if CUDA:
+            torch.cuda.synchronize()
+        found += [time.perf_counter() - started] if k else []
+    return statistics.median(found)
+
+
+def measure(name: str, rows: int, base: str, layers: int | None, pixels: int | None) -> dict[str, Any]:
+    """One preset on this machine."""
+    size = [f"sampler.pipeline_args={{height: {pixels}, width: {pixels}, num_frames: 5}}"] if pixels else []
+    settings = configs.load(name, ["rewards={jpeg_compressibility: 1.0}", "eval_rewards=[]", *size])
+    facts = architectures.entry(settings)
+    (component, (kind, given)), *_ = facts["denoisers"].items()
+    given = smaller(kind, given, layers) if layers else given
+    with untrained.meta(settings.precision):
+        counted_on = getattr(diffusers, kind)(**given).requires_grad_(False)
+        lora.attach(SimpleNamespace(**{component: counted_on}), settings.lora.rank, settings.lora.alpha, None, 0)
+    row = architectures.row(settings, counted_on)
+    module = built(kind, given, base)
+    trained = lora.attach(SimpleNamespace(**{component: module}), settings.lora.rank, settings.lora.alpha, None, 0)
+    call = {key: batch(key, spec, settings, rows) for key, spec in facts["inputs"].items()}
+
+    def forward() -> torch.Tensor:
+        out = module(**call, return_dict=False)[0]
+        return torch.stack(out) if isinstance(out, list) else out
+
+    def sample() -> None:
+        with torch.no_grad():
+            forward()
+
+    def train() -> None:
+        forward().float().square().mean().backward()
+
+    with_lora = lora.layers(SimpleNamespace(**{component: module}))
+
+    def off() -> None:
+        with lora.disabled(with_lora):
+            forward()
+
+    train()  # gradients are there from now on
+    found: dict[str, Any] = {
+        "preset": name,
+        "rows": rows,
+        "base": base,
+        "trained_m": sum(p.numel() for p in trained.values()) / 1e6,
+    }
+    found["sample"] = result(sample, rows * row.forward, rows * row.quiet)
+    found["sample, no LoRA"] = result(off, None, None)
+    found["train"] = result(train, rows * row.both, rows * row.plain.peak)
+    with pefts_own():
+        found["sample, peft's products"], found["train, peft's products"] = (
+            result(sample, None, None),
+            result(train, None, None),
+        )
+    if by_blocks(module):
+        found["train, blocks"] = result(train, rows * (row.both + row.forward), rows * row.blocks.peak)
+        module.disable_gradient_checkpointing()
+    return found
+
+
+def result(work: Callable[[], Any], flops: float | None, counted: float | None) -> dict[str, Any]:
+    """Seconds, allocated GiB above what lay there, and beside them the count's."""
+    try:
+        seconds, peak = timed(work), peak_bytes(work)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        release()
+        return {"problem": "out of memory"}
+    found: dict[str, Any] = {"seconds": round(seconds, 4), "peak_gib": round(peak / GIB, 3)}
+    if counted is not None and flops is not None:
+        found |= {"tflops": round(flops / seconds / 1e12, 2), "counted_gib": round(counted / GIB, 3)}
+    return found
+
+
+@contextmanager
+def pefts_own() -> Iterator[None]:
+    """LoRA as peft multiplies it: in float32."""
+    from diffalign.models.products import _Lean
+
+    lean = _Lean.forward
+    _Lean.forward = PeftLinear.forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        _Lean.forward = lean  # type: ignore[method-assign]
+
+
+def smaller(kind: str, given: dict[str, Any], layers: int) -> dict[str, Any]:
+    """A denoiser's settings with few layers."""
+    takes = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    few = {key: layers for key in ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers") if key in takes}
+    if "dual_attention_layers" in given:
+        few["dual_attention_layers"] = [k for k in given["dual_attention_layers"] if k < layers]
+    return given | few
+
+
+def built(kind: str, given: dict[str, Any], base: str) -> Any:
+    """The denoiser on the device with random weights, its linear layers packed as `base` says."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        module = getattr(diffusers, kind)(**given).requires_grad_(False).eval()
+    torch.set_default_dtype(torch.float32)
+    if base == "nf4":
+        import bitsandbytes as bnb
+
+        for parent in list(module.modules()):
+            for name, layer in list(parent.named_children()):
+                if type(layer) is torch.nn.Linear:
+                    packed = bnb.nn.Linear4bit(
+                        layer.in_features, layer.out_features, layer.bias is not None, torch.bfloat16, quant_type="nf4"
+                    )
+                    packed.load_state_dict({key: value.cpu() for key, value in layer.state_dict().items()})
+                    setattr(parent, name, packed.to(DEVICE).requires_grad_(False))
+        release()
+    return module
+
+
+def batch(key: str, spec: Any, settings: configs.Config, rows: int) -> Any:
+    """An input of the denoiser for so many rows, by the table of architectures."""
+    sizes = architectures.sizes(settings)
+    if isinstance(spec, dict) and "value" in spec:
+        value = architectures.dimension(spec["value"], sizes)
+        return value * rows if key == "img_shapes" else value
+    if isinstance(spec, dict) and "list" in spec:
+        shape = architectures.dimension(spec["list"], sizes)
+        return [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(rows)]
+    if isinstance(spec, dict):
+        return {name: batch(name, inner, settings, rows) for name, inner in spec.items()}
+    shape = architectures.dimension(spec, sizes)
+    shape = [rows, *shape[1:]] if key == "time_ids" or "ids" not in key else shape
+    if key in ("timestep", "t", "guidance") or "mask" in key:
+        return torch.ones(shape, device=DEVICE, dtype=torch.bfloat16)
+    return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) * ("ids" not in key)
+
+
+def table(found: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    bound = found["machine"]["product_tflops"]
+    lines = [
+        f"{found['machine']['device']}, {found['machine']['date']}, products {bound:g} TFLOP/s",
+        "",
+        "| preset | rows | what | s a row | TFLOP/s | of the bound | peak GiB | counted |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in found["rows"]:
+        head = f"| {one['preset']} {one['base'].replace('none', '')} | {one['rows']} |"
+        if "problem" in one:
+            lines.append(f"{head} {one['problem']} | - | - | - | - | - |")
+        for what, got in ((key, value) for key, value in one.items() if isinstance(value, dict)):
+            if "problem" in got:
+                lines.append(f"{head} {what} | {got['problem']} | - | - | - | - |")
+                continue
+            speed = f"{got['tflops']:g} | {got['tflops'] / bound:.0%}" if "tflops" in got else "- | -"
+            lines.append(
+                f"{head} {what} | {got['seconds'] / one['rows']:.4f} | {speed} | {got['peak_gib']:g} | {got.get('counted_gib', '-')} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

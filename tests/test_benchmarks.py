@@ -1,0 +1,37 @@
+"""The benchmark for a card runs where there is none, with one layer a model, and its counts are what is allocated."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.kit import ROOT
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "flow_grpo/wan21",
+        "flow_grpo/sd35-medium",
+        *(pytest.param(f"flow_grpo/{n}", marks=pytest.mark.slow) for n in ("z-image", "flux-dev")),
+    ],
+)
+def test_on_a_card_runs_with_one_layer(preset, tmp_path):
+    command = [sys.executable, "benchmarks/on_a_card.py", str(tmp_path / "out.json"), "--presets", preset]
+    more = ["--layers", "1", "--pixels", "64", "--seconds", "240"]
+    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert "problem" not in found, found
+    for what in ("sample", "train", "train, blocks"):
+        assert found[what]["counted_gib"] == pytest.approx(found[what]["peak_gib"], rel=0.1, abs=0.002), what
+    assert found["train"]["peak_gib"] < found["train, peft's products"]["peak_gib"]
+    assert f"| {preset}  | " in done.stdout
+
+
+def test_a_preset_that_dies_is_a_row_that_says_so(tmp_path):
+    command = [sys.executable, "benchmarks/on_a_card.py", str(tmp_path / "out.json"), "--presets", "flow_grpo/wan21"]
+    subprocess.run([*command, "--seconds", "0.1"], cwd=ROOT, capture_output=True, check=True)
+    (found,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert found["problem"] == "took longer than 0.1 s"
