@@ -74,9 +74,8 @@ def main() -> None:
         cells = [short(row["cards"][card]) for card in CARDS]
         print(f"| {row['preset']} | {row['before']} | {row['now']} | {' | '.join(cells)} |")
     for card in CARDS:
-        print(
-            f"{card} GiB: before {sum(r['before'] <= card for r in rows)}, now {sum(r['cards'][card] is not None for r in rows)} of {len(rows)}"
-        )
+        before, now = sum(r["before"] <= card for r in rows), sum(r["cards"][card] is not None for r in rows)
+        print(f"{card} GiB: before {before}, now {now} of {len(rows)}")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ class Policy(Protocol):
 
     schedule: Schedule
     micro_batch: int  # roots per forward pass
+    adapts: bool  # whether that may become smaller where memory does not suffice
 
     def rollout(self, prompts: Prompts, plan: Plan, each: Callable[[Rollout], None] | None = None) -> Rollout: ...
     def transition(self, part: Rollout, step: int) -> Transition: ...

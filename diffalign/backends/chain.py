@@ -54,6 +54,7 @@ class ChainPolicy(Trained, ABC):
         gain = np.abs(self.noisy.prediction)
         self.schedule = Schedule(timestep, levels.alpha, levels.sigma, self.noisy.std, gain, levels.prediction)
         self.micro_batch = micro_batch
+        self.adapts = True
         self.rows_forward = 0
         self.rows_backward = 0
 

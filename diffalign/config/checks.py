@@ -118,6 +118,10 @@ def _check_names(config: Config, book: Book | None) -> list[str]:
         problems.append(f"weights: got {shown(config.weights)}, no file there; allowed is a .safetensors or .ckpt file")
     problems += _check_start(config)
     problems += _check_rewards(config, prompts)
+    if config.memory.shard != "none" and config.memory.quantize != "none":
+        problems.append(
+            f"memory.shard: got blocks with memory.quantize {config.memory.quantize}; allowed is one of the two"
+        )
     if config.attention == "xformers" and (mend := missing("xformers")):
         problems.append(f"attention: xformers is not installed; {mend}, or allowed is native")
     problems += [

@@ -133,6 +133,10 @@ class MemorySection(Settings):
         description="what the frozen denoiser's linear layers are held in: precision, 8 bits (torchao), or 4 (bitsandbytes, CUDA alone)",
         json_schema_extra=ASKED,
     )
+    shard: Literal["none", "blocks"] = Field(
+        "none",
+        description="of several processes: each has the whole denoiser, or a part of each of its blocks, gathered when it runs (FSDP2)",
+    )
     decode: Literal["whole", "sliced", "tiled"] = Field(
         "whole",
         description="how finished latents are decoded: a batch at once, sample by sample, or in overlapping tiles, which blends seams",

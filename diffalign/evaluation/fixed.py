@@ -122,6 +122,13 @@ def pictures(policy: Policy, prompts: Prompts) -> NDArray[np.uint8]:
     return np.concatenate([strips(to_uint8(policy.decode(part, part.x[-1]))) for part in _rollouts(policy, prompts)])
 
 
+@torch.no_grad()
+def accompany(policy: Policy, prompts: Prompts, times: int) -> None:
+    """Run the network as often as others do that hold it too and have more to draw."""
+    for _ in range(times):
+        next(_rollouts(policy, prompts))
+
+
 def _rollouts(policy: Policy, prompts: Prompts) -> Iterator[Rollout]:
     """Deterministic samples, a micro-batch at a time."""
     plan = Plan.deterministic(policy.schedule.steps)

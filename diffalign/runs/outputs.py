@@ -79,11 +79,15 @@ class Outputs:
         with published(self.config, self.parts.policy):
             lora_files.save(self.parts.pipe, folder, notes(self.config, self.parts, update).written())
 
-    def samples(self, update: int) -> None:
-        """A grid of samples, and their pixels, after some updates."""
+    def pictures(self) -> NDArray[np.uint8]:
+        """The samples that grids show."""
         shown = self.judged.prompts.select(self.judged.shown(self.config.output.samples))
         with published(self.config, self.parts.policy):
-            images = fitting(self.parts.policy, lambda: fixed.pictures(self.parts.policy, shown), self.say)
+            return fitting(self.parts.policy, lambda: fixed.pictures(self.parts.policy, shown), self.say)
+
+    def samples(self, update: int, images: NDArray[np.uint8] | None = None) -> None:
+        """A grid of samples, and their pixels, after some updates; `images`: if they were drawn already."""
+        images = self.pictures() if images is None else images
         (self.folder / "samples").mkdir(exist_ok=True)
         with whole(self._sample(update, "png")) as file:
             grid(images).save(file, "PNG")

@@ -23,6 +23,7 @@ from diffalign.rewards.catalog import find
 from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.narrow import Narrow, difference
 from diffalign.rewards.scorer import Scorer
+from diffalign.runtime import sharding
 from diffalign.runtime.distributed import World
 from diffalign.runtime.launcher import several
 from diffalign.runtime.memory import release
@@ -74,6 +75,30 @@ def device(config: Config) -> str:
     return kind
 
 
+def check(config: Config, world: World) -> None:
+    """Hold a config against the processes that are to run it.
+
+    Raises:
+        UserError: if some would have nothing to do, or could not hold a network together with the others.
+    """
+    micro, samples, size = config.optimizer.micro_batch, config.samples_per_update, world.size
+    if samples // micro < size:
+        raise UserError(
+            f"optimizer.micro_batch: got {micro}, {samples // micro} of them an update for {size} processes; allowed is at least one each"
+        )
+    if config.memory.shard == "none":
+        return
+    if size == 1:
+        raise UserError(
+            "memory.shard: got blocks, one process has nobody to share with; allowed is none, or torchrun with more"
+        )
+    if samples % (micro * size):  # they must run the network equally often
+        raise UserError(
+            f"optimizer.micro_batch: got {micro}, with memory.shard each of {size} processes has {samples / size:g} of an update's samples "
+            "and as many micro-batches as the others; allowed are divisors of that"
+        )
+
+
 def encode_first(config: Config, world: World, say: Callable[[str], None]) -> Kept | None:
     """Encode all prompts of the run by the text encoders alone, if the config has a cache for it: they are gone before anything else
     comes. None: they are to come with the rest."""
@@ -116,10 +141,15 @@ def _loaded(config: Config, part: loading.Part, where: str) -> tuple[Any, loadin
 
 def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None = None) -> Parts:
     """Load the pipeline, attach the LoRA, load the rewards; `say` hears what is waited for. kept: from `encode_first`."""
-    pipe, place = _loaded(config, "rest" if kept is not None and kept.complete else "all", device(config))
+    sharded = config.memory.shard == "blocks"
+    part: loading.Part = "rest" if kept is not None and kept.complete else "all"
+    # A network that is to be shared out may not fit one device: it goes there part by part.
+    pipe, place = _loaded(config, part, "cpu" if sharded else device(config))
     if config.attention == "xformers":
         loading.use_xformers(pipe)
     parameters = _lora(config, pipe)
+    if sharded:
+        _shard(config, pipe, parameters)
     decoding.cut(pipe, config.memory.decode)
     judging = dict.fromkeys([*config.eval_rewards, *config.rewards])
     judges = {name: _reward(config, name, say) for name in judging}
@@ -142,6 +172,16 @@ def _narrowed(config: Config, name: str, wide: Reward, say: Callable[[str], None
     """A reward as it is asked in training: in bfloat16 if the config says so and it is a learned one, which has a gradient."""
     narrow = config.memory.judge_precision == "bfloat16" and find(name).differentiable and wide.networks()
     return Narrow(_reward(config, name, say)) if narrow else wide
+
+
+def _shard(config: Config, pipe: Any, parameters: dict[str, torch.Tensor]) -> None:
+    """Share the denoisers out; all else goes to the device whole."""
+    where, denoisers = device(config), lora.denoisers(pipe)
+    for module in denoisers.values():
+        sharding.shard(module, parameters.values(), where)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module) and component not in denoisers.values():
+            component.to(where)
 
 
 def _lora(config: Config, pipe: Any) -> dict[str, torch.Tensor]:
@@ -196,11 +236,8 @@ def trainer(config: Config, parts: Parts, world: World, say: Callable[[str], Non
         UserError: for settings that this sampler, or so many processes, cannot run.
     """
     optimizer = config.optimizer
-    if (most := config.samples_per_update // optimizer.micro_batch) < world.size:
-        raise UserError(
-            f"optimizer.micro_batch: got {optimizer.micro_batch}, {most} of them an update for {world.size} processes; "
-            "allowed is at least one each"
-        )
+    if config.memory.shard == "blocks":
+        parts.policy.adapts = False
     made = Trainer(
         config.make_rule(),
         parts.policy,

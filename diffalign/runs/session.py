@@ -102,6 +102,7 @@ class Session:
         self, config: Config, folder: RunFolder, reporter: Reporter, world: World = ALONE, change: bool = False
     ) -> None:
         self.config, self.folder, self.reporter, self.world = config, folder, reporter, world
+        parts.check(config, world)
         kept = parts.encode_first(config, world, reporter.say)
         self.parts = made = world.together(lambda: parts.build(config, reporter.say, kept))
         self.policy, self.averages = (
@@ -123,7 +124,7 @@ class Session:
         # What the first process does for all.
         reporter.place = folder.path
         self.judged, self.files = world.led(judged), world.led(folder)
-        outputs = Outputs(config, made, folder, judged, reporter.say)
+        outputs = self.own_outputs = Outputs(config, made, folder, judged, reporter.say)
         self.outputs = world.led(outputs)
         began = world.lead(lambda: digests.of(made, config.book.digest(judged.prompts), config.book.rest))
         self.points = SavePoints(config, folder, self.trainer, judged, outputs, world, began, reporter.say, change)
@@ -155,7 +156,7 @@ class Session:
         self.listeners.began(Began(self.done))
         with self.stop.listening(), self._saved_if_unscored():
             if self.done == 0:
-                self.outputs.samples(0)
+                self._samples()
                 self._evaluate()
             else:
                 self._evaluate_if_due()  # a reward may have failed in it
@@ -200,7 +201,7 @@ class Session:
         output = self.config.output
         last = not self.budget.allows(self.spent, self.last)
         if not last and self.done % output.sample_every == 0:
-            self.outputs.samples(self.done)
+            self._samples()
         self._evaluate_if_due()
         # After grids and evaluation: a checkpoint says that everything up to it was done.
         if self.done % output.checkpoint_every == 0 or self._due or last:
@@ -218,6 +219,11 @@ class Session:
             self._evaluate()
             self.outputs.best(self.done)
 
+    def _samples(self) -> None:
+        """A grid, written by the first process; where all hold the network together, all draw it."""
+        sharded = self.config.memory.shard == "blocks"
+        self.outputs.samples(self.done, self.world.together(self.own_outputs.pictures) if sharded else None)
+
     def _evaluate(self) -> Summary:
         """Sample the fixed set, every process its share, and judge it."""
         if not self.config.evaluation.enabled:
@@ -229,7 +235,10 @@ class Session:
         def own() -> dict[str, Floats]:
             work = functools.partial(fixed.scores, policy, self.fixed.scorer, prompts.select(rows))
             with published(self.config, policy):
-                return fitting(policy, work, self.reporter.say)
+                found = fitting(policy, work, self.reporter.say)
+                if self.config.memory.shard == "blocks":
+                    fixed.accompany(policy, prompts, self.world.idle(len(prompts), self.trainer.dealt))
+                return found
 
         scores = self.world.gather((rows, self.world.together(own)))
         self.fixed.scorer.rest()
@@ -241,7 +250,7 @@ class Session:
         """The last evaluation, unless it was made before, and what the run leaves behind."""
         summary = self.judged.summary(self.done)
         if summary is None:
-            self.outputs.samples(self.done)
+            self._samples()
             summary = self._evaluate()
         self.outputs.leave(self.done, summary)
         return summary

@@ -55,6 +55,11 @@ class World:
         dealt = list(chunks(count, micro_batch))[self.rank :: self.size]
         return [row for rows in dealt for row in rows]
 
+    def idle(self, count: int, micro_batch: int) -> int:
+        """How many micro-batches fewer this process has of `count` rows than the first one."""
+        dealt = -(-count // micro_batch)
+        return -(-dealt // self.size) - len(range(self.rank, dealt, self.size))
+
     def gather(self, item: T) -> list[T]:
         """Everybody's item, in the order of ranks; a plain object, no tensors."""
         if self.size == 1:

@@ -19,8 +19,9 @@ T = TypeVar("T")
 
 
 class Batched(Protocol):
-    """What takes samples in micro-batches; its parameters may hold gradients."""
+    """What takes samples in micro-batches; its parameters may hold gradients. adapts: whether micro-batches may become smaller."""
 
+    adapts: bool
     micro_batch: int
     parameters: dict[str, Tensor]
 
@@ -56,6 +57,10 @@ def fitting(policy: Batched, work: Callable[[], T], notify: Callable[[str], None
         for parameter in policy.parameters.values():
             parameter.grad = None
         release()
+        if not policy.adapts:
+            raise Fault(
+                f"out of memory ({problem}); processes that share a network go on together: lower optimizer.micro_batch"
+            )
         if policy.micro_batch == 1:
             raise Fault(
                 f"out of memory with one sample at a time ({problem}); try memory.checkpoint: both, or --vram with what the card has"
