@@ -1,5 +1,10 @@
 """A base in 8 or 4 bits: samples, replays, is the reference, and comes back the same."""
 
+import subprocess
+import sys
+import time
+
+import numpy as np
 import pytest
 import torch
 
@@ -135,3 +140,51 @@ def test_a_saved_adapter_is_verified_on_its_quantised_base(tmp_path):
     made = built(config(tmp_path / "run"))
     lora_files.save(made.pipe, tmp_path / "saved", {})
     lora_files.verify(made.pipe, tmp_path / "saved")
+
+
+def flux(folder, *more):
+    """As somebody with a small card trains FLUX: 8 bits, blocks again for the gradient, no text encoders."""
+    few = (f"prompts.cache={folder.parent / 'encoded'}", f"sampler.pipeline_args={CALL['shapes-flux']}", *more)
+    return config(folder, "int8", *few, model="shapes-flux")
+
+
+def test_a_quantised_run_without_encoders_is_killed_resumed_sampled_exported_and_loaded_elsewhere(tmp_path):
+    run = tmp_path / "run"
+    (tmp_path / "config.yaml").write_text(configs.dump(flux(run, "updates=300")))
+    cli = [sys.executable, "-m", "diffalign"]
+    killed = subprocess.Popen([*cli, "train", str(tmp_path / "config.yaml")])
+    began = time.monotonic()
+    while not (run / "checkpoints" / "update_000001").is_dir() and time.monotonic() - began < 120:
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    done = max(int(path.name.split("_")[1]) for path in (run / "checkpoints").glob("update_*"))
+    session.train(flux(run, f"updates={done + 1}"), quiet=True)
+    session.train(flux(tmp_path / "whole", f"updates={done + 1}"), quiet=True)
+    files = [tmp_path / name / "adapter" / notes.LORA for name in ("run", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+    cli = [sys.executable, "-m", "diffalign"]
+    subprocess.run(
+        [*cli, "sample", str(run), "--prompt", "two stars", "-n", "1", "--out", str(tmp_path / "out")], check=True
+    )
+    subprocess.run([*cli, "export", str(run), "--out", str(tmp_path / "comfy.safetensors")], check=True)
+    assert (tmp_path / "comfy.safetensors").stat().st_size > 1000
+    # Plain diffusers, as the card says.
+    import diffusers
+    from PIL import Image
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    from diffalign.shapes import models
+
+    bits = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        models.path("shapes-flux"),
+        dtype=torch.bfloat16,
+        quantization_config=diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": bits}),
+    )
+    pipe.load_lora_weights(run / "adapter")
+    call = notes.Notes.read(run / "adapter").call
+    shot = pipe(["two stars"], generator=[torch.Generator().manual_seed(0)], output_type="np", **call).images[0]
+    drawn = np.asarray(Image.open(tmp_path / "out" / "000_seed0.png"))
+    assert np.abs(np.round(shot * 255) - drawn).max() <= 1
