@@ -105,7 +105,8 @@ class Plan:
 
     stop: level to sample to (T: to the end); noise (T): which steps inject noise; updates: the optimiser steps, each a tuple
     of terms; branch (T): children of every node at a step; correlation: of siblings' noise, in [0, 1]; shared_start: one
-    initial noise per group; keep_mean: store each step's mean; sampled_by: the shadow that samples, "": the parameters;
+    initial noise per group; keep_mean: store each step's mean; keep_noise: that of steps
+    that terms are about, False where none of them is walked again; sampled_by: the shadow that samples, "": the parameters;
     solver: steps that DPM-Solver++ takes, each to the next one's level and the last to T, leaving out those between.
     """
 
@@ -116,6 +117,7 @@ class Plan:
     correlation: float = 0.0
     shared_start: bool = False
     keep_mean: bool = False
+    keep_noise: bool = True
     sampled_by: str = ""
     solver: tuple[int, ...] = ()
 
@@ -148,6 +150,24 @@ class Plan:
     def arrival(self, step: int) -> int:
         """The level that a step leads to."""
         return next((k for k in range(step + 1, self.stop) if not self.leaves_out(k)), self.stop)
+
+    @property
+    def levels(self) -> frozenset[int]:
+        """Levels whose latents are read after sampling: the last, those that terms and noisy steps lead from and to (the forward process
+        starts from the last); all where nothing is trained."""
+        terms = [term for terms in self.updates for term in terms]
+        if not terms:
+            return frozenset(range(self.stop + 1))
+        noisy = [level for k, on in enumerate(self.noise[: self.stop]) if on for level in (k, k + 1)]
+        ends = [level for term in terms if term.through != "forward" for level in (term.start, term.stop)]
+        return frozenset([self.stop, *noisy, *ends])
+
+    @property
+    def rewalked(self) -> frozenset[int]:
+        """Steps that are walked again with their noise; all where nothing is trained."""
+        terms = [term for terms in self.updates for term in terms]
+        spans = [range(term.start, term.stop) for term in terms if self.keep_noise and term.through != "forward"]
+        return frozenset(range(self.stop)) if not terms else frozenset(k for span in spans for k in span)
 
     @property
     def pathwise(self) -> int:
@@ -205,7 +225,8 @@ class Rollout:
 
     x[t] (N_t, D...) latents; eps[t] (N_{t+1}, D...) the noise injected at step t, None where off; mean[t] (N_t, D...) if the
     plan keeps it; std[t] the noise's standard deviation; log_prob[t] (N_{t+1},) log density of x[t+1], averaged over latent
-    dimensions, None where the step is deterministic. Levels that a solver leaves out hold the latent it jumps to.
+    dimensions, None where the step is deterministic. Levels that a solver leaves out hold the latent it jumps to. What the plan's terms do
+    not read is not kept: latents of other levels are (N_t, 0), other noises and means None.
     """
 
     prompts: Prompts

@@ -108,7 +108,9 @@ class ChainPolicy(Trained, ABC):
         tree = Tree.grow(len(prompts), plan.branch)
         starts = prompts.group_seed if plan.shared_start else prompts.seed
         x = wide(self.start(prompts, [int(seed) for seed in starts]))
-        record = Rollout(prompts, plan, tree, self.micro_batch, [x], [], [], [], [])
+        read, rewalked = plan.levels, plan.rewalked
+        kept = x if 0 in read else x.new_empty(len(x), 0)
+        record = Rollout(prompts, plan, tree, self.micro_batch, [kept], [], [], [], [])
 
         def advance(step: int, x: Tensor, prediction: Tensor, mean: Tensor) -> Tensor:
             std, levels = self.table(plan, step)[2], plan.arrival(step) - step
@@ -118,14 +120,14 @@ class ChainPolicy(Trained, ABC):
                 x_next = mean_child + std * eps
                 # On exactly the tensor that is stored, or the first ratio is not 1.
                 record.log_prob.append(gaussian.log_prob(x_next, mean_child, std, reduce="mean"))
-                record.eps.append(eps)
+                record.eps.append(eps if step in rewalked else None)
             else:
                 x_next = mean_child
                 record.log_prob.extend([None] * levels)
                 record.eps.extend([None] * levels)
             for _ in range(levels):
-                record.x.append(x_next)
-                record.mean.append(mean if plan.keep_mean else None)
+                record.x.append(x_next if len(record.x) in read else x_next.new_empty(len(x_next), 0))
+                record.mean.append(mean if plan.keep_mean and step in read else None)
                 record.std.append(std)
             return x_next
 

@@ -156,8 +156,8 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
     forward, backward = (network.calls * rows for rows in _rows(config, rule, levels))
     again = backward if config.checkpoint in ("spans", "both") else 0  # whole calls that run again for the gradient
     inside = backward if config.checkpoint in ("blocks", "both") else 0  # and block by block, within them
-    nodes = sum(int(np.prod(plan.branch[:t])) for t in range(plan.stop + 1))
-    noisy = sum(int(np.prod(plan.branch[: t + 1])) for t in range(plan.stop) if plan.noise[t])
+    nodes = sum(int(np.prod(plan.branch[:t])) for t in plan.levels)
+    noisy = sum(int(np.prod(plan.branch[: t + 1])) for t in plan.rewalked if t < plan.stop and plan.noise[t])
     leaves = config.samples_per_update * int(np.prod(plan.branch[: plan.stop]))
     return Cost(
         plan,

@@ -167,6 +167,7 @@ def plan(
         branch=tuple(fan if k == noisy[0] else 1 for k in range(schedule.steps)),
         shared_start=settings.shared_start,
         keep_mean=keep_mean,
+        keep_noise=False,
         solver=() if flash is None else evenly(noisy[-1] + 1, schedule.steps, flash),
     )
 

@@ -103,6 +103,7 @@ class BranchGRPO(policy_gradient.SurrogateRule):
             branch=branch,
             correlation=1 / (1 + s.sibling_noise**2),
             shared_start=s.shared_start,
+            keep_noise=False,
         )
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:

@@ -1,5 +1,7 @@
 """What the host does around the network: asked once, drawn once, read once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -7,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffalign.models import lora
 from diffalign.rewards.scorer import Scorer
-from diffalign.rules import FlowGRPO
+from diffalign.rules import RULES, FlowGRPO
 from diffalign.training.scoring import Clock
 from diffalign.training.trainer import Trainer
 from diffalign.types import Plan
@@ -122,3 +124,40 @@ def test_the_reference_leaves_what_is_trained_as_it_is():
         raise ZeroDivisionError
     assert flags == [p.requires_grad for p in policy.parameters.values()]
     assert not any(layer.disable_adapters for layer in lora.layers(policy.pipe))
+
+
+RULES_READ = {
+    "flow_grpo": {"window": [0, 2]},
+    "grpo_guard": {"window": [1, 3]},
+    "branch_grpo": {},
+    "truncated_bp": {"depth": 1},
+    "awm": {},
+}
+
+
+@pytest.mark.parametrize("name", RULES_READ)
+def test_m21_a_rollout_keeps_what_is_read(name):
+    """Each latent, noise and mean that is kept is spoilt in turn: the gradient is another one, so it was read."""
+    kind, policy = RULES[name], make("shapes-sd3")
+    settings = {key: value for key, value in RULES_READ[name].items() if key in kind.Settings.model_fields}
+    policy.micro_batch = 4
+    made = trainer(kind(kind.Settings(**settings)), policy)
+    sampled = made._sample(0, Clock.of(policy))
+    terms = sampled.rollout.plan.updates[0]
+
+    def gradient(rollout):
+        made._gradient(terms, replace(sampled, rollout=rollout), first=False, where="")
+        return torch.cat([p.grad.flatten() for p in policy.parameters.values() if p.grad is not None])
+
+    expected = gradient(sampled.rollout)
+    kept, read = 0, 0
+    for column in ("x", "eps", "mean"):
+        values = getattr(sampled.rollout, column)
+        for place, value in enumerate(values):
+            if value is None or not value.numel():
+                continue
+            kept += value.nbytes
+            spoilt = replace(sampled.rollout, **{column: [*values[:place], value + 0.1, *values[place + 1 :]]})
+            decoded = column == "x" and place == len(values) - 1
+            read += value.nbytes * (decoded or not torch.equal(gradient(spoilt), expected))
+    assert kept <= 1.2 * read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def gradient(
 def rolled(rule: Rule, policy: ToyPolicy, groups: int = 2, size: int = 8) -> tuple[Plan, Rollout, Credit | None]:
     """A rule's first plan, a rollout of it, and its credit."""
     given = toy_prompts(groups, size)
-    plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
+    plan = replace(rule.plan(policy.schedule, 0, np.random.default_rng(0)), keep_noise=True)  # for tests to read
     part = policy.rollout(given, plan)
     scores = toy_trainer(rule, policy, groups, size).sampling.score(part, Clock(torch.device("cpu")))
     return plan, part, rule.credit(part.tree, scores, given)
