@@ -18,18 +18,22 @@ from diffalign.planning.facts import Facts, facts
 from diffalign.runtime.precision import PRECISIONS
 
 CACHE = "runs/encoded"
-# Cheapest in time first; each is taken besides those before it.
-LADDER: tuple[dict[str, Any], ...] = (
+# Cheapest in time first; each is taken besides those before it. What costs next to nothing comes before a smaller micro-batch, which a
+# card's host pays for, and that before what costs.
+FREE: tuple[dict[str, Any], ...] = (
     {},
-    {"memory.checkpoint": "blocks"},
     {"memory.decode": "sliced"},
     {"memory.judge_precision": "bfloat16"},
     {"memory.judges": "offloaded"},
+)
+DEAR: tuple[dict[str, Any], ...] = (
+    {},
+    {"memory.checkpoint": "blocks"},
     {"memory.quantize": "int8"},
     {"memory.quantize": "nf4"},
     {"memory.checkpoint": "both"},
 )
-GROWS, SHRINKS = 4, 4  # the micro-batch, before anything else is done
+GROWS, SHRINKS = 4, 4  # the micro-batch: at most, and before anything dear is done
 
 
 @dataclass(frozen=True)
@@ -68,21 +72,22 @@ def fitted(name: str, overrides: tuple[str, ...], vram: float) -> tuple[Config, 
 
 
 def _ways(config: Config, found: Facts, vram: float) -> Iterator[dict[str, Any]]:
-    """Settings to try, cheapest first: rung by rung the largest micro-batch, then the smaller ones with everything on."""
+    """Settings to try, cheapest first: rung by rung the largest micro-batch, at last the smallest ones with everything on."""
     named = set(configs.given(config))
     own, whole = config.optimizer.micro_batch, config.samples_per_update
     sizes = [own * GROWS // 2**k for k in range(20) if own * GROWS // 2**k >= 1]
     sizes = [size for size in sizes if size <= whole and whole % size == 0] or [own]
-    few = [size for size in sizes if size * SHRINKS >= own]
     chosen: dict[str, Any] = {} if config.prompts.cache is not None else {"prompts.cache": CACHE}
     encoders = found.encoders * PRECISIONS[config.precision]
     if encoders + GIB > vram * GIB:
         chosen["memory.encode_on"] = "cpu"
-    for rung in LADDER:
-        free = {key: value for key, value in rung.items() if not _fixed(config, named, key)}
-        chosen = chosen | {key: value for key, value in free.items() if not _less(config, key, value)}
-        for size in few:
-            yield chosen | {"optimizer.micro_batch": size}
+    for ladder, least in ((FREE, own), (DEAR, own / SHRINKS)):
+        for rung in ladder:
+            free = {key: value for key, value in rung.items() if not _fixed(config, named, key)}
+            chosen = chosen | {key: value for key, value in free.items() if not _less(config, key, value)}
+            for size in sizes:
+                if size >= least:
+                    yield chosen | {"optimizer.micro_batch": size}
     for size in sizes:
         yield chosen | {"optimizer.micro_batch": size}
 
