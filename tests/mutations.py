@@ -58,7 +58,7 @@ MUTATIONS = [
         "v prediction sign", PREDICTION, "return alpha, -sigma, sigma, alpha", "return alpha, sigma, sigma, alpha"
     ),
     Mutation("history never used", DDPO, "own if len(own) >= s.history_least else reward[valid]", "reward[valid]"),
-    Mutation("history never forgets", DDPO, "float(value)][-self.settings.history :]", "float(value)]"),
+    Mutation("history never forgets", DDPO, "values[-self.settings.history :]", "values"),
     Mutation("score sign", DDPO, "Loss(-(step.advantage", "Loss((step.advantage"),
     Mutation("reward sign", TBP, "Loss(-value.mean())", "Loss(value.mean())"),
     Mutation("hinge turned over", TBP, "(s.target - value)", "(value - s.target)"),

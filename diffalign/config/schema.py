@@ -113,6 +113,16 @@ class OptimizerConfig(Settings):
     )
 
 
+Attention = Literal[
+    "native",
+    "xformers",
+    "flash",
+    "_flash_3_hub",
+    "_native_cudnn",
+    "_native_efficient",
+    "_native_flash",
+    "_native_math",
+]
 Checkpoint = Literal["none", "blocks", "spans", "both"]
 Quantize = Literal["none", "int8", "nf4"]
 assert Quantize.__args__ == QUANTIZE  # type: ignore[attr-defined]
@@ -259,9 +269,9 @@ class Config(Settings):
         json_schema_extra=FREE,
     )
     precision: Precision = Field("float32", description="of the frozen base model", json_schema_extra=ASKED)
-    attention: Literal["native", "xformers"] = Field(
+    attention: Attention = Field(
         "native",
-        description="native: torch's own; xformers: its memory-efficient one, on CUDA",
+        description="native: torch's own choice; another backend of diffusers' that has a gradient: bits differ between backends",
         json_schema_extra=ASKED,
     )
 

@@ -112,25 +112,28 @@ def say_truncation_once() -> None:
             handler.addFilter(_Once())
 
 
-def use_xformers(pipe: Any) -> None:
-    """Let the denoisers attend by xformers.
+def attend(pipe: Any, backend: str) -> None:
+    """Let the denoisers attend by another backend of diffusers' than torch's own choice.
 
     Raises:
-        UserError: if it does not run here: it has kernels for CUDA alone.
+        UserError: if it does not run here, or a denoiser's attention has no choice.
     """
-    if not torch.cuda.is_available():
+    if backend == "xformers" and not torch.cuda.is_available():
         raise UserError("attention: got 'xformers', which needs a CUDA device; allowed here is native")
     for name, module in adapters.denoisers(pipe).items():
         processors = [getattr(part, "processor", None) for part in module.modules()]
         try:
             # Newer models choose at each call; older ones have other processors for it.
             if any(hasattr(processor, "_attention_backend") for processor in processors):
-                module.set_attention_backend("xformers")
-            else:
+                with adapters.quiet():
+                    module.set_attention_backend(backend)
+            elif backend == "xformers":
                 module.enable_xformers_memory_efficient_attention()
+            else:
+                raise NotImplementedError(f"a {type(module).__name__} has no choice of backends")
         except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             raise UserError(
-                f"attention: the {name} cannot attend by xformers ({one_line(error)}); allowed is native"
+                f"attention: the {name} cannot attend by {backend} ({one_line(error)}); allowed is native"
             ) from error
 
 

@@ -145,8 +145,8 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     part: loading.Part = "rest" if kept is not None and kept.complete else "all"
     # A network that is to be shared out may not fit one device: it goes there part by part.
     pipe, place = _loaded(config, part, "cpu" if sharded else device(config))
-    if config.attention == "xformers":
-        loading.use_xformers(pipe)
+    if config.attention != "native":
+        loading.attend(pipe, config.attention)
     parameters = _lora(config, pipe)
     if sharded:
         _shard(config, pipe, parameters)

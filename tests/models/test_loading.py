@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers as d
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants, errors
@@ -261,14 +262,14 @@ without_xformers = pytest.mark.skipif(importlib.util.find_spec("xformers") is no
 def test_xformers_is_refused_where_it_does_not_run(monkeypatch):
     pipe, _ = loading.load("shapes-sd3")
     with pytest.raises(UserError, match="attention: got 'xformers', which needs a CUDA device; allowed here is native"):
-        loading.use_xformers(pipe)
+        loading.attend(pipe, "xformers")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("shapes-sd3", "shapes-sd", "shapes-flux"):
         pipe, _ = loading.load(name)
         with pytest.raises(
             UserError, match=r"attention: the \w+ cannot attend by xformers \(.*xformers.*allowed is native"
         ):
-            loading.use_xformers(pipe)  # it is not installed
+            loading.attend(pipe, "xformers")  # it is not installed
 
 
 def test_xformers_is_asked_for_as_each_denoiser_has_it(monkeypatch):
@@ -286,7 +287,7 @@ def test_xformers_is_asked_for_as_each_denoiser_has_it(monkeypatch):
             "enable_xformers_memory_efficient_attention",
             lambda self: asked.append((type(self).__name__, "processors")),
         )
-        loading.use_xformers(pipe)
+        loading.attend(pipe, "xformers")
     assert asked == [
         ("SD3Transformer2DModel", "processors"),
         ("UNet2DConditionModel", "processors"),
@@ -299,3 +300,16 @@ def test_xformers_is_asked_for_as_each_denoiser_has_it(monkeypatch):
 def test_a_missing_xformers_is_told_with_its_command():
     with pytest.raises(UserError, match=r"attention: xformers is not installed; pip install 'diffalign\[xformers\]'"):
         config.load("flow_grpo/shapes-sd3", ["attention=xformers"])
+
+
+def test_another_backend_gives_nearly_the_same_picture_and_is_refused_where_there_is_no_choice():
+    """Torch's plain sums against its own choice: the same attention in another order."""
+    call = {"num_inference_steps": 2, "output_type": "np", "height": 64, "width": 64, "max_sequence_length": 16}
+    drawn = []
+    for backend in ("_native_math", "native"):  # the last is the process's from now on
+        pipe, _ = loading.load("shapes-flux")
+        loading.attend(pipe, backend)
+        drawn.append(pipe("two stars", generator=torch.Generator().manual_seed(0), **call).images)
+    assert np.abs(drawn[0] - drawn[1]).max() < 1e-4
+    with pytest.raises(UserError, match="the unet cannot attend by _native_math .*has no choice of backends"):
+        loading.attend(loading.load("shapes-sd")[0], "_native_math")
