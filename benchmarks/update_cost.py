@@ -43,16 +43,17 @@ def captured_call(session: Session) -> tuple[Any, dict[str, Any]]:
     return module, seen[-1]
 
 
-def passes(module: Any, call: dict[str, Any], forward: int, backward: int) -> float:
-    """Seconds of so many calls, some of them with a gradient, which goes to the latents too."""
+def passes(module: Any, call: dict[str, Any], forward: int, backward: int) -> tuple[float, float]:
+    """Seconds of the calls without a gradient, and of those with one, which goes to the latents too."""
     latent = next(name for name in ("hidden_states", "sample", "x") if name in call)
     started = time.perf_counter()
     with torch.no_grad():
         for _ in range(forward - backward):
             module(**call)
+    sampled = time.perf_counter()
     for _ in range(backward):
         module(**call | {latent: call[latent].detach().requires_grad_()})[0].mean().backward()
-    return time.perf_counter() - started
+    return sampled - started, time.perf_counter() - sampled
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def main() -> None:
     settings = configs.load(name, [*overrides, f"run_dir={folder}", "evaluation.enabled=false"])
     session = Session(settings, open_run(settings, True), Reporter(quiet=True))
     module, call = captured_call(session)
-    size = settings.optimizer.micro_batch
+    size = len(next(value for value in call.values() if isinstance(value, torch.Tensor)))  # guided rows included
     counts = session.trainer.update(0).metrics
     forward, backward = (int(counts[key]) // size for key in ("nfe", "nfe_backward"))
     rows: list[dict[str, float]] = []
@@ -90,11 +91,13 @@ def main() -> None:
         core, whole = metrics["seconds/sample"] + metrics["seconds/train"], metrics["seconds/total"]
         rows.append(
             {
-                "core": core / network,
-                "whole": whole / network,
-                "core_over_bare": core / without,
-                "network_seconds": network,
-                "bare_seconds": without,
+                "core": core / sum(network),
+                "whole": whole / sum(network),
+                "core_over_bare": core / sum(without),
+                "lora_sampling": network[0] / without[0],
+                "lora_training": network[1] / without[1],
+                "network_seconds": sum(network),
+                "bare_seconds": sum(without),
             }
         )
     result = {

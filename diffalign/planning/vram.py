@@ -77,7 +77,8 @@ def _ways(config: Config, found: Facts, vram: float) -> Iterator[dict[str, Any]]
     own, whole = config.optimizer.micro_batch, config.samples_per_update
     sizes = [own * GROWS // 2**k for k in range(20) if own * GROWS // 2**k >= 1]
     sizes = [size for size in sizes if size <= whole and whole % size == 0] or [own]
-    chosen: dict[str, Any] = {} if config.prompts.cache is not None else {"prompts.cache": CACHE}
+    decided = config.prompts.cache is not None or "prompts.cache" in named
+    chosen: dict[str, Any] = {} if decided else {"prompts.cache": CACHE}
     encoders = found.encoders * PRECISIONS[config.precision]
     if encoders + GIB > vram * GIB:
         chosen["memory.encode_on"] = "cpu"

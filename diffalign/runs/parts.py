@@ -14,7 +14,7 @@ from diffalign.backends.diffusers import DiffusersPolicy, call_arguments
 from diffalign.backends.table import policy_class
 from diffalign.config import Config
 from diffalign.errors import Fault, UserError, one_line
-from diffalign.models import decoding, encoders, loading, lora, lora_files
+from diffalign.models import decoding, encoders, loading, lora, lora_files, quantizing
 from diffalign.models.encodings import Kept
 from diffalign.models.notes import lora_folder
 from diffalign.processes import PROCESSES
@@ -76,11 +76,12 @@ def device(config: Config) -> str:
 
 
 def check(config: Config, world: World) -> None:
-    """Hold a config against the processes that are to run it.
+    """Hold a config against the device and the processes that are to run it.
 
     Raises:
-        UserError: if some would have nothing to do, or could not hold a network together with the others.
+        UserError: if the device cannot do what is asked, or processes would have nothing to do, or could not hold a network together.
     """
+    quantizing.check(config.memory.quantize, device(config))
     micro, samples, size = config.optimizer.micro_batch, config.samples_per_update, world.size
     if samples // micro < size:
         raise UserError(
