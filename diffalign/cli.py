@@ -41,7 +41,8 @@ def _settings(config: str, overrides: tuple[str, ...], vram: float | None) -> co
     from diffalign.planning import vram as cards
 
     settings, fit = cards.fitted(config, overrides, vram)
-    show(cards.verdict(vram, fit))
+    if launcher.leads():
+        show(cards.verdict(vram, fit))
     return settings
 
 

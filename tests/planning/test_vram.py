@@ -178,3 +178,20 @@ def test_encoders_have_a_phase_of_their_own_or_stay():
     assert "encoding" not in phases(made(LOG_PROB), "memory.encode_on=cpu")
     stay = demand.demand(config.load("flow_grpo/sd35-medium", ["prompts.cache=null"]), made(LOG_PROB)).phases
     assert stay["training"]["text encoders"] == 16.0 * GIB and "encoding" not in stay
+
+
+def test_train_runs_what_was_fitted(monkeypatch, tmp_path):
+    """And the run's config says for which card, and what was counted; the same command again is the same run."""
+    from diffalign.evaluation.results import Summary
+    from diffalign.runs import session
+
+    trained = []
+    monkeypatch.setattr(session, "train", lambda settings, **_: trained.append(settings) or Summary())
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["train", "ddpo/sd15", "--vram", "8", f"run_dir={tmp_path / 'run'}"])
+        assert done.exit_code == 0, done.output
+        assert done.output.startswith("fits        8 GiB: ")
+    assert config.settings(trained[0]) == config.settings(trained[1])
+    memory = trained[0].memory
+    assert (memory.vram, memory.judges) == (8, "offloaded")
+    assert 0 < memory.counted <= 8
