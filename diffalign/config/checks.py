@@ -118,6 +118,12 @@ def _check_names(config: Config, book: Book | None) -> list[str]:
         problems.append(f"weights: got {shown(config.weights)}, no file there; allowed is a .safetensors or .ckpt file")
     problems += _check_start(config)
     problems += _check_rewards(config, prompts)
+    if config.memory.encode_on == "cpu" and config.prompts.cache is None:
+        problems.append("memory.encode_on: got cpu without prompts.cache, which it is for; set that to a folder")
+    if config.memory.vram is not None and config.memory.counted is None:
+        problems.append("memory.vram: it is written by --vram, which chooses the other settings; use that")
+    if config.prompts.cache is not None and is_file(Path(config.prompts.cache).expanduser()):
+        problems.append(f"prompts.cache: got {shown(config.prompts.cache)}, which is a file; allowed is a folder")
     if config.memory.shard != "none" and config.memory.quantize != "none":
         problems.append(
             f"memory.shard: got blocks with memory.quantize {config.memory.quantize}; allowed is one of the two"

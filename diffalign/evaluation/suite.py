@@ -84,7 +84,7 @@ def models_of(
     for target in targets:
         source = sources.with_options(sources.resolve(target), options, precision, quantize)
         source = replace(source, call=sources.call_of(source, steps, guidance, None))
-        for one in (replace(source, adapters=(), trained_on=""), source):
+        for one in (replace(source, adapters=(), trained_on=()), source):
             if one not in models:
                 models.append(one)
     return models
@@ -100,6 +100,8 @@ def run(task: Task, models: list[sources.Source], out: Path, fresh: bool, say: C
     """
     world = World.join()
     tell = say if world.leads else lambda line: None
+    for model in models:
+        sources.check(model)
     for line in dict.fromkeys(filter(None, (model.remark for model in models))):
         tell(line)
     try:

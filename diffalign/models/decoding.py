@@ -13,6 +13,10 @@ def cut(pipe: Any, how: str) -> None:
     Raises:
         UserError: if its class cannot.
     """
+    if how == "tiled" and type(getattr(pipe, "vae", None)).__name__ == "AutoencoderTiny":
+        raise UserError(
+            "memory.decode: got tiled, an AutoencoderTiny's tiles do not fit together; allowed are whole, sliced"
+        )
     for name in {"whole": (), "sliced": ("enable_slicing",), "tiled": ("enable_slicing", "enable_tiling")}[how]:
         vae = getattr(pipe, "vae", None)
         try:

@@ -11,6 +11,7 @@ from diffalign.errors import one_line, shown
 from diffalign.models.calls import FIXED, GIVEN
 from diffalign.runtime import json_text, numbered, signed
 from diffalign.runtime.files import is_file
+from diffalign.runtime.precision import PRECISIONS, QUANTIZE
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for an adapter's file
 DDIM = "DDIMScheduler"  # in an adapter's notes: it was trained walking DDIM
@@ -72,6 +73,9 @@ class Notes:
         for key in values.get("call", {}):
             if not key.isidentifier() or key in FIXED or (key in GIVEN and key not in known):
                 raise ValueError(f"its note call has {shown(key)}, which is not free")
+        for name, allowed in (("precision", PRECISIONS), ("quantize", QUANTIZE)):
+            if values.get(name, "") not in ("", *allowed):
+                raise ValueError(f"its note {name} is {shown(values[name])}, allowed are {', '.join(allowed)}")
         return cls(**values)
 
     @classmethod

@@ -140,6 +140,10 @@ def _outline(config: Config, found: Facts) -> Cost:
     notes = ["the model is known by its architecture alone: noise levels are even ones"]
     if not found.decoder:
         notes.append("its decoder is not known here and not counted")
+    if config.memory.shard != "none":
+        notes.append("memory.shard: the denoiser is counted whole, each process holds its part of it")
+    if config.memory.quantize == "nf4":
+        notes.append("memory.quantize: nf4 needs a CUDA device")
     if found.plan.pathwise:
         notes.append("what the rewards' own graph takes is not counted")
     counted = _cost(config, config.make_rule(), chain.levels, chain.schedule, network, notes)

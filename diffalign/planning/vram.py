@@ -5,6 +5,7 @@ Only what changes no number of an update's geometry is changed: prompts, group s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,11 +54,19 @@ def fitted(name: str, overrides: tuple[str, ...], vram: float) -> tuple[Config, 
     """
     config = configs.load(name, overrides)
     if architectures.name_of(config.model) is None:
-        known = ", ".join(architectures.known())
-        raise UserError(f"--vram: the memory that {config.model!r} takes is not known beforehand; known are {known}")
+        names = ", ".join(name.partition("/")[2] for name in architectures.known())
+        raise UserError(
+            f"--vram: what {config.model!r} takes is not known beforehand; known are, and local copies: {names}"
+        )
+    if config.make_rule().needs.graph_bytes:
+        raise UserError(
+            "--vram: got a rule that fits itself into rule.memory_gib; allowed are fixed rule.depth and rule.span"
+        )
     found = facts(config)
     least = float("inf")
-    for chosen in _ways(config, found, vram):
+    named = set(configs.given(config))
+    asked = {override.partition("=")[0] for override in overrides}
+    for chosen in _ways(config, found, vram, named, asked):
         tried = _with(config, chosen)
         taken = demand(tried, found)
         least = min(least, taken.total)
@@ -65,22 +74,29 @@ def fitted(name: str, overrides: tuple[str, ...], vram: float) -> tuple[Config, 
             kept = {**chosen, "memory.vram": vram, "memory.counted": round(taken.total / GIB, 1)}
             lines = [f"{key}={value}" for key, value in kept.items()]
             return configs.load(name, [*overrides, *lines]), Fitted(_changed(config, chosen), taken, found)
+    held = [key for rung in (*FREE, *DEAR) for key in rung if _fixed(config, named, key)]
+    held += ["prompts.cache"] if config.prompts.cache is None and "prompts.cache" in named else []
+    held += ["memory.encode_on"] if config.memory.encode_on == "device" and "memory.encode_on" in named else []
+    ways = "a smaller lora.rank or picture, fewer rewards"
+    ways += f", or without what is named: {', '.join(dict.fromkeys(held))}" if held else ""
     raise UserError(
-        f"--vram: got {vram:g}, {config.model} at this size takes {least / GIB:.1f} GiB at the least; allowed is that or more, a smaller "
-        "lora.rank or picture, or fewer rewards"
+        f"--vram: got {vram:g}, {config.model} at this size takes {math.ceil(10 * least / GIB) / 10:.1f} GiB at the least; allowed is "
+        f"that or more, {ways}"
     )
 
 
-def _ways(config: Config, found: Facts, vram: float) -> Iterator[dict[str, Any]]:
+def _ways(config: Config, found: Facts, vram: float, named: set[str], asked: set[str]) -> Iterator[dict[str, Any]]:
     """Settings to try, cheapest first: rung by rung the largest micro-batch, at last the smallest ones with everything on."""
-    named = set(configs.given(config))
     own, whole = config.optimizer.micro_batch, config.samples_per_update
     sizes = [own * GROWS // 2**k for k in range(20) if own * GROWS // 2**k >= 1]
     sizes = [size for size in sizes if size <= whole and whole % size == 0] or [own]
+    if "optimizer.micro_batch" in asked:  # on the command line: presets name one too
+        sizes = [own]
     decided = config.prompts.cache is not None or "prompts.cache" in named
     chosen: dict[str, Any] = {} if decided else {"prompts.cache": CACHE}
     encoders = found.encoders * PRECISIONS[config.precision]
-    if encoders + GIB > vram * GIB:
+    leaves = config.prompts.cache is not None or "prompts.cache" in chosen
+    if leaves and encoders + GIB > vram * GIB and not _fixed(config, named, "memory.encode_on"):
         chosen["memory.encode_on"] = "cpu"
     for ladder, least in ((FREE, own), (DEAR, own / SHRINKS)):
         for rung in ladder:
@@ -95,6 +111,8 @@ def _ways(config: Config, found: Facts, vram: float) -> Iterator[dict[str, Any]]
 
 def _fixed(config: Config, named: set[str], key: str) -> bool:
     """Whether the user has decided it."""
+    if key == "memory.quantize" and config.memory.shard != "none":
+        return True  # not both
     section, _, inner = key.partition(".")
     return key in named and getattr(getattr(config, section), inner) != "auto"
 

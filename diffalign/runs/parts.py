@@ -16,7 +16,7 @@ from diffalign.config import Config
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.models import decoding, encoders, loading, lora, lora_files, quantizing
 from diffalign.models.encodings import Kept
-from diffalign.models.notes import lora_folder
+from diffalign.models.notes import Notes, lora_folder
 from diffalign.processes import PROCESSES
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import find
@@ -124,7 +124,7 @@ def encode_first(config: Config, world: World, say: Callable[[str], None]) -> Ke
     if why_not := next(filter(None, world.gather(why_not)), ""):
         say(f"text encoders stay: {why_not}")
         return kept and replace(kept, complete=False)
-    say(f"text encoders left memory: {taken / 2**20:.0f} MiB")
+    say(f"text encoders left memory: {taken / 2**20:.1f} MiB")
     return kept
 
 
@@ -171,8 +171,12 @@ def _reward(config: Config, name: str, say: Callable[[str], None]) -> Reward:
 
 def _narrowed(config: Config, name: str, wide: Reward, say: Callable[[str], None]) -> Reward:
     """A reward as it is asked in training: in bfloat16 if the config says so and it is a learned one, which has a gradient."""
-    narrow = config.memory.judge_precision == "bfloat16" and find(name).differentiable and wide.networks()
-    return Narrow(_reward(config, name, say)) if narrow else wide
+    if config.memory.judge_precision != "bfloat16":
+        return wide
+    if find(name).differentiable and wide.networks():
+        return Narrow(_reward(config, name, say))
+    say(f"memory.judge_precision: {name} has no network that is held in bfloat16, it stays as it is")
+    return wide
 
 
 def _shard(config: Config, pipe: Any, parameters: dict[str, torch.Tensor]) -> None:
@@ -277,6 +281,11 @@ def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str],
         say(f"{config.model} at commit {place.commit}")
     if place.file:
         say(f"from {config.weights}: {place.file}")
+    began = None if config.lora.start is None else lora_folder(config.lora.start)
+    if began is not None and (was := Notes.read(began).quantize) not in ("", config.memory.quantize):
+        say(
+            f"lora.start was trained with memory.quantize {was}, this base has {config.memory.quantize}: it acts as the two differ"
+        )
     if narrow := [name for name, reward in parts.scorer.rewards.items() if isinstance(reward, Narrow)]:
         part = parts.policy.rollout(batch, Plan.deterministic(parts.policy.schedule.steps))
         with torch.no_grad():

@@ -14,7 +14,7 @@ from diffalign.models.calls import FIXED, GIVEN
 from diffalign.models.notes import DDIM, LORA, Notes, choices, lora_folder
 from diffalign.processes import linear_sigmas
 from diffalign.runtime.files import HUB_ID, fingerprint, home, is_file
-from diffalign.runtime.precision import PRECISIONS, QUANTIZE
+from diffalign.runtime.precision import QUANTIZE
 from diffalign.runtime.yaml_text import parse
 
 STRONGEST = 100
@@ -40,7 +40,7 @@ class Source:
     """What to sample from: a model, adapters on it, the call's arguments, whether they were trained walking DDIM, the model's
     commit on the hub, None for the newest, the single file of its denoiser, None for its own, and what it is loaded in.
 
-    trained_on: how the base of its adapter was quantised, "" where nothing is known of that.
+    trained_on: how the bases of its adapters were quantised, where something is known of that.
     """
 
     model: str
@@ -51,18 +51,17 @@ class Source:
     weights: str | None = None
     precision: str = "float32"
     quantize: str = "none"
-    trained_on: str = ""
+    trained_on: tuple[str, ...] = ()
 
     @property
     def remark(self) -> str:
         """What the user should know of the pictures; empty if nothing."""
-        if self.trained_on in ("", self.quantize):
+        others = sorted(set(self.trained_on) - {self.quantize, ""})
+        if not others:
             return ""
         told = {kind: f"an {kind} base" for kind in QUANTIZE} | {"none": "a base that is not quantised"}
-        return (
-            f"the adapter was trained on {told.get(self.trained_on, 'another base')}, here it is on {told[self.quantize]}: "
-            "pictures differ as the two do"
-        )
+        were = " and ".join(told[kind] for kind in others)
+        return f"an adapter was trained on {were}, here it is on {told[self.quantize]}: pictures differ as the two do"
 
 
 def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Source:
@@ -74,9 +73,11 @@ def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Sou
     source = _target(home(target), strength)
     adapters = [_adapter(text) for text in more]
     for adapter in adapters:
-        base = _notes(adapter.folder).base_model or source.model
+        notes = _notes(adapter.folder)
+        base = notes.base_model or source.model
         if base != source.model:
             raise UserError(f"--adapter: {adapter.folder} belongs to {base}, the pictures come from {source.model}")
+        source = replace(source, trained_on=(*source.trained_on, notes.quantize))
     return replace(source, adapters=(*source.adapters, *adapters))
 
 
@@ -123,9 +124,9 @@ def _target(target: str, strength: float) -> Source:
             notes.scheduler == DDIM,
             notes.base_revision or None,
             notes.base_weights or None,
-            notes.precision if notes.precision in PRECISIONS else "float32",
-            notes.quantize if notes.quantize in QUANTIZE else "none",
-            notes.quantize,
+            notes.precision or "float32",
+            notes.quantize or "none",
+            (notes.quantize,),
         )
     if is_file(path / "config.yaml"):
         raise UserError(f"sample: the run {target} has no adapter yet; it has its first at a checkpoint")
@@ -208,6 +209,21 @@ def call_of(source: Source, steps: int | None, guidance: float | None, negative:
     return call
 
 
+def check(source: Source) -> str:
+    """The device that a source is drawn on.
+
+    Raises:
+        UserError: if its model cannot be quantised so there.
+    """
+    import torch
+
+    from diffalign.models import quantizing
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantizing.check(source.quantize, device, "--quantize")
+    return device
+
+
 def pipeline(source: Source) -> Any:
     """The pipeline of a source with its adapters, on the GPU where there is one.
 
@@ -217,11 +233,9 @@ def pipeline(source: Source) -> Any:
     import torch
 
     from diffalign.backends import recorder
-    from diffalign.models import loading, lora_files, quantizing
+    from diffalign.models import loading, lora_files
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, source.precision)
-    quantizing.check(source.quantize, device, "--quantize")
+    device, dtype = check(source), getattr(torch, source.precision)
     pipe, _ = loading.load(source.model, dtype, device, source.revision, source.weights, source.quantize)
     if source.ddim:
         pipe.scheduler = recorder.as_ddim(pipe.scheduler)

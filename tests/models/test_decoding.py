@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffalign.errors import UserError
-from diffalign.models import decoding
+from diffalign.models import decoding, loading
 from tests.families import build
 
 
@@ -32,3 +32,12 @@ def test_what_cannot_be_cut_says_so():
     with pytest.raises(UserError, match=r"memory\.decode: got tiled, which a Identity cannot"):
         decoding.cut(Pipe(), "tiled")
     decoding.cut(Pipe(), "whole")
+
+
+@pytest.mark.parametrize("name", ["shapes-sd3", "shapes-sd", "shapes-flux"])
+def test_tiles_of_a_tiny_autoencoder_are_refused(name):
+    """They are pieced together at another size than they are decoded at."""
+    pipe, _ = loading.load(name)
+    with pytest.raises(UserError, match=r"memory\.decode: got tiled, an AutoencoderTiny's tiles do not fit together"):
+        decoding.cut(pipe, "tiled")
+    decoding.cut(pipe, "sliced")

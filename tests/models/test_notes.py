@@ -45,6 +45,8 @@ def test_a_file_of_another_tool_says_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("notes", "problem"),
     [
+        ({"quantize": "int3"}, "its note quantize is 'int3', allowed are none, int8, nf4"),
+        ({"precision": "float8"}, "its note precision is 'float8', allowed are float32, bfloat16"),
         ({"notes_format": "4"}, "its notes have format 4, this version reads up to 3"),
         ({"notes_format": "two"}, "its notes have format two"),
         ({"call": "{"}, "its note call is not JSON"),

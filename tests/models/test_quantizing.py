@@ -125,6 +125,35 @@ def test_the_int8_base_is_near_the_full_one(tmp_path):
     assert 0 < apart < 0.02
 
 
+def test_a_second_adapter_and_a_start_say_on_what_they_were_trained(tmp_path, capsys):
+    session.train(config(tmp_path / "packed"), quiet=True)
+    one, two = tmp_path / "packed" / "adapter", sources.resolve("shapes-sd3", more=[str(tmp_path / "packed")])
+    assert "an adapter was trained on an int8 base, here it is on a base that is not quantised" in two.remark
+    session.train(config(tmp_path / "next", "none", f"lora.start={one}"))
+    said = capsys.readouterr()
+    assert "lora.start was trained with memory.quantize int8, this base has none" in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["memory.encode_on=cpu"], "memory.encode_on: got cpu without prompts.cache"),
+        (["memory.vram=12"], "memory.vram: it is written by --vram"),
+        (["prompts.cache={file}"], "prompts.cache: got .*which is a file; allowed is a folder"),
+    ],
+)
+def test_keys_that_would_do_nothing_are_refused(more, said, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=said):
+        config(tmp_path / "run", "none", *(each.format(file=tmp_path / "file") for each in more))
+
+
+def test_a_reward_without_a_network_says_that_it_stays(tmp_path, capsys):
+    session.train(config(tmp_path, "none", "memory.judge_precision=bfloat16", "updates=1"))
+    said = capsys.readouterr()
+    assert "memory.judge_precision: jpeg_compressibility has no network" in said.out + said.err
+
+
 def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"memory\.quantize: got nf4, which needs a CUDA device, this is cpu"):
         quantizing.check("nf4", "cpu")

@@ -70,6 +70,37 @@ def test_what_the_user_names_stays():
         vram.fitted("flow_grpo/sd35-medium", (*own, "memory.judges=resident"), 9)
 
 
+def test_what_the_command_line_names_stays_too():
+    own = config.load("flow_grpo/sd35-medium").optimizer.micro_batch
+    assert vram.fitted("flow_grpo/sd35-medium", (), 24)[0].optimizer.micro_batch > own
+    assert vram.fitted("flow_grpo/sd35-medium", ("optimizer.micro_batch=2",), 24)[0].optimizer.micro_batch == 2
+    kept = vram.fitted("flow_grpo/sd35-medium", ("memory.encode_on=device",), 12)[0]
+    assert kept.memory.encode_on == "device"
+    with pytest.raises(UserError, match="without what is named: memory.encode_on"):
+        vram.fitted("flow_grpo/sd35-medium", ("memory.encode_on=device",), 9)
+    with pytest.raises(UserError, match="without what is named: prompts.cache"):
+        vram.fitted("flow_grpo/sd35-medium", ("prompts.cache=null",), 9)
+
+
+def test_a_shared_base_is_not_quantised():
+    assert vram.fitted("flow_grpo/sd35-medium", ("memory.shard=blocks",), 12)[0].memory.quantize == "none"
+    with pytest.raises(UserError, match="--vram: got 9, .*at the least"):
+        vram.fitted("flow_grpo/sd35-medium", ("memory.shard=blocks",), 9)
+
+
+def test_the_least_that_is_said_is_enough():
+    with pytest.raises(UserError) as refused:
+        vram.fitted("flow_grpo/sd35-medium", (), 2)
+    least = float(str(refused.value.problems[0]).partition("takes ")[2].partition(" GiB")[0])
+    assert vram.fitted("flow_grpo/sd35-medium", (), least)[1].demand.total <= least * GIB
+
+
+def test_a_rule_that_fits_itself_is_refused():
+    auto = ("rule={name: rlr, depth: auto, span: auto, memory_gib: 40}", "rewards={pickscore: 1.0}")
+    with pytest.raises(UserError, match="--vram: got a rule that fits itself"):
+        vram.fitted("flow_grpo/sd35-medium", (*auto, "sampler.process=flow_sde"), 24)
+
+
 def test_encoders_larger_than_the_card_encode_on_the_cpu():
     assert vram.fitted("flow_grpo/sd35-medium", (), 10.5)[0].memory.encode_on == "cpu"
     assert vram.fitted("flow_grpo/sd35-medium", (), 12)[0].memory.encode_on == "device"
