@@ -14,7 +14,7 @@ from diffalign.config.messages import explain, near, renamed
 from diffalign.config.schema import LARGEST, Config
 from diffalign.errors import UserError, shown
 from diffalign.models.calls import FIXED, GIVEN
-from diffalign.models.notes import LORA, Notes, lora_folder
+from diffalign.models.notes import LORA, Notes, foreign, lora_folder
 from diffalign.processes import PROCESSES
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import Entry
@@ -145,8 +145,13 @@ def _check_start(config: Config) -> list[str]:
     if config.lora.start is None:
         return []
     folder = lora_folder(config.lora.start)
+    if folder is None and foreign(config.lora.start) is not None:
+        return []  # another tool's: what is in it is found out with the model
     if folder is None:
-        return [f"lora.start: got {shown(config.lora.start)}, no {LORA} there; allowed is a run's or adapter's folder"]
+        return [
+            f"lora.start: got {shown(config.lora.start)}, no {LORA} there; allowed is a run's or adapter's folder, a .safetensors file, "
+            "or peft's folder"
+        ]
     try:
         base = Notes.read(folder).base_model or config.model
     except ValueError as error:

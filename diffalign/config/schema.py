@@ -88,7 +88,7 @@ class LoraSection(Settings):
     alpha: float = Field(32.0, gt=0)
     targets: list[str] | None = Field(None, min_length=1, description="layer names; null: attention and feed-forward")
     start: str | None = Field(
-        None, description="folder of a run or adapter to go on from; null: begin at the base model"
+        None, description="run, adapter or LoRA file of another tool to go on from; null: begin at the base model"
     )
 
 

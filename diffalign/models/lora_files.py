@@ -16,7 +16,7 @@ from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffalign.errors import Fault, one_line, shortened, shown
-from diffalign.models import halves
+from diffalign.models import halves, lora_normal
 from diffalign.models.lora import denoisers, quiet
 from diffalign.models.notes import LORA, lora_settings, metadata
 from diffalign.runtime.files import share
@@ -218,7 +218,8 @@ def go_on_from(pipe: Any, folder: Path) -> None:
             if any(getattr(layer, "lora_bias", {}).get("start") for layer in given.values()):
                 raise ValueError("it has biases, which the trained LoRA has no place for")
             for layer in given.values():
-                _take(layer)
+                a, b = (half["start"].weight for half in (layer.lora_A, layer.lora_B))
+                _take(layer, a, b, layer.scaling["start"])
         if others := [
             name
             for name, adapters in pipe.get_list_adapters().items()
@@ -230,11 +231,33 @@ def go_on_from(pipe: Any, folder: Path) -> None:
             pipe.delete_adapters("start")
 
 
-def _take(layer: Any) -> None:
-    a, b = (half["start"].weight for half in (layer.lora_A, layer.lora_B))
+@torch.no_grad()
+def go_on_from_file(pipe: Any, path: Path) -> None:
+    """The same from a LoRA file of another tool; see `lora_normal.read`.
+
+    Raises:
+        ValueError: if it has anything that the trained one has no place for.
+    """
+    ((name, module), *others) = denoisers(pipe).items()
+    if others:
+        raise ValueError(f"it is one file, this model has {name} and {others[0][0]}; allowed is a folder of ours")
+    own = dict(layers(module))
+    named = [layer for layer, _ in module.named_modules() if ".base_layer" not in layer and ".lora_" not in layer]
+    given = lora_normal.read(path, named)
+    if more := given.keys() - own.keys():
+        raise ValueError(f"it has layer {min(more)}, which is not among lora.targets")
+    for layer, pair in given.items():
+        _take(own[layer], pair.down, pair.up, pair.scale)
+
+
+def _take(layer: Any, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
     to_a, to_b = (half["default"].weight for half in (layer.lora_A, layer.lora_B))
     if len(a) > len(to_a):
         raise ValueError(f"its rank is {len(a)}, lora.rank is {len(to_a)}; allowed is {len(a)} or more")
+    if a.shape[1:] != to_a.shape[1:] or len(b) != len(to_b):
+        raise ValueError(
+            f"a layer's halves are {tuple(a.shape)} and {tuple(b.shape)}, this model's are of another size"
+        )
     # scale B A = (alpha / rank) B A: rows beyond the saved rank keep their start, where B is 0 and nothing happens
     to_a[: len(a)] = a.to(to_a)
-    to_b[:, : len(a)] = b.to(to_b) * (layer.scaling["start"] / layer.scaling["default"])
+    to_b[:, : len(a)] = b.to(to_b) * (scale / layer.scaling["default"])

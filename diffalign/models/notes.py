@@ -14,6 +14,7 @@ from diffalign.runtime.files import is_file
 from diffalign.runtime.precision import PRECISIONS, QUANTIZE
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for an adapter's file
+PEFT_FILE = "adapter_model.safetensors"  # peft's
 DDIM = "DDIMScheduler"  # in an adapter's notes: it was trained walking DDIM
 FORMAT = 3  # of the notes; a change of what they mean needs a new number. 1: without a number
 
@@ -140,6 +141,14 @@ def lora_folder(place: str | Path) -> Path | None:
         return inside if inside is not None and _has(inside) else None
     saved = [folder for folder in reversed(numbered.folders(given / "checkpoints").values()) if _has(folder)]
     return max((folder for folder in (given / "adapter", *saved[:1]) if _has(folder)), key=_updates, default=None)
+
+
+def foreign(place: str | Path) -> Path | None:
+    """The file of another tool's LoRA that a place stands for: a .safetensors file, or peft's folder; None if there is none."""
+    path = Path(place)
+    if path.suffix == ".safetensors" and is_file(path):
+        return path
+    return path / PEFT_FILE if is_file(path / PEFT_FILE) else None
 
 
 def _has(folder: Path) -> bool:

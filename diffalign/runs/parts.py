@@ -16,7 +16,7 @@ from diffalign.config import Config
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.models import decoding, encoders, loading, lora, lora_files, quantizing
 from diffalign.models.encodings import Kept
-from diffalign.models.notes import Notes, lora_folder
+from diffalign.models.notes import Notes, foreign, lora_folder
 from diffalign.processes import PROCESSES
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import find
@@ -194,12 +194,14 @@ def _lora(config: Config, pipe: Any) -> dict[str, torch.Tensor]:
     settings = config.lora
     parameters = lora.attach(pipe, settings.rank, settings.alpha, settings.targets, config.seed)
     if settings.start is not None:
-        folder = lora_folder(settings.start)
-        assert folder is not None, "the config was checked"
+        folder, file = lora_folder(settings.start), foreign(settings.start)
         try:
-            lora_files.go_on_from(pipe, folder)
+            if folder is not None:
+                lora_files.go_on_from(pipe, folder)
+            elif file is not None:
+                lora_files.go_on_from_file(pipe, file)
         except ValueError as error:
-            raise UserError(f"lora.start: {folder} does not fit: {error}") from error
+            raise UserError(f"lora.start: {folder or file} does not fit: {error}") from error
     return parameters
 
 
