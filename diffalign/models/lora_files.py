@@ -242,8 +242,13 @@ def go_on_from_file(pipe: Any, path: Path) -> None:
     if others:
         raise ValueError(f"it is one file, this model has {name} and {others[0][0]}; allowed is a folder of ours")
     own = dict(layers(module))
-    named = [layer for layer, _ in module.named_modules() if ".base_layer" not in layer and ".lora_" not in layer]
-    given = lora_normal.read(path, named)
+    weights = {name: getattr(part, "weight", None) for name, part in module.named_modules()}
+    sizes = {
+        name: len(weight)
+        for name, weight in weights.items()
+        if isinstance(weight, torch.Tensor) and weight.ndim > 1 and ".base_layer" not in name and ".lora_" not in name
+    }
+    given = lora_normal.read(path, sizes)
     if more := given.keys() - own.keys():
         raise ValueError(f"it has layer {min(more)}, which is not among lora.targets")
     for layer, pair in given.items():

@@ -41,6 +41,49 @@ _DOTTED = ("base_model.model.", "diffusion_model.", "")
 _FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
 
 
+_QKV = ("to_q", "to_k", "to_v")
+_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def _of(block: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{block}.{name}" for name in names)
+
+
+# The authors' names of blocks' layers -> diffusers' names of what is in them, # a block's number [ComfyUI 0.19.3, diffusers 0.42.1].
+FLUX = {
+    "double_blocks.#.img_attn.qkv": _of("transformer_blocks.#.attn", _QKV),
+    "double_blocks.#.txt_attn.qkv": _of("transformer_blocks.#.attn", _ADDED),
+    "double_blocks.#.img_attn.proj": ("transformer_blocks.#.attn.to_out.0",),
+    "double_blocks.#.txt_attn.proj": ("transformer_blocks.#.attn.to_add_out",),
+    "double_blocks.#.img_mlp.0": ("transformer_blocks.#.ff.net.0.proj",),
+    "double_blocks.#.img_mlp.2": ("transformer_blocks.#.ff.net.2",),
+    "double_blocks.#.txt_mlp.0": ("transformer_blocks.#.ff_context.net.0.proj",),
+    "double_blocks.#.txt_mlp.2": ("transformer_blocks.#.ff_context.net.2",),
+    "double_blocks.#.img_mod.lin": ("transformer_blocks.#.norm1.linear",),
+    "double_blocks.#.txt_mod.lin": ("transformer_blocks.#.norm1_context.linear",),
+    "single_blocks.#.linear1": (*_of("single_transformer_blocks.#.attn", _QKV), "single_transformer_blocks.#.proj_mlp"),
+    "single_blocks.#.linear2": ("single_transformer_blocks.#.proj_out",),
+    "single_blocks.#.modulation.lin": ("single_transformer_blocks.#.norm.linear",),
+}
+SD3 = {
+    "joint_blocks.#.x_block.attn.qkv": _of("transformer_blocks.#.attn", _QKV),
+    "joint_blocks.#.x_block.attn2.qkv": _of("transformer_blocks.#.attn2", _QKV),
+    "joint_blocks.#.context_block.attn.qkv": _of("transformer_blocks.#.attn", _ADDED),
+    "joint_blocks.#.x_block.attn.proj": ("transformer_blocks.#.attn.to_out.0",),
+    "joint_blocks.#.x_block.attn2.proj": ("transformer_blocks.#.attn2.to_out.0",),
+    "joint_blocks.#.context_block.attn.proj": ("transformer_blocks.#.attn.to_add_out",),
+    "joint_blocks.#.x_block.mlp.fc1": ("transformer_blocks.#.ff.net.0.proj",),
+    "joint_blocks.#.x_block.mlp.fc2": ("transformer_blocks.#.ff.net.2",),
+    "joint_blocks.#.context_block.mlp.fc1": ("transformer_blocks.#.ff_context.net.0.proj",),
+    "joint_blocks.#.context_block.mlp.fc2": ("transformer_blocks.#.ff_context.net.2",),
+}
+Z_IMAGE = {
+    f"{block}.#.attention.{theirs}": tuple(f"{block}.#.attention.{name}" for name in ours)
+    for block in ("layers", "noise_refiner", "context_refiner")
+    for theirs, ours in (("qkv", _QKV), ("out", ("to_out.0",)))
+}
+
+
 @dataclass(frozen=True)
 class Pair:
     """A layer's halves and how strongly their product acts."""
@@ -61,8 +104,8 @@ class _Layer:
     key: str = ""
 
 
-def read(path: Path, layers: Collection[str]) -> dict[str, Pair]:
-    """A file's LoRA for a denoiser that has these layers, by their names.
+def read(path: Path, sizes: Mapping[str, int]) -> dict[str, Pair]:
+    """A file's LoRA for a denoiser that has these layers, by their names; sizes: how many numbers each puts out.
 
     Raises:
         ValueError: if the file is damaged, no LoRA, or has a tensor that this denoiser has no place for, which it names.
@@ -74,25 +117,39 @@ def read(path: Path, layers: Collection[str]) -> dict[str, Pair]:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path.name} is damaged: {one_line(error)}") from error
-    strengths = _strengths(path)
-    named = _Names(layers)
-    found: dict[str, _Layer] = {}
+    strengths, named = _strengths(path), _Names(sizes)
+    found: dict[tuple[str, ...], _Layer] = {}
     for key, tensor in tensors.items():
         stem, part = _split(key)
         if ENCODERS.match(stem):
             raise ValueError(f"it has layers of a text encoder ({shown(key)}), which is not trained here")
-        layer = named.layer(stem)
-        if layer is None:
+        several = named.layers(stem)
+        if not several:
             raise ValueError(
                 f"{shown(key)} is of no layer of this denoiser: it is of another model, or named in another way"
             )
-        made = found.setdefault(layer, _Layer(key=stem))
+        made = found.setdefault(several, _Layer(key=stem))
         if part in made.parts:
-            raise ValueError(f"layer {layer} is in it twice")
+            raise ValueError(f"layer {stem} is in it twice")
         made.parts[part] = tensor
     if not found:
         raise ValueError("it holds no layer of a LoRA")
-    return {layer: _pair(layer, made, strengths) for layer, made in found.items()}
+    pairs: dict[str, Pair] = {}
+    for several, made in found.items():
+        for layer, pair in zip(several, _apart(_pair(made, strengths), [sizes[k] for k in several], made), strict=True):
+            if layer in pairs:
+                raise ValueError(f"layer {layer} is in it twice")
+            pairs[layer] = pair
+    return pairs
+
+
+def _apart(whole: Pair, sizes: list[int], made: _Layer) -> list[Pair]:
+    """The pairs of layers that are one in a file: A is shared, of B each has its rows."""
+    if len(whole.up) != sum(sizes):
+        raise ValueError(
+            f"layer {made.key} puts out {len(whole.up)} numbers, this model's {' + '.join(map(str, sizes))}"
+        )
+    return [Pair(whole.down, rows, whole.scale) for rows in whole.up.split(sizes)]
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -111,27 +168,47 @@ def _split(key: str) -> tuple[str, str]:
 
 
 class _Names:
-    """A denoiser's layers by every name that tools have for them."""
+    """A denoiser's layers by every name that tools have for them; a name may stand for several, whose outputs it has one after another."""
 
     def __init__(self, layers: Collection[str]) -> None:
-        self.by_name: dict[str, str | None] = {}
+        self._found: dict[str, tuple[str, ...] | None] = {}
         for layer in layers:
+            self._add(layer, (layer,))
             theirs = layer
             for ours, name in WAN:
                 theirs = theirs.replace(ours, name)
-            for name in {layer, theirs}:
-                dotted = {f"{prefix}{name}" for prefix in (*_DOTTED, "transformer.", "unet.")}
-                flat = {f"{prefix}{name.replace('.', '_')}" for prefix in _FLAT}
-                for full in dotted | flat:
-                    # Two layers of one name in a file that has underscores for dots: neither can be told.
-                    self.by_name[full] = layer if self.by_name.get(full, layer) == layer else None
+            self._add(theirs, (layer,))
+        for name, several in fused(layers).items():
+            self._add(name, several)
 
-    def layer(self, name: str) -> str | None:
-        """diffusers' name of a layer, None if there is none or it cannot be told."""
-        return self.by_name.get(name)
+    def _add(self, name: str, several: tuple[str, ...]) -> None:
+        dotted = {f"{prefix}{name}" for prefix in (*_DOTTED, "transformer.", "unet.")}
+        flat = {f"{prefix}{name.replace('.', '_')}" for prefix in _FLAT}
+        for full in dotted | flat:
+            # Two layers of one name in a file that has underscores for dots: neither can be told.
+            self._found[full] = several if self._found.get(full, several) == several else None
+
+    def layers(self, name: str) -> tuple[str, ...]:
+        """diffusers' names of the layers that a name stands for; none if there are none or they cannot be told."""
+        return self._found.get(name) or ()
 
 
-def _pair(layer: str, made: _Layer, strengths: Mapping[str, Any]) -> Pair:
+def fused(layers: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The authors' names of FLUX's, Stable Diffusion 3's and Z-Image's layers -> diffusers' of what is in them, if all of that is there."""
+    flux = any(layer.startswith("single_transformer_blocks.") for layer in layers)
+    tables = (FLUX,) if flux else (SD3, Z_IMAGE)
+    found: dict[str, tuple[str, ...]] = {}
+    for table in tables:
+        for theirs, ours in table.items():
+            for number in sorted({part for layer in layers for part in re.findall(r"\.(\d+)\.", layer)}, key=int):
+                names = tuple(name.replace("#", number) for name in ours)
+                if all(name in layers for name in names):
+                    found[theirs.replace("#", number)] = names
+    return found
+
+
+def _pair(made: _Layer, strengths: Mapping[str, Any]) -> Pair:
+    layer = made.key
     if not {"down", "up"} <= made.parts.keys():
         raise ValueError(f"layer {layer} has one half of a LoRA only")
     down, up = made.parts["down"], made.parts["up"]

@@ -12,16 +12,23 @@ from diffalign import config as configs
 from diffalign.errors import UserError
 from diffalign.models import loading, lora, lora_files
 from diffalign.models.comfyui import WAN
+from diffalign.models.lora_normal import fused
 from diffalign.runs import parts, session
 from tests.kit.helpers import tiny_config
 
 MODELS = {"shapes-sd": "unet", "shapes-sd3": "transformer", "shapes-flux": "transformer", "shapes-wan": "transformer"}
 
 
-def prepared(model):
+def targets(pipe, more):
+    """The usual ones that a pipeline has, and more."""
+    names = [name for module in lora.denoisers(pipe).values() for name, _ in module.named_modules()]
+    return [t for t in (*lora.TARGETS, *more) if any(name == t or name.endswith("." + t) for name in names)]
+
+
+def prepared(model, *more):
     """A pipeline with a trained LoRA of rank 8, and its layers."""
     pipe, _ = loading.load(model)
-    lora.attach(pipe, 8, 4.0, None, 0)
+    lora.attach(pipe, 8, 4.0, targets(pipe, more) if more else None, 0)
     return pipe, dict(lora_files.layers(getattr(pipe, MODELS[model])))
 
 
@@ -104,6 +111,47 @@ def test_l1_to_l4_l9_l10_l15_every_layer_acts_as_the_file_says(name, model, alph
     written(tmp_path / "x.safetensors", made, spelled, ends, MODELS[model], given)
     lora_files.go_on_from_file(pipe, tmp_path / "x.safetensors")
     held(layers, made, {n: 1.0 if given is None else given[n] / len(pair[0]) for n, pair in made.items()})
+
+
+def together(made, layers):
+    """What tools that fuse layers write: one A, the B's one after another; and the pairs that this is for each layer."""
+    whole, apart = {}, {}
+    for theirs, ours in fused(layers).items():
+        if theirs.rpartition(".")[2] not in ("lin",) and all(name in made for name in ours):
+            down = made[ours[0]][0]
+            apart |= {name: (down, made[name][1]) for name in ours}
+            whole[theirs] = down, torch.cat([made[name][1] for name in ours])
+    return whole, apart
+
+
+@pytest.mark.parametrize("model", ["shapes-sd3", "shapes-flux"])
+@pytest.mark.parametrize("name", ["diffusion_model", "bare", "kohya"])
+def test_l11_l12_l25_layers_that_are_one_in_a_file_are_told_apart(model, name, tmp_path):
+    """q, k and v, and FLUX's mlp beside them, image and text alike; each has its rows of B."""
+    pipe, layers = prepared(model, *(("proj_mlp", "proj_out") if model == "shapes-flux" else ()))
+    whole, apart = together(halves(layers, every=1), layers)
+    assert any(len(ours) > 1 for ours in fused(layers).values())
+    assert len(apart) > 0.9 * len([n for n in layers if "blocks" in n])
+    spelled, ends, _ = FORMATS[name]
+    written(tmp_path / "x.safetensors", whole, spelled, ends, MODELS[model], dict.fromkeys(whole, 2.0))
+    lora_files.go_on_from_file(pipe, tmp_path / "x.safetensors")
+    held(layers, apart, dict.fromkeys(apart, 0.5))
+
+
+def test_l13_z_image_has_its_attention_too():
+    own = [f"layers.0.attention.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]
+    found = fused([*own, "layers.0.feed_forward.w1"])
+    assert found == {"layers.0.attention.qkv": tuple(own[:3]), "layers.0.attention.out": (own[3],)}
+
+
+def test_a_fused_layer_of_another_size_is_refused(tmp_path):
+    pipe, layers = prepared("shapes-sd3")
+    whole, _ = together(halves(layers, every=1), layers)
+    first = next(name for name in whole if name.endswith("qkv"))
+    whole[first] = whole[first][0], whole[first][1][:-1]
+    written(tmp_path / "x.safetensors", whole, lambda n: n, PEFT, "transformer")
+    with pytest.raises(ValueError, match=r"puts out 287 numbers, this model's 96 \+ 96 \+ 96"):
+        lora_files.go_on_from_file(pipe, tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(
