@@ -73,7 +73,13 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, qu
 @A_CALL
 @click.option("--negative", help="What guidance leads away from; needs a guidance above 1.")
 @click.option("--strength", type=Number(-100, 100), default=1.0, show_default=True, help="Of the adapter.")
-@click.option("--adapter", "more", multiple=True, metavar="FOLDER[:STRENGTH]", help="A further adapter; several times.")
+@click.option(
+    "--adapter",
+    "more",
+    multiple=True,
+    metavar="PLACE[:STRENGTH]",
+    help="A further adapter, or a LoRA file of another tool; several times.",
+)
 @click.option("--base", is_flag=True, help="Also draw without adapters, from the same seeds.")
 @click.option("--fps", type=click.IntRange(1, 240), default=16, show_default=True, help="Frames per second of videos.")
 @click.option("--out", type=Place(file_okay=False), default="samples", show_default=True, help="Where to write.")

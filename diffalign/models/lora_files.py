@@ -6,6 +6,7 @@ A pipeline with two denoisers (experts) has two files, since diffusers' loader t
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 
 from diffalign.errors import Fault, one_line, shortened, shown
 from diffalign.models import halves, lora_normal
@@ -231,28 +233,49 @@ def go_on_from(pipe: Any, folder: Path) -> None:
             pipe.delete_adapters("start")
 
 
+def load_file(pipe: Any, path: Path, name: str) -> None:
+    """Load a LoRA file of another tool under a name: rewritten as diffusers has it, its strengths in B, and read by diffusers.
+
+    Raises:
+        ValueError: if it has anything that the pipeline has no place for.
+    """
+    (component, _), given = _foreign(pipe, path)
+    tensors = {}
+    for layer, pair in given.items():
+        tensors[f"{component}.{layer}.lora_A.weight"] = pair.down.float().contiguous()
+        tensors[f"{component}.{layer}.lora_B.weight"] = (pair.up.float() * pair.scale).contiguous()
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, Path(folder, LORA))
+        load(pipe, Path(folder), name)
+
+
 @torch.no_grad()
 def go_on_from_file(pipe: Any, path: Path) -> None:
-    """The same from a LoRA file of another tool; see `lora_normal.read`.
+    """Give the trained LoRA the effect of a LoRA file of another tool, exactly; see `lora_normal.read`.
 
     Raises:
         ValueError: if it has anything that the trained one has no place for.
     """
-    ((name, module), *others) = denoisers(pipe).items()
-    if others:
-        raise ValueError(f"it is one file, this model has {name} and {others[0][0]}; allowed is a folder of ours")
+    (_, module), given = _foreign(pipe, path)
     own = dict(layers(module))
-    weights = {name: getattr(part, "weight", None) for name, part in module.named_modules()}
-    sizes = {
-        name: len(weight)
-        for name, weight in weights.items()
-        if isinstance(weight, torch.Tensor) and weight.ndim > 1 and ".base_layer" not in name and ".lora_" not in name
-    }
-    given = lora_normal.read(path, sizes)
     if more := given.keys() - own.keys():
         raise ValueError(f"it has layer {min(more)}, which is not among lora.targets")
     for layer, pair in given.items():
         _take(own[layer], pair.down, pair.up, pair.scale)
+
+
+def _foreign(pipe: Any, path: Path) -> tuple[tuple[str, Any], dict[str, lora_normal.Pair]]:
+    """The denoiser that a file of another tool is for, and its LoRA for that."""
+    ((name, module), *others) = denoisers(pipe).items()
+    if others:
+        raise ValueError(f"it is one file, this model has {name} and {others[0][0]}; allowed is a folder of ours")
+    weights = {part: getattr(layer, "weight", None) for part, layer in module.named_modules()}
+    sizes = {
+        part: len(weight)
+        for part, weight in weights.items()
+        if isinstance(weight, torch.Tensor) and weight.ndim > 1 and ".base_layer" not in part and ".lora_" not in part
+    }
+    return (name, module), lora_normal.read(path, sizes)
 
 
 def _take(layer: Any, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:

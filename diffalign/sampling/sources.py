@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 
 from diffalign.errors import Fault, UserError, one_line, shown
 from diffalign.models.calls import FIXED, GIVEN
-from diffalign.models.notes import DDIM, LORA, Notes, choices, lora_folder
+from diffalign.models.notes import DDIM, Notes, choices, lora_folder
 from diffalign.processes import linear_sigmas
 from diffalign.runtime.files import HUB_ID, fingerprint, home, is_file
 from diffalign.runtime.precision import QUANTIZE
 from diffalign.runtime.yaml_text import parse
-
-STRONGEST = 100
+from diffalign.sampling import adapters
+from diffalign.sampling.adapters import Adapter
 
 
 def _not_free(key: str) -> str:
@@ -25,14 +24,6 @@ def _not_free(key: str) -> str:
     if key in GIVEN:
         return f"given with {GIVEN[key][1]}"
     return "given with --negative" if key == "negative_prompt" else "not free here" if key in FIXED else ""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA folder and how strongly it acts: 1 as trained, 0 not at all."""
-
-    folder: Path
-    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,14 +62,14 @@ def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Sou
         UserError: if there is nothing of that kind, or an adapter belongs to another model.
     """
     source = _target(home(target), strength)
-    adapters = [_adapter(text) for text in more]
-    for adapter in adapters:
-        notes = _notes(adapter.folder)
+    others = [adapters.given(text) for text in more]
+    for adapter in others:
+        notes = adapters.notes(adapter)
         base = notes.base_model or source.model
         if base != source.model:
             raise UserError(f"--adapter: {adapter.folder} belongs to {base}, the pictures come from {source.model}")
         source = replace(source, trained_on=(*source.trained_on, notes.quantize))
-    return replace(source, adapters=(*source.adapters, *adapters))
+    return replace(source, adapters=(*source.adapters, *others))
 
 
 def with_options(
@@ -110,7 +101,7 @@ def _target(target: str, strength: float) -> Source:
 
     path = Path(target)
     if folder := lora_folder(path):
-        notes = _notes(folder)
+        notes = adapters.notes(Adapter(folder))
         if not notes.base_model:
             raise UserError(
                 f"sample: {folder} does not say its base model; give the model, and this folder with --adapter"
@@ -160,33 +151,6 @@ def _check_weights(folder: Path, notes: Notes) -> None:
         raise UserError(f"sample: {folder} was trained on {place}, which is another file now; restore it")
 
 
-def _adapter(text: str) -> Adapter:
-    """FOLDER, or FOLDER:STRENGTH; a run folder stands for its adapter."""
-    text = home(text)
-    name, colon, tail = text.rpartition(":")
-    folder, strength = Path(text), 1.0
-    if colon and lora_folder(folder) is None:
-        folder = Path(name)
-        try:
-            strength = float(tail)
-        except ValueError:
-            strength = math.nan
-        if not abs(strength) <= STRONGEST:
-            raise UserError(
-                f"--adapter: got {text!r}, allowed are FOLDER and FOLDER:STRENGTH, a number to +-{STRONGEST}"
-            )
-    if place := lora_folder(folder):
-        return Adapter(place, strength)
-    raise UserError(f"--adapter: got {shown(text)}, no {LORA} there; allowed is FOLDER or FOLDER:STRENGTH")
-
-
-def _notes(folder: Path) -> Notes:
-    try:
-        return Notes.read(folder)
-    except ValueError as error:
-        raise UserError(f"sample: {error}") from error
-
-
 def call_of(source: Source, steps: int | None, guidance: float | None, negative: str | None) -> dict[str, Any]:
     """The arguments of a source's call with those that the user changed.
 
@@ -233,20 +197,13 @@ def pipeline(source: Source) -> Any:
     import torch
 
     from diffalign.backends import recorder
-    from diffalign.models import loading, lora_files
+    from diffalign.models import loading
 
     device, dtype = check(source), getattr(torch, source.precision)
     pipe, _ = loading.load(source.model, dtype, device, source.revision, source.weights, source.quantize)
     if source.ddim:
         pipe.scheduler = recorder.as_ddim(pipe.scheduler)
-    for number, adapter in enumerate(source.adapters):
-        try:
-            lora_files.load(pipe, adapter.folder, f"adapter_{number}")
-        except ValueError as error:
-            raise UserError(f"sample: {adapter.folder} cannot be used on {source.model}: {error}") from error
-    if source.adapters:
-        names = [f"adapter_{number}" for number in range(len(source.adapters))]
-        pipe.set_adapters(names, [adapter.strength for adapter in source.adapters])
+    adapters.put(pipe, source.adapters, source.model)
     return pipe
 
 

@@ -14,6 +14,7 @@ from diffalign.models import loading, lora, lora_files
 from diffalign.models.comfyui import WAN
 from diffalign.models.lora_normal import fused
 from diffalign.runs import parts, session
+from diffalign.sampling import sources
 from tests.kit.helpers import tiny_config
 
 MODELS = {"shapes-sd": "unet", "shapes-sd3": "transformer", "shapes-flux": "transformer", "shapes-wan": "transformer"}
@@ -296,3 +297,41 @@ def test_a_run_starts_from_a_kohya_file(tmp_path, capsys):
     with pytest.raises(UserError, match=r"lora\.start: .*text.safetensors does not fit: text.safetensors is damaged"):
         session.train(tiny_config(tmp_path / "bad", f"lora.start={tmp_path / 'text.safetensors'}"), quiet=True)
     assert configs.load("flow_grpo/shapes-sd3", [start]).lora.start == str(tmp_path / "hers.safetensors")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_file_is_sampled_with_as_it_says(model, tmp_path):
+    """Every layer's product under diffusers' own adapter, ranks and alphas differing by layer; fused names too."""
+    pipe, _ = loading.load(model)
+    module = getattr(pipe, MODELS[model])
+    trained, layers = prepared(model)
+    made = halves(layers, ranks=lambda k: 2 + k % 5)
+    alphas = {n: 1.0 + k for k, n in enumerate(made)}
+    written(tmp_path / "x.safetensors", made, flat("lora_unet_"), KOHYA, MODELS[model], alphas)
+    lora_files.load_file(pipe, tmp_path / "x.safetensors", "hers")
+    found = dict(lora_files.layers(module, "hers"))
+    assert found.keys() == made.keys()
+    for name, layer in found.items():
+        a, b = (half["hers"].weight.double() for half in (layer.lora_A, layer.lora_B))
+        down, up = (half.double() for half in made[name])
+        expected = alphas[name] / len(down) * up @ down
+        assert float((layer.scaling["hers"] * b @ a - expected).norm()) <= 1e-6 * float(expected.norm())
+
+
+def test_sample_takes_a_file_and_says_what_it_cannot_take(tmp_path):
+    _, layers = prepared("shapes-sd3")
+    made = halves(layers)
+    hers = tmp_path / "hers.safetensors"
+    tensors = written(hers, made, flat("lora_unet_"), KOHYA, "transformer", dict.fromkeys(made, 2.0))
+    source = sources.resolve("shapes-sd3", more=[f"{hers}:0.5"])
+    assert [(a.folder, a.strength) for a in source.adapters] == [(hers, 0.5)]
+    pipe = sources.pipeline(source)
+    layer = dict(lora_files.layers(pipe.transformer, "adapter_0"))[next(iter(made))]
+    assert layer.scaling["adapter_0"] == pytest.approx(0.5)  # alpha / r is in B
+    save_file({**tensors, "lora_te_x.lora_down.weight": torch.ones(4, 4)}, hers)
+    with pytest.raises(UserError, match="cannot be used on shapes-sd3: it has layers of a text encoder"):
+        sources.pipeline(source)
+    with pytest.raises(
+        UserError, match="--adapter: got .*allowed is FOLDER or FOLDER:STRENGTH, or a .safetensors file"
+    ):
+        sources.resolve("shapes-sd3", more=[str(tmp_path / "nothing.safetensors")])
