@@ -17,22 +17,12 @@ from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
-from diffalign.errors import Fault, one_line, shortened, shown
+from diffalign.errors import Fault, one_line, shortened
 from diffalign.models import halves, lora_normal
 from diffalign.models.lora import denoisers, quiet
-from diffalign.models.notes import LORA, lora_settings, metadata
+from diffalign.models.notes import FORMAT, LORA, check_settings, files_of, metadata
 from diffalign.runtime.files import share
 from diffalign.runtime.memory import out_of_memory
-
-# Of peft's settings: those that say what the numbers mean. Others must be at what does nothing.
-# fmt: off
-_SETTINGS = {
-    "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "lora_dropout",
-    "fan_in_fan_out", "init_lora_weights", "inference_mode", "peft_type", "task_type", "peft_version", "exclude_modules", "modules_to_save",
-    "base_model_name_or_path", "revision", "layers_pattern", "layers_to_transform",
-}
-# fmt: on
-_NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 
 
 @dataclass(frozen=True)
@@ -146,6 +136,8 @@ def load(pipe: Any, folder: Path, name: str) -> None:
     Raises:
         ValueError: if a file is missing or damaged, or a layer of it is none of the pipeline's: diffusers leaves it out, silently.
     """
+    if (file := _unknown(folder)) is not None:
+        return load_file(pipe, file, name)
     for part in parts(pipe):
         named = len(_read(pipe, part, folder, name))
         present = len(list(layers(getattr(pipe, part.component), name)))
@@ -167,7 +159,7 @@ def _read(pipe: Any, part: Part, folder: Path, name: str) -> set[str]:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{part.file} is damaged: {one_line(error)}") from error
     named = halves.layers(tensors, lambda tensor: bool(tensor.isfinite().all()))
-    _check_settings(metadata(folder / part.file))
+    check_settings(metadata(folder / part.file))
     with quiet():
         try:
             pipe.load_lora_weights(folder, weight_name=part.file, adapter_name=name, **part.options)
@@ -180,28 +172,6 @@ def _read(pipe: Any, part: Part, folder: Path, name: str) -> set[str]:
     return named
 
 
-def _check_settings(notes: dict[str, str]) -> None:
-    """Look at what a file wants peft to be told: numbers and names, and nothing that it would import or run.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if "lora_adapter_metadata" not in notes:
-        return
-    for key, value in lora_settings(notes).items():
-        name = key.rpartition(".")[2]
-        if name not in _SETTINGS and value not in (None, False, {}, []):
-            if name in _NEUTRAL and value == _NEUTRAL[name]:
-                continue
-            raise ValueError(f"its lora_adapter_metadata has {shown(key)} {shown(value)}, which is not for here")
-        if name in ("r", "lora_alpha") and (type(value) not in (int, float) or not 0 < value < 1e6):
-            raise ValueError(f"its lora_adapter_metadata has {name} {shown(value)}, expected a number above 0")
-        if name in ("rank_pattern", "alpha_pattern") and not (
-            isinstance(value, dict) and all(type(v) in (int, float) and 0 < v < 1e6 for v in value.values())
-        ):
-            raise ValueError(f"its lora_adapter_metadata has {name} {shown(value)}, expected numbers by layer")
-
-
 @torch.no_grad()
 def go_on_from(pipe: Any, folder: Path) -> None:
     """Give the trained LoRA the effect of a saved one, exactly; its rank may be higher, its strength another.
@@ -209,6 +179,8 @@ def go_on_from(pipe: Any, folder: Path) -> None:
     Raises:
         ValueError: if the saved one has a layer or rank that the trained one has not.
     """
+    if (file := _unknown(folder)) is not None:
+        return go_on_from_file(pipe, file)
     try:
         load(pipe, folder, "start")
         for part in parts(pipe):
@@ -233,6 +205,14 @@ def go_on_from(pipe: Any, folder: Path) -> None:
             pipe.delete_adapters("start")
 
 
+def _unknown(folder: Path) -> Path | None:
+    """A folder's only file, if another tool wrote it: it has neither notes of ours nor peft's settings, which diffusers reads rightly."""
+    path = folder / LORA
+    if not path.is_file() or len(files_of(folder)) > 1:
+        return None
+    return None if {"notes_format", "base_model", "lora_adapter_metadata"} & metadata(path).keys() else path
+
+
 def load_file(pipe: Any, path: Path, name: str) -> None:
     """Load a LoRA file of another tool under a name: rewritten as diffusers has it, its strengths in B, and read by diffusers.
 
@@ -245,7 +225,7 @@ def load_file(pipe: Any, path: Path, name: str) -> None:
         tensors[f"{component}.{layer}.lora_A.weight"] = pair.down.float().contiguous()
         tensors[f"{component}.{layer}.lora_B.weight"] = (pair.up.float() * pair.scale).contiguous()
     with tempfile.TemporaryDirectory() as folder:
-        save_file(tensors, Path(folder, LORA))
+        save_file(tensors, Path(folder, LORA), metadata={"notes_format": str(FORMAT)})
         load(pipe, Path(folder), name)
 
 

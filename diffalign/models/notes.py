@@ -17,6 +17,15 @@ LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for an adapter's fi
 PEFT_FILE = "adapter_model.safetensors"  # peft's
 DDIM = "DDIMScheduler"  # in an adapter's notes: it was trained walking DDIM
 FORMAT = 3  # of the notes; a change of what they mean needs a new number. 1: without a number
+# Of peft's settings: those that say what the numbers mean. Others must be at what does nothing.
+# fmt: off
+_SETTINGS = {
+    "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "lora_dropout",
+    "fan_in_fan_out", "init_lora_weights", "inference_mode", "peft_type", "task_type", "peft_version", "exclude_modules", "modules_to_save",
+    "base_model_name_or_path", "revision", "layers_pattern", "layers_to_transform",
+}
+# fmt: on
+_NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,28 @@ def lora_settings(notes: dict[str, str]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"its lora_adapter_metadata is {error}") from error
     return settings
+
+
+def check_settings(notes: dict[str, str]) -> None:
+    """Look at what a file wants peft to be told: numbers and names, and nothing that it would import or run.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if "lora_adapter_metadata" not in notes:
+        return
+    for key, value in lora_settings(notes).items():
+        name = key.rpartition(".")[2]
+        if name not in _SETTINGS and value not in (None, False, {}, []):
+            if name in _NEUTRAL and value == _NEUTRAL[name]:
+                continue
+            raise ValueError(f"its lora_adapter_metadata has {shown(key)} {shown(value)}, which is not for here")
+        if name in ("r", "lora_alpha") and (type(value) not in (int, float) or not 0 < value < 1e6):
+            raise ValueError(f"its lora_adapter_metadata has {name} {shown(value)}, expected a number above 0")
+        if name in ("rank_pattern", "alpha_pattern") and not (
+            isinstance(value, dict) and all(type(v) in (int, float) and 0 < v < 1e6 for v in value.values())
+        ):
+            raise ValueError(f"its lora_adapter_metadata has {name} {shown(value)}, expected numbers by layer")
 
 
 def lora_folder(place: str | Path) -> Path | None:
