@@ -222,8 +222,10 @@ def load_file(pipe: Any, path: Path, name: str) -> None:
     (component, _), given = _foreign(pipe, path)
     tensors = {}
     for layer, pair in given.items():
-        tensors[f"{component}.{layer}.lora_A.weight"] = pair.down.float().contiguous()
-        tensors[f"{component}.{layer}.lora_B.weight"] = (pair.up.float() * pair.scale).contiguous()
+        tensors[f"{component}.{layer}.lora_A.weight"] = (
+            pair.down.float().clone()
+        )  # layers of one name in a file share it
+        tensors[f"{component}.{layer}.lora_B.weight"] = (pair.up.float() * pair.scale).clone()
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, Path(folder, LORA), metadata={"notes_format": str(FORMAT)})
         load(pipe, Path(folder), name)

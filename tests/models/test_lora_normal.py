@@ -137,6 +137,9 @@ def test_l11_l12_l25_layers_that_are_one_in_a_file_are_told_apart(model, name, t
     written(tmp_path / "x.safetensors", whole, spelled, ends, MODELS[model], dict.fromkeys(whole, 2.0))
     lora_files.go_on_from_file(pipe, tmp_path / "x.safetensors")
     held(layers, apart, dict.fromkeys(apart, 0.5))
+    other, _ = loading.load(model)
+    lora_files.load_file(other, tmp_path / "x.safetensors", "hers")
+    assert {name for name, _ in lora_files.layers(other.transformer, "hers")} == apart.keys()
 
 
 def test_l13_z_image_has_its_attention_too():
