@@ -90,7 +90,8 @@ def sample(target: str, strength: float, more: tuple[str, ...], arguments: tuple
     texts = pictures.captions(asked.pop("prompts"), asked.pop("file"))
     resolved = sources.resolve(target, strength, more)
     source = sources.with_options(resolved, arguments, asked.pop("precision"), asked.pop("quantize"))
-    sources.check(source)
+    if source.quantize != "none":  # before it is said what it would be drawn on
+        sources.check(source)
     if source.remark:
         click.echo(source.remark, err=True)
     show(map(pictures.label, pictures.sample(source, texts, asked.pop("count"), **asked)))

@@ -13,8 +13,7 @@ from tests.kit import ROOT
     "preset",
     [
         "flow_grpo/wan21",
-        "flow_grpo/sd35-medium",
-        *(pytest.param(f"flow_grpo/{n}", marks=pytest.mark.slow) for n in ("z-image", "flux-dev")),
+        *(pytest.param(f"flow_grpo/{n}", marks=pytest.mark.slow) for n in ("sd35-medium", "z-image", "flux-dev")),
     ],
 )
 def test_on_a_card_runs_with_one_layer(preset, tmp_path):
@@ -24,8 +23,9 @@ def test_on_a_card_runs_with_one_layer(preset, tmp_path):
     assert done.returncode == 0, done.stderr
     (found,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert "problem" not in found, found
+    # What a call takes once, LoRA in the base's precision, is counted once a row: at one layer of full width that is some MiB.
     for what in ("sample", "train", "train, blocks"):
-        assert found[what]["counted_gib"] == pytest.approx(found[what]["peak_gib"], rel=0.1, abs=0.002), what
+        assert found[what]["counted_gib"] == pytest.approx(found[what]["peak_gib"], rel=0.1, abs=0.01), what
     assert found["train"]["peak_gib"] < found["train, peft's products"]["peak_gib"]
     assert f"| {preset}  | " in done.stdout
 

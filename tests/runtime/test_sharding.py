@@ -132,6 +132,7 @@ def agents(run: list[str]) -> list[subprocess.Popen]:
     ]
 
 
+@pytest.mark.slow
 def test_m20_two_agents_that_meet_are_two_processes(tmp_path):
     few = ("updates=1", "evaluation.enabled=false", "memory.shard=blocks")
     for process in agents(command(tmp_path / "met", *few)):
