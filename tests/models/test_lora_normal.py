@@ -100,15 +100,13 @@ def held(layers, made, scales):
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)
-@pytest.mark.parametrize("alphas", ["none", "one", "by layer"])
+@pytest.mark.parametrize("alphas", ["none", "by layer"])
 def test_l1_to_l4_l9_l10_l15_every_layer_acts_as_the_file_says(name, model, alphas, tmp_path):
     """Ranks and alphas that differ by layer too, which diffusers' own readers give one value for all."""
     pipe, layers = prepared(model)
     made = halves(layers, ranks=lambda k: 2 + k % 5)
     spelled, ends, _ = FORMATS[name]
-    given = {"none": None, "one": dict.fromkeys(made, 3.0), "by layer": {n: 1.0 + k for k, n in enumerate(made)}}[
-        alphas
-    ]
+    given = {"none": None, "by layer": {n: 1.0 + k for k, n in enumerate(made)}}[alphas]
     written(tmp_path / "x.safetensors", made, spelled, ends, MODELS[model], given)
     lora_files.go_on_from_file(pipe, tmp_path / "x.safetensors")
     held(layers, made, {n: 1.0 if given is None else given[n] / len(pair[0]) for n, pair in made.items()})

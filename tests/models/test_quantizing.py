@@ -177,6 +177,7 @@ def flux(folder, *more):
     return config(folder, "int8", *few, model="shapes-flux")
 
 
+@pytest.mark.slow
 def test_a_quantised_run_without_encoders_is_killed_resumed_sampled_exported_and_loaded_elsewhere(tmp_path):
     run = tmp_path / "run"
     (tmp_path / "config.yaml").write_text(configs.dump(flux(run, "updates=300")))

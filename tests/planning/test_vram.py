@@ -16,7 +16,7 @@ from diffalign.types import Plan, Term
 from tests.backends.test_hub_configs import CONFIGS
 
 CARDS = (8, 12, 16, 24, 48, 80)
-QUICK = ("flow_grpo/sd35-medium", "ddpo/sd15")
+QUICK = ("flow_grpo/sd35-medium",)
 KEPT = ("model", "rule", "prompts", "sampler", "lora", "rewards", "eval_rewards", "evaluation", "precision", "updates")
 counted = cache(lambda name: facts(config.load(name)))
 

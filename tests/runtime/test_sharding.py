@@ -143,6 +143,7 @@ def test_m20_two_agents_that_meet_are_two_processes(tmp_path):
     assert all(torch.equal(met[key], tensor) for key, tensor in two.items())
 
 
+@pytest.mark.slow
 def test_m19_a_process_that_is_killed_ends_all_and_the_checkpoint_goes_on(tmp_path):
     """Killed while they run the network together; the other one says so, code 3, and a run with both goes on."""
     few = ("evaluation.enabled=false", "memory.shard=blocks", "output.checkpoint_every=1")
