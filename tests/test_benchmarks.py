@@ -9,6 +9,7 @@ import pytest
 from tests.kit import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset",
     [
