@@ -34,16 +34,16 @@ def app() -> None:
     """Align image and video diffusion models with a reward. The update rule is one word in the config."""
 
 
-def _settings(config: str, overrides: tuple[str, ...], vram: float | None) -> configs.Config:
-    """A config, fitted into memory where that is asked for."""
+def _settings(config: str, overrides: tuple[str, ...], vram: float | None) -> tuple[configs.Config, Any]:
+    """A config, fitted into memory where that is asked for, and what was counted of its model for that."""
     if vram is None:
-        return configs.load(config, overrides)
+        return configs.load(config, overrides), None
     from diffalign.planning import vram as cards
 
     settings, fit = cards.fitted(config, overrides, vram)
     if launcher.leads():
         show(cards.verdict(vram, fit))
-    return settings
+    return settings, fit.facts
 
 
 @app.command()
@@ -56,7 +56,7 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, qu
     """Train CONFIG, a path or a name such as flow_grpo/shapes-sd3. The same command again resumes."""
     from diffalign.runs.folder import open_run
 
-    settings = _settings(config, overrides, vram)
+    settings, _ = _settings(config, overrides, vram)
     folder = open_run(settings, fresh, change) if launcher.leads() else None  # refused before torch is imported
     from diffalign.runs import session
 
@@ -138,21 +138,15 @@ def export(folder: Path, out: Path) -> None:
 @VRAM
 def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: str | None, vram: float | None) -> None:
     """Say what one update of CONFIG does and costs, and with --vram first whether it fits; loads no weights."""
-    settings = configs.load(config, overrides)
     if preview is not None:
+        settings = configs.load(config, overrides)  # a mistake is told before torch is imported
         from diffalign.planning import preview as previews
 
         show(previews.write(settings, preview))
         return
+    settings, known = _settings(config, overrides, vram)
     from diffalign.planning import cost
 
-    known = None
-    if vram is not None:
-        from diffalign.planning import vram as cards
-
-        settings, fit = cards.fitted(config, overrides, vram)
-        show(cards.verdict(vram, fit))
-        known = fit.facts
     show(cost.count(settings, known).lines(*cost.bound(card)))
 
 

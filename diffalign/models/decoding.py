@@ -13,12 +13,12 @@ def cut(pipe: Any, how: str) -> None:
     Raises:
         UserError: if its class cannot.
     """
-    if how == "tiled" and type(getattr(pipe, "vae", None)).__name__ == "AutoencoderTiny":
+    vae = getattr(pipe, "vae", None)
+    if how == "tiled" and type(vae).__name__ == "AutoencoderTiny":
         raise UserError(
             "memory.decode: got tiled, an AutoencoderTiny's tiles do not fit together; allowed are whole, sliced"
         )
     for name in {"whole": (), "sliced": ("enable_slicing",), "tiled": ("enable_slicing", "enable_tiling")}[how]:
-        vae = getattr(pipe, "vae", None)
         try:
             getattr(vae, name)()
         except (AttributeError, NotImplementedError) as error:

@@ -31,9 +31,18 @@ def layers(tensors: Mapping[str, Any], finite: Callable[[Any], bool]) -> set[str
     if not found:
         raise ValueError("it holds no layer of a LoRA")
     for name, halves in found.items():
-        if len(halves) < 2:
-            raise ValueError(f"layer {name} has one half of a LoRA only")
-        a, b = halves[True], halves[False]
-        if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[0] != b.shape[1]:
-            raise ValueError(f"layer {name} has halves of {tuple(a.shape)} and {tuple(b.shape)}, which do not fit")
+        pair(name, halves.get(True), halves.get(False))
     return {name for name in found if not ENCODERS.match(name)}
+
+
+def pair(name: str, a: Any, b: Any) -> tuple[Any, Any]:
+    """A layer's halves A and B, None where a file has none.
+
+    Raises:
+        ValueError: if one is missing, or they do not fit.
+    """
+    if a is None or b is None:
+        raise ValueError(f"layer {name} has one half of a LoRA only")
+    if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[0] != b.shape[1]:
+        raise ValueError(f"layer {name} has halves of {tuple(a.shape)} and {tuple(b.shape)}, which do not fit")
+    return a, b

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from diffalign.errors import one_line, shown
+from diffalign.models import halves
 from diffalign.models.comfyui import WAN
-from diffalign.models.halves import ENCODERS
 from diffalign.models.notes import PEFT_FILE, lora_settings, metadata
 
 PEFT_CONFIG = "adapter_config.json"
@@ -121,7 +121,7 @@ def read(path: Path, sizes: Mapping[str, int]) -> dict[str, Pair]:
     found: dict[tuple[str, ...], _Layer] = {}
     for key, tensor in tensors.items():
         stem, part = _split(key)
-        if ENCODERS.match(stem):
+        if halves.ENCODERS.match(stem):
             raise ValueError(f"it has layers of a text encoder ({shown(key)}), which is not trained here")
         several = named.layers(stem)
         if not several:
@@ -209,13 +209,9 @@ def fused(layers: Collection[str]) -> dict[str, tuple[str, ...]]:
 
 def _pair(made: _Layer, strengths: Mapping[str, Any]) -> Pair:
     layer = made.key
-    if not {"down", "up"} <= made.parts.keys():
-        raise ValueError(f"layer {layer} has one half of a LoRA only")
-    down, up = made.parts["down"], made.parts["up"]
+    down, up = halves.pair(layer, made.parts.get("down"), made.parts.get("up"))
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"layer {layer} holds {down.dtype} and {up.dtype}, allowed are floats")
-    if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]:
-        raise ValueError(f"layer {layer} has halves of {tuple(down.shape)} and {tuple(up.shape)}, which do not fit")
     if not (down.isfinite().all() and up.isfinite().all()):
         raise ValueError(f"layer {layer} holds numbers that are not finite")
     rank = len(down)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffalign.config import Config
+from diffalign.models.encodings import MEMORY_BYTES
 from diffalign.planning.architectures import Held
 from diffalign.planning.facts import Facts
 from diffalign.rewards.catalog import find
@@ -15,8 +16,6 @@ from diffalign.runtime.precision import PRECISIONS, QUANTIZED
 
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # the driver's context, kernels, and what the allocator cannot use between tensors
-ENCODED = 1.0 * GIB  # of encoded prompts that are kept in memory at most
-FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,10 @@ def demand(config: Config, facts: Facts) -> Demand:
     here = {
         "denoiser": facts.linear * packed + facts.other * width,
         "autoencoder": facts.decoder * width,
-        "encoded prompts": min(texts * facts.encoded * width, ENCODED),
+        "encoded prompts": min(texts * facts.encoded * width, MEMORY_BYTES),
         **({} if config.prompts.cache is not None else encoders),
     }
-    trained = FLOAT32 * facts.trained
+    trained = PRECISIONS["float32"] * facts.trained
     training, evaluating = judges(config)
     # Off the device between uses they come one at a time; through a reward's gradient all of them are asked at once.
     offloaded = memory.judges == "offloaded"

@@ -73,7 +73,9 @@ def fitted(name: str, overrides: tuple[str, ...], vram: float) -> tuple[Config, 
         if taken.total <= vram * GIB:
             kept = {**chosen, "memory.vram": vram, "memory.counted": round(taken.total / GIB, 1)}
             lines = [f"{key}={value}" for key, value in kept.items()]
-            return configs.load(name, [*overrides, *lines]), Fitted(_changed(config, chosen), taken, found)
+            fit = configs.load(name, [*overrides, *lines])
+            differ = configs.differences(configs.settings(config), configs.settings(fit))
+            return fit, Fitted({key: value for key, value in chosen.items() if key in differ}, taken, found)
     held = [key for rung in (*FREE, *DEAR) for key in rung if _fixed(config, named, key)]
     held += ["prompts.cache"] if config.prompts.cache is None and "prompts.cache" in named else []
     held += ["memory.encode_on"] if config.memory.encode_on == "device" and "memory.encode_on" in named else []
@@ -131,18 +133,6 @@ def _with(config: Config, chosen: dict[str, Any]) -> Config:
         sections.setdefault(section, {})[inner] = value
     changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     return config.model_copy(update=changed)
-
-
-def _changed(config: Config, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Of what was chosen, what differs from the config."""
-    settings = configs.settings(config)
-    flat = {
-        f"{section}.{key}": value
-        for section, values in settings.items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-    }
-    return {key: value for key, value in chosen.items() if flat.get(key) != value}
 
 
 def verdict(vram: float, fit: Fitted) -> list[str]:
