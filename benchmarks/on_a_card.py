@@ -31,6 +31,7 @@ from diffalign.models import lora, untrained
 from diffalign.models.checkpointing import by_blocks
 from diffalign.planning import architectures
 from diffalign.planning.cost import matrix_rate
+from diffalign.runtime.device import settle
 from diffalign.runtime.memory import out_of_memory, peak_bytes, release
 
 GIB = 2**30
@@ -122,6 +123,7 @@ def timed(work: Callable[[], Any], rounds: int = 3) -> float:
 
 def measure(name: str, rows: int, base: str, layers: int | None, pixels: int | None) -> dict[str, Any]:
     """One preset on this machine."""
+    settle(DEVICE)
     size = [f"sampler.pipeline_args={{height: {pixels}, width: {pixels}, num_frames: 5}}"] if pixels else []
     settings = configs.load(name, ["rewards={jpeg_compressibility: 1.0}", "eval_rewards=[]", *size])
     facts = architectures.entry(settings)

@@ -15,7 +15,7 @@ import click
 
 import diffalign
 from diffalign import config as configs
-from diffalign.errors import LONGEST, Fault, Interrupted, UserError, shortened
+from diffalign.errors import LONGEST, CardFailed, Fault, Interrupted, UserError, shortened
 from diffalign.evaluation.task import SUITES
 from diffalign.runtime import launcher
 from diffalign.runtime.options import A_CALL, A_CONFIG, VRAM, Number, Place
@@ -234,12 +234,14 @@ def serve_reward(name: str, host: str, port: int, token: str | None, max_mib: in
 
 
 @app.command()
-def doctor() -> None:
+@click.option(
+    "--card", is_flag=True, help="Also try the CUDA device's kernels against float32, each in its own process."
+)
+def doctor(card: bool) -> None:
     """Report versions, devices and optional parts, with the command that mends each."""
     from diffalign.doctor import examine
 
-    findings = examine()
-    show(findings)
+    show(findings := examine(card))
     if any(finding.broken for finding in findings):
         raise Fault("something does not work; see the lines with an arrow")
 
@@ -261,7 +263,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except Interrupted as error:
         fail(error.code, str(error))
     except Fault as error:
-        fail(3, str(error))
+        fail(3, str(error), at_once=isinstance(error, CardFailed))
+    except RuntimeError as error:
+        from diffalign.runtime.memory import card_failed, card_fault
+
+        if not card_fault(error):
+            raise
+        fail(3, str(card_failed(error)), at_once=True)
     except OSError as error:  # a full disk, a folder where a file should go
         fail(3, f"{error.filename or 'files'}: {error.strerror or error}")
     except (click.Abort, KeyboardInterrupt):
@@ -269,23 +277,23 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     _leave(0)
 
 
-def fail(code: int, *lines: str) -> NoReturn:
+def fail(code: int, *lines: str, at_once: bool = False) -> NoReturn:
     """Print one line a problem and leave."""
     for line in (" ".join(line.splitlines()) for line in lines):
         click.echo(f"diffalign: {line}" if not line.startswith("  ") else line, err=True)
-    _leave(code)
+    _leave(code, at_once)
 
 
-def _leave(code: int) -> NoReturn:
+def _leave(code: int, at_once: bool = False) -> NoReturn:
     """End with a code. One of several processes ends at once: with everything done, gloo's threads sometimes abort an interpreter that
     takes itself apart (seen in about 1 of 10 runs of torch 2.15.0), and the launcher takes that for a failure."""
     # And so does one in which a thread goes on that nobody waits for, such as a reward's.
     pools = ("ThreadPoolExecutor", "reward ")  # these end by themselves
     threads = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
     stuck = [t for t in threads if not t.name.startswith(pools)]
-    if stuck:
+    if stuck and not at_once:
         atexit._run_exitfuncs()
-    if launcher.several() or stuck:
+    if launcher.several() or stuck or at_once:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

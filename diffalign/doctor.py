@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from diffalign.runtime.extras import PARTS, Part, missing
+
+if TYPE_CHECKING:
+    from diffalign.runtime.trials import Trial
 
 CORE = (
     "torch",
@@ -35,8 +40,12 @@ class Finding:
         return f"{self.name:20} {self.status}" + (f"  -> {self.mend}" if self.mend else "")
 
 
-def examine() -> list[Finding]:
-    """Look at this machine's installation."""
+def examine(card: bool = False) -> list[Finding]:
+    """Look at this machine's installation. card: and try the CUDA device's kernels.
+
+    Raises:
+        UserError: for a card where there is none.
+    """
     findings = [Finding("python", platform.python_version())]
     for package in CORE:
         try:
@@ -50,6 +59,7 @@ def examine() -> list[Finding]:
             findings.append(_import(module, part))
     if not any(item.broken for item in findings):
         findings += _devices()
+        findings += _kernels() if card else []
     return findings
 
 
@@ -62,6 +72,34 @@ def _import(module: str, part: Part) -> Finding:
         mend = part.install.replace("install", "install -U")
         return Finding(part.package, f"{version}, does not import: {line}", mend, broken=True)
     return Finding(part.package, version)
+
+
+def _kernels() -> list[Finding]:
+    from diffalign.runtime import trials
+
+    found = trials.all_tried()
+    findings = [kernel(form, each) for form, each in found.items()]
+    best = trials.fastest(found)
+    line = f"fastest that is never wrong: attention={best}" if best else "none is right in every case"
+    return [*findings, Finding("attention", line, broken=best is None)]
+
+
+def kernel(form: str, found: Sequence[Trial]) -> Finding:
+    """What to say of a kernel: what is wrong with it, or how fast it is and what it does not take. A wrong one that nobody asks for is no
+    fault of the installation."""
+    bad = [trial for trial in found if trial.found in ("wrong", "fault")]
+    if bad:
+        case = f"heads of {bad[0].head}, {bad[0].tokens} tokens{', a mask' * bad[0].masked}"
+        own = form == "_native_cudnn" or ":" in form
+        mend = "" if own else "attention=_native_math goes round it"
+        return Finding(
+            form, f"{bad[0].found} in {len(bad)} of {len(found)} cases: {case}: {bad[0].detail}", mend, not own
+        )
+    plain = [trial.ms for trial in found if trial.found == "right" and not trial.masked]
+    if not plain:
+        return Finding(form, "does not run here")
+    masks = "" if any(t.masked and t.found == "right" for t in found) else "; takes no mask"
+    return Finding(form, f"right, {sum(plain) / len(plain):.2f} ms forward and backward{masks}")
 
 
 def _devices() -> list[Finding]:

@@ -50,6 +50,10 @@ class Fault(Exception):
         super().__init__(shortened(message, LONGEST))
 
 
+class CardFailed(Fault):
+    """A card failed under the process: what is on it cannot even be taken apart."""
+
+
 class Unscored(Fault):
     """Too many samples have no score, or their reward failed: nothing can be learnt from them. The same run may go on later."""
 

@@ -84,6 +84,10 @@ class ChainPolicy(Trained, ABC):
 
     # -- what follows from it
 
+    def forget(self) -> bool:
+        """Give back what is kept only to be fast; whether there was anything."""
+        return False
+
     def count(self, rows: int, again: bool = False) -> None:
         """Backends call this once per network call; `again`: one that only rebuilds a graph."""
         self.rows_forward += rows

@@ -19,6 +19,7 @@ from diffalign.backends.walk import OnStep
 from diffalign.models import lora as adapters
 from diffalign.models.checkpointing import by_blocks
 from diffalign.models.encodings import Kept
+from diffalign.models.graphs import Graphs, Tools
 from diffalign.processes import Process
 from diffalign.types import Media, Prompts, Rollout
 
@@ -40,6 +41,8 @@ class DiffusersPolicy(ChainPolicy):
         checkpoint: what runs again for the gradient: "blocks" of networks, "spans" (whole calls), "both", or "none".
         stretches: first steps of the stretches that prompts with stages tell apart.
         kept: where texts' encodings are, for a pipeline without its text encoders.
+        recorder: what records the networks' calls, see `models.graphs`; None: they run one kernel at a time.
+        lossy: whether a replay may differ from a rollout in its last bits: compiled blocks.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class DiffusersPolicy(ChainPolicy):
         checkpoint: str = "none",
         stretches: Sequence[int] = (0,),
         kept: Kept | None = None,
+        recorder: Tools | None = None,
+        lossy: bool = False,
     ) -> None:
         arguments = call_arguments(steps, guidance_scale, call)
         self.seam = seam = Seam(pipe, process.kind, sigmas, arguments, kept)
@@ -64,16 +69,44 @@ class DiffusersPolicy(ChainPolicy):
         self.parameters = parameters or {}
         super().__init__(seam.timesteps, seam.levels, process, noise_level, micro_batch, stretches)
         blocks, spans = checkpoint in ("blocks", "both"), checkpoint in ("spans", "both")
+        self.lossy = lossy
         self.remarks: list[str] = []
+        self.notify: Callable[[str], None] = self.remarks.append
+        self._lora_layers = adapters.layers(pipe)
+        self.graphs: list[Graphs] = []
         for name, module in adapters.denoisers(pipe).items():
             able = blocks and by_blocks(module)
             if blocks and not able:
                 self.remarks.append(
                     f"memory.checkpoint: the {name} cannot run block by block, its calls run again whole"
                 )
-            module.forward = self._counted(module.forward, spans or (blocks and not able))
-        self._lora_layers = adapters.layers(pipe)
+            whole = spans or (blocks and not able)
+            network: Callable[..., Any] = self._recorded(name, module.forward, recorder, not whole)
+            # Pipelines and peft look at the signature.
+            module.forward = functools.wraps(module.forward)(self._counted(network, whole))
         self._checkpoint_decoder = spans or (blocks and not by_blocks(getattr(pipe, "vae", None)))
+
+    def _recorded(
+        self, name: str, forward: Callable[..., Any], tools: Tools | None, trains: bool
+    ) -> Callable[..., Any]:
+        """A network's forward as recordings. trains: calls with gradient too; what runs again whole has no use for them."""
+        if tools is None:
+            return forward
+        own = [p for key, p in self.parameters.items() if key.startswith(name + ".")]
+        graphs = Graphs(name, forward, own, self._adapters, lambda line: self.notify(line), trains, tools)
+        self.graphs.append(graphs)
+        return graphs
+
+    def _adapters(self) -> Any:
+        """Which adapters act, as far as that changes: it is the same for all layers."""
+        return tuple((x.disable_adapters, tuple(x.active_adapters)) for x in self._lora_layers[:1])
+
+    def forget(self) -> bool:
+        """Give back the memory of recorded calls, and record no more; whether there were any."""
+        held = sum(graphs.recorded for graphs in self.graphs)
+        for graphs in self.graphs:
+            graphs.forget()
+        return bool(held)
 
     def _counted(self, forward: Callable[..., Any], checkpointing: bool) -> Callable[..., Any]:
         """A network's forward that counts its rows, those that checkpointing runs again included."""
@@ -82,7 +115,6 @@ class DiffusersPolicy(ChainPolicy):
             self.count(len(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))), again)
             return forward(*args, **kwargs)
 
-        @functools.wraps(forward)  # pipelines and peft look at the signature
         def counted(*args: Any, **kwargs: Any) -> Any:
             if not (checkpointing and torch.is_grad_enabled()):
                 return run(args, kwargs)

@@ -21,11 +21,12 @@ class Trained:
     def __init__(self) -> None:
         self.shadows: dict[str, dict[str, Tensor]] = {}
         self._shift = NO_SHIFT
+        self.lossy = False
 
     @property
     def exact(self) -> bool:
-        """Whether a replay must reproduce a rollout bit for bit (float32 or wider on the CPU)."""
-        return all(
+        """Whether a replay must reproduce a rollout bit for bit (float32 or wider on the CPU, not compiled)."""
+        return not self.lossy and all(
             p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64) for p in self.parameters.values()
         )
 
@@ -71,14 +72,15 @@ class Trained:
     @contextmanager
     def _swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
         """Other values for the parameters, for the length of the context."""
-        own = {k: p.data for k, p in self.parameters.items()}
+        # In place: recorded calls read them where they are. By `data`: a graph that is there already holds them, and sees them as they were
+        # when its gradient is taken.
+        own = [p.data for p in self.parameters.values()]
+        kept = [p.clone() for p in own]
         try:
-            for k, p in self.parameters.items():
-                p.data = values[k]
+            torch._foreach_copy_(own, [values[k] for k in self.parameters])
             yield
         finally:
-            for k, p in self.parameters.items():
-                p.data = own[k]
+            torch._foreach_copy_(own, kept)
 
     # -- shadows: slow copies of the parameters
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr
 
+from diffalign.config.hardware import Attention, Checkpoint, MemorySection, Speed
+from diffalign.config.kinds import ASKED, FREE, HELD, Decay, Precision
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import SETS
 from diffalign.rules import RULES, Rule
-from diffalign.runtime.precision import PRECISIONS, QUANTIZE, SHORT
 from diffalign.runtime.settings import Settings
 from diffalign.shapes.captions import SPLITS, TASKS
 
@@ -19,20 +20,6 @@ assert (Task.__args__, Split.__args__) == (TASKS, SPLITS)  # type: ignore[attr-d
 
 
 LARGEST = 100_000  # samples per update
-
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Precision = Annotated[
-    Literal["float32", "bfloat16"],
-    BeforeValidator(lambda given: SHORT.get(given, given) if isinstance(given, str) else given),
-]
-assert Precision.__origin__.__args__ == tuple(PRECISIONS)  # type: ignore[attr-defined]
-
-
-# Whether a key may change when a run is taken up again. Held: never; free: as the user likes; on request: with --change.
-# A section's mark is that of its keys, unless they have their own.
-HELD: dict[str, Any] = {"resume": "held"}
-FREE: dict[str, Any] = {"resume": "free"}
-ASKED: dict[str, Any] = {"resume": "on request"}
 
 
 class PromptsConfig(Settings):
@@ -111,61 +98,6 @@ class OptimizerConfig(Settings):
     micro_batch: int = Field(
         16, ge=1, description="samples per forward pass, in sampling and training alike", json_schema_extra=FREE
     )
-
-
-Attention = Literal[
-    "native",
-    "xformers",
-    "flash",
-    "_flash_3_hub",
-    "_native_cudnn",
-    "_native_efficient",
-    "_native_flash",
-    "_native_math",
-]
-Checkpoint = Literal["none", "blocks", "spans", "both"]
-Quantize = Literal["none", "int8", "nf4"]
-assert Quantize.__args__ == QUANTIZE  # type: ignore[attr-defined]
-
-
-class MemorySection(Settings):
-    """What is held where, and in how many bits. Where a key changes no number, it may change with every start."""
-
-    model_config = ConfigDict(json_schema_extra=FREE)
-
-    checkpoint: Literal["auto", "none", "blocks", "spans", "both"] = Field(
-        "none",
-        description="what runs again for the gradient, of network, decoder and reward: nothing; blocks one by one; whole calls (spans); "
-        "both. auto: blocks, and both where a gradient runs through several steps",
-    )
-    quantize: Quantize = Field(
-        "none",
-        description="what the frozen denoiser's linear layers are held in: precision, 8 bits (torchao), or 4 (bitsandbytes, CUDA alone)",
-        json_schema_extra=ASKED,
-    )
-    shard: Literal["none", "blocks"] = Field(
-        "none",
-        description="of several processes: each has the whole denoiser, or a part of each of its blocks, gathered when it runs (FSDP2)",
-    )
-    decode: Literal["whole", "sliced", "tiled"] = Field(
-        "whole",
-        description="how finished latents are decoded: a batch at once, sample by sample, or in overlapping tiles, which blends seams",
-        json_schema_extra=ASKED,
-    )
-    judges: Literal["resident", "offloaded"] = Field(
-        "resident", description="networks of learned rewards between uses: on the device, or in host memory"
-    )
-    judge_precision: Precision = Field(
-        "float32",
-        description="of learned rewards in training; evaluations are judged in float32, by a copy of their own",
-        json_schema_extra=ASKED,
-    )
-    encode_on: Literal["device", "cpu"] = Field(
-        "device",
-        description="where prompts are encoded for prompts.cache; cpu: for text encoders that are larger than the card",
-    )
-    vram: float | None = Field(None, gt=0, le=1e4, description="GiB that the settings were chosen for by --vram")
-    counted: float | None = Field(None, gt=0, description="GiB that the run takes, as --vram counted")
 
 
 class EvaluationConfig(Settings):
@@ -273,6 +205,18 @@ class Config(Settings):
         "native",
         description="native: torch's own choice; another backend of diffusers' that has a gradient: bits differ between backends",
         json_schema_extra=ASKED,
+    )
+    speed: Speed = Field(
+        "auto",
+        description="how networks run on a CUDA device: eager, kernel by kernel; graphs, their calls recorded and replayed, the same bits "
+        "for more memory; compile, their blocks compiled, other bits. auto: graphs there, eager elsewhere",
+        json_schema_extra=ASKED,
+    )
+    deterministic: Literal["auto"] | bool = Field(
+        "auto",
+        description="true: sums in one order, so that a run that is repeated or resumed gives the same bits; slower on a card. auto: "
+        "on the CPU, where that is so anyway",
+        json_schema_extra=FREE,
     )
 
     @property

@@ -25,6 +25,7 @@ from diffalign.models.notes import files_of
 from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime import json_text, numbered
+from diffalign.runtime.device import on_cards
 from diffalign.runtime.distributed import World
 from diffalign.runtime.files import make_folder, write_text
 from diffalign.sampling import sources
@@ -98,7 +99,7 @@ def run(task: Task, models: list[sources.Source], out: Path, fresh: bool, say: C
         Fault: if a reward fails or leaves more than 5 % of a model's samples without a score (the report is there then), or memory
             does not suffice.
     """
-    world = World.join()
+    world = World.join(on_cards())
     tell = say if world.leads else lambda line: None
     for model in models:
         sources.check(model)

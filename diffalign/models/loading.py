@@ -13,6 +13,7 @@ import torch
 from diffalign.errors import UserError, one_line, shortened
 from diffalign.models import lora as adapters
 from diffalign.models import quantizing, single_file, untrained
+from diffalign.runtime.device import settle
 from diffalign.runtime.files import fingerprint
 
 # What pipelines that start from a picture or a video are called.
@@ -157,8 +158,8 @@ def load(
     import diffusers
 
     quantizing.check(quantize, device)
-    place = locate(model, revision)
-    bits = quantizing.settings(quantize, dtype)
+    settle(device)
+    place, bits = locate(model, revision), quantizing.settings(quantize, dtype)
     try:
         with adapters.quiet():
             index = diffusers.DiffusionPipeline.load_config(place.folder)
@@ -189,11 +190,11 @@ def load(
     pipe.set_progress_bar_config(disable=True)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # it paints flagged pictures black, without gradient: no reward could see them
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False).eval()
-            if part == "encoders" and not any(p.is_meta for p in component.parameters()):
-                component.to(device)
+    networks = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+    for network in networks:
+        network.requires_grad_(False).eval()
+        if part == "encoders" and not any(p.is_meta for p in network.parameters()):
+            network.to(device)
     if weights is not None:
         place = replace(place, file=str(other), digest=fingerprint(Path(weights)))
     return (pipe if part == "encoders" else pipe.to(device)), place

@@ -14,7 +14,7 @@ from diffalign.backends.diffusers import DiffusersPolicy, call_arguments
 from diffalign.backends.table import policy_class
 from diffalign.config import Config
 from diffalign.errors import Fault, UserError, one_line
-from diffalign.models import decoding, encoders, loading, lora, lora_files, quantizing
+from diffalign.models import compiling, decoding, encoders, loading, lora, lora_files
 from diffalign.models.encodings import Kept
 from diffalign.models.notes import Notes, foreign, lora_folder
 from diffalign.processes import PROCESSES
@@ -23,9 +23,9 @@ from diffalign.rewards.catalog import find
 from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.narrow import Narrow, difference
 from diffalign.rewards.scorer import Scorer
+from diffalign.runs.devices import compiled, device, promise, recorder
 from diffalign.runtime import sharding
 from diffalign.runtime.distributed import World
-from diffalign.runtime.launcher import several
 from diffalign.runtime.memory import release
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.fitting import fit
@@ -45,59 +45,6 @@ class Parts:
     @property
     def pipe(self) -> Any:
         return self.policy.pipe
-
-
-def device(config: Config) -> str:
-    """The device a config asks for.
-
-    Raises:
-        UserError: if it is not there.
-    """
-    kind, _, number = config.device.partition(":")
-    count, apple = torch.cuda.device_count(), torch.backends.mps.is_available()
-    there = [*(["cuda"] if count else []), *(["mps"] if apple else []), "cpu"]
-    if kind == "auto":
-        return there[0]
-    if kind not in there:
-        what = "CUDA device" if kind == "cuda" else "Apple GPU"
-        raise UserError(f"device: got {config.device!r}, torch sees no {what}; allowed here is {', '.join(there)}")
-    if number and int(number) >= count:
-        raise UserError(
-            f"device: got {config.device!r}, torch sees {count} CUDA devices; allowed are cuda:0 to cuda:{count - 1}"
-        )
-    if number and several():
-        raise UserError(
-            f"device: got {config.device!r}, of several processes each has a device of its own; allowed is cuda"
-        )
-    if number:
-        torch.cuda.set_device(int(number))
-    # The process's own, without a number: `World.join` chose it.
-    return kind
-
-
-def check(config: Config, world: World) -> None:
-    """Hold a config against the device and the processes that are to run it.
-
-    Raises:
-        UserError: if the device cannot do what is asked, or processes would have nothing to do, or could not hold a network together.
-    """
-    quantizing.check(config.memory.quantize, device(config))
-    micro, samples, size = config.optimizer.micro_batch, config.samples_per_update, world.size
-    if samples // micro < size:
-        raise UserError(
-            f"optimizer.micro_batch: got {micro}, {samples // micro} of them an update for {size} processes; allowed is at least one each"
-        )
-    if config.memory.shard == "none":
-        return
-    if size == 1:
-        raise UserError(
-            "memory.shard: got blocks, one process has nobody to share with; allowed is none, or torchrun with more"
-        )
-    if samples % (micro * size):  # they must run the network equally often
-        raise UserError(
-            f"optimizer.micro_batch: got {micro}, with memory.shard each of {size} processes has {samples / size:g} of an update's samples "
-            "and as many micro-batches as the others; allowed are divisors of that"
-        )
 
 
 def encode_first(config: Config, world: World, say: Callable[[str], None]) -> Kept | None:
@@ -151,6 +98,8 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     parameters = _lora(config, pipe)
     if sharded:
         _shard(config, pipe, parameters)
+    if compiled(config):
+        compiling.compile_blocks(pipe)
     decoding.cut(pipe, config.memory.decode)
     judging = dict.fromkeys([*config.eval_rewards, *config.rewards])
     judges = {name: _reward(config, name, say) for name in judging}
@@ -229,6 +178,8 @@ def policy(
             checkpoint=config.checkpoint,
             stretches=config.book.stretches,
             kept=kept,
+            recorder=recorder(config),
+            lossy=compiled(config),
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"sampler: {type(pipe).__name__} does not accept these settings: {one_line(error)}") from error
@@ -273,8 +224,9 @@ def trainer(config: Config, parts: Parts, world: World, say: Callable[[str], Non
 def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str], None]) -> None:
     """Say what a user should know of what was loaded; `batch`: samples to try it on."""
     place = parts.place
-    for line in parts.policy.remarks:
+    for line in [*parts.policy.remarks, *promise(config)]:
         say(line)
+    parts.policy.notify = say
     if config.evaluation.enabled and config.book.shared:
         say("evaluating on prompts that are trained on: scores do not say what is true of others")
     if config.evaluation.enabled and len(config.book.evaluation) < config.book.held_out:

@@ -17,7 +17,7 @@ from diffalign.evaluation import fixed
 from diffalign.evaluation.fixed import FixedSet
 from diffalign.evaluation.results import Summary
 from diffalign.models.notes import LORA
-from diffalign.runs import digests, parts
+from diffalign.runs import devices, digests, parts
 from diffalign.runs.budget import Budget, Spent
 from diffalign.runs.events import Began, Ended, Evaluated, Listeners, Updated
 from diffalign.runs.folder import RunFolder, open_run
@@ -30,7 +30,7 @@ from diffalign.runs.stop import Stop
 from diffalign.runs.trackers import Trackers
 from diffalign.runtime import keys
 from diffalign.runtime.distributed import ALONE, World
-from diffalign.runtime.memory import fitting
+from diffalign.runtime.memory import card_failed, card_fault, fitting
 from diffalign.types import Floats, Update
 
 NONFINITE_LIMIT = 10  # gradients in a row that are not finite and end a run
@@ -49,7 +49,7 @@ def train(
         Fault: if something stopped the run; the last checkpoint is kept.
         Interrupted: on SIGTERM or Ctrl-C, after saving.
     """
-    world = World.join()
+    world = World.join(devices.device(config) == "cuda")
     reporter = Reporter(quiet or not world.leads)
     held = folder or RunFolder(Path(config.run_dir))
     try:
@@ -62,6 +62,13 @@ def train(
         if world.leads:
             held.keep_error(error)
         raise
+    except RuntimeError as error:
+        if not card_fault(error):
+            raise
+        fault = card_failed(error)
+        if world.leads:
+            held.keep_error(fault)
+        raise fault from error
     except OSError as error:
         raise Fault(
             f"{error.filename or config.run_dir}: {error.strerror or error}; the last checkpoint is kept"
@@ -102,7 +109,7 @@ class Session:
         self, config: Config, folder: RunFolder, reporter: Reporter, world: World = ALONE, change: bool = False
     ) -> None:
         self.config, self.folder, self.reporter, self.world = config, folder, reporter, world
-        parts.check(config, world)
+        devices.check(config, world)
         kept = parts.encode_first(config, world, reporter.say)
         self.parts = made = world.together(lambda: parts.build(config, reporter.say, kept))
         self.policy, self.averages = (
@@ -181,7 +188,7 @@ class Session:
         self.nonfinite = self.nonfinite + update.nonfinite if update.nonfinite == update.steps else 0
         self.unscored = self.unscored + 1 if update.unscored else 0
         row = update.row()
-        if torch.cuda.is_available():
+        if next(iter(self.policy.parameters.values())).is_cuda:
             row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["skipped"] = float(self.skipped)
         if self.held is None and (counted := self.config.memory.counted) is not None and "memory_gib" in row:

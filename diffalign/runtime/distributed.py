@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffalign.errors import Fault, Unscored, one_line
-from diffalign.runtime.launcher import local_rank, several
+from diffalign.errors import Fault, Unscored, UserError, one_line
+from diffalign.runtime.launcher import local_rank, neighbours, several
 from diffalign.types import chunks
 
 T = TypeVar("T")
@@ -30,14 +30,23 @@ class World:
     size: int = 1
 
     @classmethod
-    def join(cls) -> World:
-        """Meet the processes that a launcher started, if one did: it says who and where in the environment."""
+    def join(cls, cuda: bool = False) -> World:
+        """Meet the processes that a launcher started, if one did: it says who and where in the environment. cuda: each has a card.
+
+        Raises:
+            UserError: if there are more of them than cards.
+        """
         if not dist.is_available() or not several():
             return cls()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        if cuda:
+            if neighbours() > (cards := torch.cuda.device_count()):
+                raise UserError(
+                    f"device: got {neighbours()} processes for {cards} CUDA device{'s' * (cards > 1)}; allowed is one process each, or "
+                    "device=cpu"
+                )
+            torch.cuda.set_device(local_rank())
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property

@@ -16,6 +16,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def neighbours() -> int:
+    """How many processes this machine has of the run."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")) or 1)
+
+
 def leads() -> bool:
     """Whether this is the only process or the first: the one that writes and speaks."""
     return os.environ.get("RANK", "0") in ("", "0")
@@ -25,6 +30,11 @@ def calm() -> None:
     """Let idle threads sleep instead of spin, unless the user has said otherwise: the same alone, and 0.6 of the time beside another busy
     process. It is read when torch is first imported."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def fixed_workspaces() -> None:
+    """Let cuBLAS work in buffers of fixed sizes, without which its sums have no fixed order. It is read when cuBLAS starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def hush() -> None:

@@ -13,24 +13,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from diffalign.errors import Fault, one_line
+from diffalign.errors import CardFailed, Fault, one_line
 
 T = TypeVar("T")
 
 
 class Batched(Protocol):
-    """What takes samples in micro-batches; its parameters may hold gradients. adapts: whether micro-batches may become smaller."""
+    """What takes samples in micro-batches; its parameters may hold gradients. adapts: whether micro-batches may become smaller;
+    forget: give back what it keeps only to be fast, and say whether there was anything."""
 
     adapts: bool
     micro_batch: int
     parameters: dict[str, Tensor]
 
+    def forget(self) -> bool: ...
+
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host refused to give memory; torch's CPU allocator raises a plain RuntimeError."""
+    """Whether a device or the host refused to give memory; torch's CPU allocator raises a plain RuntimeError, and so do libraries."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    told = ("can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in told)
 
 
 def release() -> None:
@@ -41,7 +45,8 @@ def release() -> None:
 
 
 def fitting(policy: Batched, work: Callable[[], T], notify: Callable[[str], None]) -> T:
-    """Do some work; where memory does not suffice, let gradients go, halve the policy's micro-batch for good, and do it again.
+    """Do some work; where memory does not suffice, let gradients go, and what is kept only to be fast, then halve the policy's
+    micro-batch for good, and do it again.
 
     Raises:
         Fault: if one sample alone is too much.
@@ -56,7 +61,11 @@ def fitting(policy: Batched, work: Callable[[], T], notify: Callable[[str], None
         # After the handler, which would keep the failed attempt's tensors alive.
         for parameter in policy.parameters.values():
             parameter.grad = None
+        forgot = policy.forget()
         release()
+        if forgot:
+            notify(f"out of memory ({problem}): going on without recorded calls")
+            continue
         if not policy.adapts:
             raise Fault(
                 f"out of memory ({problem}); processes that share a network go on together: lower optimizer.micro_batch"
@@ -101,6 +110,21 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
     for leaf in tree_leaves(values):
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
             yield leaf.untyped_storage()
+
+
+def card_fault(error: BaseException) -> bool:
+    """Whether a card failed under the process, which can do nothing more there: an illegal access, an assertion in a kernel."""
+    kind = getattr(torch, "AcceleratorError", ())
+    told = isinstance(error, RuntimeError) and (isinstance(error, kind) or "CUDA error:" in str(error))
+    return told and not out_of_memory(error)
+
+
+def card_failed(error: BaseException) -> CardFailed:
+    """What a user is told of it."""
+    way = (
+        "`diffalign doctor --card` looks for the kernel that does it, and attention=_native_math goes round attention's"
+    )
+    return CardFailed(f"the card failed under this process ({one_line(error)}); the last checkpoint is kept; {way}")
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:

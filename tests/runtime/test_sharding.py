@@ -14,7 +14,7 @@ import torch
 from diffalign import config as configs
 from diffalign.errors import UserError
 from diffalign.models import loading, lora
-from diffalign.runs import parts
+from diffalign.runs import devices
 from diffalign.runs.folder import read_rows
 from diffalign.runtime import sharding
 from diffalign.runtime.distributed import World
@@ -101,7 +101,7 @@ def test_each_process_holds_its_part(name, dtype, tmp_path):
 
 def test_what_cannot_share_is_refused(tmp_path):
     def asked(size, *more):
-        parts.check(
+        devices.check(
             configs.load("flow_grpo/shapes-sd3", [*command(tmp_path, *more)[4:], "memory.shard=blocks"]), World(0, size)
         )
 

@@ -1,0 +1,97 @@
+"""What a run's config asks of the machine, held against what is there."""
+
+from __future__ import annotations
+
+import torch
+
+from diffalign.config import Config
+from diffalign.errors import UserError
+from diffalign.models import quantizing
+from diffalign.models.graphs import Tools
+from diffalign.runtime.device import one_order
+from diffalign.runtime.distributed import World
+from diffalign.runtime.launcher import several
+
+
+def device(config: Config) -> str:
+    """The device a config asks for.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    kind, _, number = config.device.partition(":")
+    count, apple = torch.cuda.device_count(), torch.backends.mps.is_available()
+    there = [*(["cuda"] if count else []), *(["mps"] if apple else []), "cpu"]
+    if kind == "auto":
+        return there[0]
+    if kind not in there:
+        what = "CUDA device" if kind == "cuda" else "Apple GPU"
+        raise UserError(f"device: got {config.device!r}, torch sees no {what}; allowed here is {', '.join(there)}")
+    if number and int(number) >= count:
+        raise UserError(
+            f"device: got {config.device!r}, torch sees {count} CUDA devices; allowed are cuda:0 to cuda:{count - 1}"
+        )
+    if number and several():
+        raise UserError(
+            f"device: got {config.device!r}, of several processes each has a device of its own; allowed is cuda"
+        )
+    if number:
+        torch.cuda.set_device(int(number))
+    # The process's own, without a number: `World.join` chose it.
+    return kind
+
+
+def check(config: Config, world: World) -> None:
+    """Hold a config against the device and the processes that are to run it.
+
+    Raises:
+        UserError: if the device cannot do what is asked, or processes would have nothing to do, or could not hold a network together.
+    """
+    where = device(config)
+    quantizing.check(config.memory.quantize, where)
+    if config.speed == "graphs" and where != "cuda":
+        raise UserError("speed: got graphs, which needs a CUDA device; allowed here are auto, eager, compile")
+    if config.speed == "graphs" and config.memory.shard != "none":
+        raise UserError(
+            "speed: got graphs, a network that processes share is gathered anew for each call; allowed are auto, eager"
+        )
+    if config.deterministic is True:
+        one_order(where)
+    micro, samples, size = config.optimizer.micro_batch, config.samples_per_update, world.size
+    if samples // micro < size:
+        raise UserError(
+            f"optimizer.micro_batch: got {micro}, {samples // micro} of them an update for {size} processes; allowed is at least one each"
+        )
+    if config.memory.shard == "none":
+        return
+    if size == 1:
+        raise UserError(
+            "memory.shard: got blocks, one process has nobody to share with; allowed is none, or torchrun with more"
+        )
+    if samples % (micro * size):  # they must run the network equally often
+        raise UserError(
+            f"optimizer.micro_batch: got {micro}, with memory.shard each of {size} processes has {samples / size:g} of an update's samples "
+            "and as many micro-batches as the others; allowed are divisors of that"
+        )
+
+
+def recorder(config: Config) -> Tools | None:
+    """What records the networks' calls, if they are recorded; see `models.graphs`."""
+    wanted = config.speed in ("auto", "graphs") and config.memory.shard == "none"
+    return Tools() if wanted and device(config) == "cuda" else None
+
+
+def compiled(config: Config) -> bool:
+    """Whether the networks' blocks are compiled."""
+    return config.speed == "compile"
+
+
+def promise(config: Config) -> list[str]:
+    """What a run says of its bits, where that is not what a run on a CPU promises."""
+    if device(config) == "cpu":
+        return []
+    if config.deterministic is True:
+        return ["deterministic: true: repeated or resumed on this device, this run gives the same bits"]
+    return [
+        "deterministic: auto, which on this device is false: repeated or resumed, this run is equal to rounding, not bit for bit"
+    ]
