@@ -29,6 +29,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from diffalign import config as configs
 from diffalign.models import lora, untrained
 from diffalign.models.checkpointing import by_blocks
+from diffalign.models.graphs import Graphs
 from diffalign.planning import architectures
 from diffalign.planning.cost import matrix_rate
 from diffalign.runtime.device import settle
@@ -59,7 +60,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, metavar=("PRESET", "ROWS", "BASE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print(json.dumps(measure(given.one[0], int(given.one[1]), given.one[2], given.layers, given.pixels)))
+        for found in measure(given.one[0], int(given.one[1]), given.one[2], given.layers, given.pixels):
+            print(json.dumps(found), flush=True)
         return
     result: dict[str, Any] = {"machine": machine(), "rows": []}
     for name, rows, base in RUNS:
@@ -98,13 +100,15 @@ def child(name: str, rows: int, base: str, given: argparse.Namespace) -> dict[st
         command += [f"--{key}", str(value)] if (value := getattr(given, key)) else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=given.seconds, check=False)
-        lines = done.stdout.splitlines()
-        if done.returncode == 0 and lines:
-            return json.loads(lines[-1])
-        problem = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    except subprocess.TimeoutExpired:
-        problem = f"took longer than {given.seconds:g} s"
-    return {"preset": name, "rows": rows, "base": base, "problem": problem}
+        text, problem = done.stdout, ""
+        if done.returncode:
+            problem = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    except subprocess.TimeoutExpired as error:
+        text, problem = (error.stdout or b"").decode(), f"took longer than {given.seconds:g} s"
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    found = json.loads(lines[-1]) if lines else {"preset": name, "rows": rows, "base": base}
+    print(f"{name} {problem or 'done'}", flush=True)
+    return found | ({"problem": problem} if problem else {})
 
 
 def timed(work: Callable[[], Any], rounds: int = 3) -> float:
@@ -121,9 +125,10 @@ def timed(work: Callable[[], Any], rounds: int = 3) -> float:
     return statistics.median(found)
 
 
-def measure(name: str, rows: int, base: str, layers: int | None, pixels: int | None) -> dict[str, Any]:
-    """One preset on this machine."""
+def measure(name: str, rows: int, base: str, layers: int | None, pixels: int | None) -> Iterator[dict[str, Any]]:
+    """One preset on this machine: what is known of it after each measurement."""
     settle(DEVICE)
+    started = time.perf_counter()
     size = [f"sampler.pipeline_args={{height: {pixels}, width: {pixels}, num_frames: 5}}"] if pixels else []
     settings = configs.load(name, ["rewards={jpeg_compressibility: 1.0}", "eval_rewards=[]", *size])
     facts = architectures.entry(settings)
@@ -137,8 +142,10 @@ def measure(name: str, rows: int, base: str, layers: int | None, pixels: int | N
     trained = lora.attach(SimpleNamespace(**{component: module}), settings.lora.rank, settings.lora.alpha, None, 0)
     call = {key: batch(key, spec, settings, rows) for key, spec in facts["inputs"].items()}
 
+    run = module.forward
+
     def forward() -> torch.Tensor:
-        out = module(**call, return_dict=False)[0]
+        out = run(**call, return_dict=False)[0]
         return torch.stack(out) if isinstance(out, list) else out
 
     def sample() -> None:
@@ -160,19 +167,38 @@ def measure(name: str, rows: int, base: str, layers: int | None, pixels: int | N
         "rows": rows,
         "base": base,
         "trained_m": sum(p.numel() for p in trained.values()) / 1e6,
+        "seconds_to_build": round(time.perf_counter() - started, 1),
+        "weights_gib": round(sum(p.nbytes for p in module.parameters()) / GIB, 2),
     }
-    found["sample"] = result(sample, rows * row.forward, rows * row.quiet)
-    found["sample, no LoRA"] = result(off, None, None)
-    found["train"] = result(train, rows * row.both, rows * row.plain.peak)
+
+    def recorded() -> Graphs:
+        return Graphs(component, module.forward, list(trained.values()), lambda: None, said.append)
+
+    said: list[str] = []
+    works = {
+        "sample": (sample, row.forward, row.quiet),
+        "train": (train, row.both, row.plain.peak),
+        "sample, no LoRA": (off, row.forward, None),
+        "train, blocks": (train, row.both + row.forward, row.blocks.peak),
+    }
+    for what, (work, flops, counted) in works.items():
+        if what.endswith("blocks") and not by_blocks(module):
+            continue
+        found[what] = result(work, rows * flops, None if counted is None else rows * counted)
+        yield found
+        if CUDA and "LoRA" not in what:
+            run = recorded()
+            found[f"{what}, graphs"] = result(work, rows * flops, None)
+            found |= {"not recorded": said[0]} if said else {}
+            run.forget()
+            run = module.forward
+            release()
+            yield found
     with pefts_own():
-        found["sample, peft's products"], found["train, peft's products"] = (
-            result(sample, None, None),
-            result(train, None, None),
-        )
-    if by_blocks(module):
-        found["train, blocks"] = result(train, rows * (row.both + row.forward), rows * row.blocks.peak)
         module.disable_gradient_checkpointing()
-    return found
+        for what, work in (("sample", sample), ("train", train)):
+            found[f"{what}, peft's products"] = result(work, None, None)
+            yield found
 
 
 def result(work: Callable[[], Any], flops: float | None, counted: float | None) -> dict[str, Any]:
@@ -185,8 +211,10 @@ def result(work: Callable[[], Any], flops: float | None, counted: float | None) 
         release()
         return {"problem": "out of memory"}
     found: dict[str, Any] = {"seconds": round(seconds, 4), "peak_gib": round(peak / GIB, 3)}
-    if counted is not None and flops is not None:
-        found |= {"tflops": round(flops / seconds / 1e12, 2), "counted_gib": round(counted / GIB, 3)}
+    if flops is not None:
+        found["tflops"] = round(flops / seconds / 1e12, 2)
+    if counted is not None:
+        found["counted_gib"] = round(counted / GIB, 3)
     return found
 
 
@@ -220,18 +248,24 @@ def built(kind: str, given: dict[str, Any], base: str) -> Any:
         module = getattr(diffusers, kind)(**given).requires_grad_(False).eval()
     torch.set_default_dtype(torch.float32)
     if base == "nf4":
-        import bitsandbytes as bnb
-
         for parent in list(module.modules()):
             for name, layer in list(parent.named_children()):
                 if type(layer) is torch.nn.Linear:
-                    packed = bnb.nn.Linear4bit(
-                        layer.in_features, layer.out_features, layer.bias is not None, torch.bfloat16, quant_type="nf4"
-                    )
-                    packed.load_state_dict({key: value.cpu() for key, value in layer.state_dict().items()})
-                    setattr(parent, name, packed.to(DEVICE).requires_grad_(False))
+                    setattr(parent, name, packed(layer))
         release()
     return module
+
+
+def packed(layer: torch.nn.Linear) -> torch.nn.Module:
+    """A linear layer in 4 bits, as bitsandbytes makes it when weights are loaded; packed where they are."""
+    import bitsandbytes as bnb
+
+    made = bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, layer.bias is not None, torch.bfloat16, quant_type="nf4", device="meta"
+    )
+    weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    made.weight, made.bias = weight._quantize(layer.weight.device), layer.bias
+    return made
 
 
 def batch(key: str, spec: Any, settings: configs.Config, rows: int) -> Any:

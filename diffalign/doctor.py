@@ -59,8 +59,7 @@ def examine(card: bool = False) -> list[Finding]:
             findings.append(_import(module, part))
     if not any(item.broken for item in findings):
         findings += _devices()
-        findings += _kernels() if card else []
-    return findings
+    return [*findings, *(_kernels() if card else [])]
 
 
 def _import(module: str, part: Part) -> Finding:

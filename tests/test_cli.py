@@ -11,16 +11,11 @@ import torch
 from PIL import Image
 
 from diffalign.cli import main
-from tests.kit import ROOT
+from tests.kit.commands import diffalign as run
 from tests.kit.helpers import TINY, checkpoints, saved_state
 
 # A reward that tells any two pictures apart, so that two updates really train; alpha differs from rank.
 TRAINED = ["rewards={jpeg_compressibility: 1}", "lora.rank=4", "lora.alpha=20", "optimizer.lr=0.02"]
-
-
-def run(*arguments: str, cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "diffalign", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=timeout)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import venv
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit import ROOT
+from tests.kit.commands import diffalign
 from tests.kit.helpers import TINY, tiny
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +27,12 @@ def commands() -> list[str]:
     text = "\n".join(blocks("bash")).replace("\\\n", " ")
     found = [line.split(" #")[0].strip() for line in text.splitlines()]
     return [line for line in found if line.startswith(("diffalign ", "python train.py", "python sample.py"))]
+
+
+def as_typed(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The README's line, without a shell's process and its imports where the line needs none."""
+    words = shlex.split(command)
+    return diffalign(*words[1:], cwd=cwd) if words[0] == "diffalign" else shell(command, cwd)
 
 
 def shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -43,7 +51,7 @@ def place(tmp_path_factory) -> Path:
     done = shell(f"diffalign train configs/flow_grpo/shapes-sd3.yaml {shortened()}", folder)
     assert done.returncode == 0, done.stderr
     # A later command goes on from this one's adapter; in which process each runs is not known.
-    done = shell(f"diffalign train flow_grpo/shapes-sd3 seed=1 run_dir=runs/seed1 {shortened()}", folder)
+    done = as_typed(f"diffalign train flow_grpo/shapes-sd3 seed=1 run_dir=runs/seed1 {shortened()}", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -66,7 +74,7 @@ def test_every_command_of_the_readme_runs(command, place):
     if " evaluate " in command:
         (place / "few.txt").write_text("a photo of two stars\n")
         command += " --prompts few.txt --reward jpeg_compressibility"
-    done = shell(command, place)
+    done = as_typed(command, place)
     assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 

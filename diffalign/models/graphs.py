@@ -8,6 +8,7 @@ What cannot be recorded runs as it would, and that is said once.
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,9 +36,15 @@ def cuda_record() -> Record:
 
     def record(work: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, a reward's, go on with their own work meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            work()
+        collects = gc.isenabled()
+        gc.disable()  # what it would take apart meanwhile may be on the card, which ends the recording
+        try:
+            # Other threads, a reward's, go on with their own work.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                work()
+        finally:
+            if collects:
+                gc.enable()
         return graph.replay
 
     return record
@@ -216,7 +223,7 @@ class Graphs:
             try:
                 call = self._recorded(name, form, leaves, gradient)
             except RuntimeError as error:
-                return self._refused(one_line(error), args, kwargs)
+                return self._refused(one_line(_first(error)), args, kwargs)
         if name in self.calls:
             self.calls.move_to_end(name)
         return call.run(leaves)
@@ -252,6 +259,13 @@ class Graphs:
     def recorded(self) -> int:
         """How many calls are recorded."""
         return sum(map(len, self.calls.values()))
+
+
+def _first(error: BaseException) -> BaseException:
+    """What began it: that a recording is broken is told of as an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _static(leaf: Any, gradient: bool) -> Any:

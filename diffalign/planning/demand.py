@@ -66,8 +66,11 @@ def demand(config: Config, facts: Facts) -> Demand:
     learning = max(always, sum(training.values()) if facts.plan.pathwise else 0.0)
     # A gradient is there in training alone.
     rest = {"what is trained": trained * (facts.copies - 1)}
-    quiet = {"network and decoder": _quiet(config, facts)}
-    graph = {"what is trained": trained * facts.copies, "graph": _graph(config, facts)}
+    held = _recorded(config, facts)
+    quiet = {"recorded calls": held, "network and decoder": _quiet(config, facts, bool(held))}
+    graph = {"what is trained": trained * facts.copies, "recorded calls": held, "graph": _graph(config, facts)}
+    if held and config.checkpoint in ("none", "blocks"):  # the term's own recording is what it takes
+        graph["recorded calls"] = held - _term(config, facts)
 
     phases = {
         "sampling": {**here, **rest, **quiet, "rewards": scoring, **context},
@@ -95,12 +98,29 @@ def judges(config: Config) -> tuple[dict[str, float], dict[str, float]]:
     return training, evaluating
 
 
-def _quiet(config: Config, facts: Facts) -> float:
-    """Bytes that a micro-batch takes at once without a graph, in the network or the decoder."""
+def _recorded(config: Config, facts: Facts) -> float:
+    """Bytes that recorded calls hold all the time (see `models.graphs`): the network's without a graph, with the adapter and for a
+    reference without it, and one with."""
+    if config.speed not in ("auto", "graphs") or config.memory.shard != "none":
+        return 0.0
+    plain = facts.rows * facts.row.quiet * config.optimizer.micro_batch
+    trains = config.checkpoint in ("none", "blocks")
+    return plain * (1 + config.make_rule().needs.reference) + (_term(config, facts) if trains else 0.0)
+
+
+def _term(config: Config, facts: Facts) -> float:
+    """Bytes of one recorded step with its gradient."""
+    step = facts.row.blocks if config.checkpoint == "blocks" else facts.row.plain
+    return facts.rows * step.peak * config.optimizer.micro_batch
+
+
+def _quiet(config: Config, facts: Facts, recorded: bool) -> float:
+    """Bytes that a micro-batch takes at once without a graph, in the network or the decoder; a recorded network takes none."""
     samples = config.optimizer.micro_batch
     decoded = samples if config.memory.decode == "whole" else 1
     # A decoded batch stays whole: three numbers a pixel are nothing beside the decoder's own.
-    return max(facts.rows * facts.row.quiet * samples, facts.decode.quiet * decoded)
+    network = 0.0 if recorded else facts.rows * facts.row.quiet * samples
+    return max(network, facts.decode.quiet * decoded)
 
 
 def _graph(config: Config, facts: Facts) -> float:

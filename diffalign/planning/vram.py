@@ -30,6 +30,7 @@ FREE: tuple[dict[str, Any], ...] = (
 DEAR: tuple[dict[str, Any], ...] = (
     {},
     {"memory.checkpoint": "blocks"},
+    {"speed": "eager"},
     {"memory.quantize": "int8"},
     {"memory.quantize": "nf4"},
     {"memory.checkpoint": "both"},
@@ -100,13 +101,15 @@ def _ways(config: Config, found: Facts, vram: float, named: set[str], asked: set
     leaves = config.prompts.cache is not None or "prompts.cache" in chosen
     if leaves and encoders + GIB > vram * GIB and not _fixed(config, named, "memory.encode_on"):
         chosen["memory.encode_on"] = "cpu"
-    for ladder, least in ((FREE, own), (DEAR, own / SHRINKS)):
+    free, dear = [chosen], []
+    for ladder, ways in ((FREE, free), (DEAR, dear)):
         for rung in ladder:
-            free = {key: value for key, value in rung.items() if not _fixed(config, named, key)}
-            chosen = chosen | {key: value for key, value in free.items() if not _less(config, key, value)}
-            for size in sizes:
-                if size >= least:
-                    yield chosen | {"optimizer.micro_batch": size}
+            allowed = {key: value for key, value in rung.items() if not _fixed(config, named, key)}
+            chosen = chosen | {key: value for key, value in allowed.items() if not _less(config, key, value)}
+            ways.append(chosen)
+    # What costs next to nothing serves a larger micro-batch; what is dear does not.
+    yield from (way | {"optimizer.micro_batch": size} for size in sizes if size >= own for way in free)
+    yield from (way | {"optimizer.micro_batch": size} for way in dear for size in sizes if size >= own / SHRINKS)
     for size in sizes:
         yield chosen | {"optimizer.micro_batch": size}
 
@@ -115,8 +118,10 @@ def _fixed(config: Config, named: set[str], key: str) -> bool:
     """Whether the user has decided it."""
     if key == "memory.quantize" and config.memory.shard != "none":
         return True  # not both
-    section, _, inner = key.partition(".")
-    return key in named and getattr(getattr(config, section), inner) != "auto"
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return key in named and value != "auto"
 
 
 def _less(config: Config, key: str, value: Any) -> bool:
@@ -128,10 +133,14 @@ def _less(config: Config, key: str, value: Any) -> bool:
 def _with(config: Config, chosen: dict[str, Any]) -> Config:
     """The config with other values, unchecked: they are of the ladder."""
     sections: dict[str, dict[str, Any]] = {}
+    changed: dict[str, Any] = {}
     for key, value in chosen.items():
         section, _, inner = key.partition(".")
-        sections.setdefault(section, {})[inner] = value
-    changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+        if inner:
+            sections.setdefault(section, {})[inner] = value
+        else:
+            changed[key] = value
+    changed |= {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     return config.model_copy(update=changed)
 
 

@@ -106,8 +106,11 @@ def same(a, b):
 @pytest.fixture
 def repeatable():
     """Attention whose gradient adds in one order, or two eager runs would differ."""
+    was = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True  # convolutions' too
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         yield
+    torch.backends.cudnn.deterministic = was
 
 
 @PLACES

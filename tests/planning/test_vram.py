@@ -181,7 +181,21 @@ def test_a_span_through_the_reward_keeps_every_step():
 
 
 def test_without_a_graph_the_larger_of_network_and_decoder_counts():
-    assert phases(made(LOG_PROB))["sampling"]["network and decoder"] == 2 * 2 * 10
+    assert phases(made(LOG_PROB), "speed=eager")["sampling"]["network and decoder"] == 2 * 2 * 10
+
+
+def test_recorded_calls_are_held_all_the_time():
+    """With the adapter, without it where the rule pulls to the base (this one has kl), and with gradient."""
+    for how, term in (("none", 60), ("blocks", 9)):
+        found = phases(made(LOG_PROB), f"memory.checkpoint={how}")
+        assert found["sampling"]["recorded calls"] == 2 * 2 * (10 + 10 + term)
+        assert found["sampling"]["network and decoder"] == 2 * 0.5  # the decoder alone
+        assert found["training"]["recorded calls"] + found["training"]["graph"] == 2 * 2 * (10 + 10 + term)
+    whole = phases(made(LOG_PROB), "memory.checkpoint=both")
+    assert whole["sampling"]["recorded calls"] == 2 * 2 * (
+        10 + 10
+    )  # what runs again whole is not recorded with gradient
+    assert phases(made(LOG_PROB), "speed=eager")["sampling"]["recorded calls"] == 0
 
 
 def test_judges_are_counted_where_they_are():

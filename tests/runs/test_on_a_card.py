@@ -32,7 +32,7 @@ RULES = [
     "branch_grpo/shapes-sd3",
     "grpo_guard/shapes-sd3",
 ]
-FAMILIES = ["flow_grpo/shapes-sd3", "ddpo/shapes-sd", "flow_grpo/shapes-flux", "flow_grpo/shapes-wan"]
+FAMILIES = ["flow_grpo/shapes-sd3", "ddpo/shapes-sd", "flow_grpo/shapes-wan"]
 
 
 def config_of(name, folder, *more):
@@ -68,7 +68,8 @@ def ordinary():
 def test_c2_first_ratios_are_exactly_one(name, checkpoint, speed, tmp_path):
     more = ("precision=bfloat16", "updates=3", f"memory.checkpoint={checkpoint}", f"speed={speed}")
     trained(name, tmp_path / "run", *more)
-    assert [row["ratio_mean"] for row in rows(tmp_path / "run") if "ratio_mean" in row] == [1.0] * 3
+    ratios = [row["ratio"] for row in rows(tmp_path / "run") if "ratio" in row]  # an update of equal rewards has none
+    assert ratios and set(ratios) == {1.0}
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -100,7 +101,7 @@ def test_c4_out_of_memory_for_real_halves_the_micro_batch_and_goes_on(tmp_path, 
         session.train(config_of("flow_grpo/shapes-sd3", tmp_path / "run", *more, "evaluation.enabled=false"))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "going on with optimizer.micro_batch" in capsys.readouterr().out
+    assert "going on with optimizer.micro_batch" in capsys.readouterr().err
 
 
 def test_c5_kill_9_on_a_card_and_the_same_command_goes_on(tmp_path):
