@@ -53,12 +53,16 @@ def main() -> None:
     """All presets, one process each; a result is written as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "results" / "on_a_card.json")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print the table of a result that is there")
     parser.add_argument("--presets", nargs="*", default=[name for name, *_ in RUNS])
     parser.add_argument("--layers", type=int, help="of each denoiser, to try the script")
     parser.add_argument("--pixels", type=int, help="height and width, to try the script")
     parser.add_argument("--seconds", type=float, default=95, help="limit of one preset")
     parser.add_argument("--one", nargs=3, metavar=("PRESET", "ROWS", "BASE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.table:
+        print(table(json.loads(given.table.read_text(encoding="utf-8"))))
+        return
     if given.one:
         for found in measure(given.one[0], int(given.one[1]), given.one[2], given.layers, given.pixels):
             print(json.dumps(found), flush=True)
@@ -287,26 +291,26 @@ def batch(key: str, spec: Any, settings: configs.Config, rows: int) -> Any:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """The result as Markdown: seconds a row of the micro-batch, and what of the card's own rate for large products that is."""
     bound = found["machine"]["product_tflops"]
     lines = [
-        f"{found['machine']['device']}, {found['machine']['date']}, products {bound:g} TFLOP/s",
+        f"{found['machine']['device']}, {found['machine']['date']}, torch {found['machine']['torch']}: products {bound:g} TFLOP/s",
         "",
-        "| preset | rows | what | s a row | TFLOP/s | of the bound | peak GiB | counted |",
+        "| preset | rows | what | ms a row | TFLOP/s | of the card | peak GiB | counted |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for one in found["rows"]:
-        head = f"| {one['preset']} {one['base'].replace('none', '')} | {one['rows']} |"
+        head = f"| {one['preset']}{', ' + one['base'] if one['base'] != 'none' else ''} | {one['rows']} |"
         if "problem" in one:
             lines.append(f"{head} {one['problem']} | - | - | - | - | - |")
         for what, got in ((key, value) for key, value in one.items() if isinstance(value, dict)):
             if "problem" in got:
                 lines.append(f"{head} {what} | {got['problem']} | - | - | - | - |")
                 continue
-            speed = f"{got['tflops']:g} | {got['tflops'] / bound:.0%}" if "tflops" in got else "- | -"
-            lines.append(
-                f"{head} {what} | {got['seconds'] / one['rows']:.4f} | {speed} | {got['peak_gib']:g} | {got.get('counted_gib', '-')} |"
-            )
+            speed = f"{got['tflops']:.0f} | {got['tflops'] / bound:.0%}" if "tflops" in got else "- | -"
+            peak = "recorded" if what.endswith("graphs") else f"{got['peak_gib']:.2f}"
+            counted = f"{got['counted_gib']:.2f}" if "counted_gib" in got else "-"
+            lines.append(f"{head} {what} | {1000 * got['seconds'] / one['rows']:.0f} | {speed} | {peak} | {counted} |")
     return "\n".join(lines)
 
 

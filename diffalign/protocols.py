@@ -105,6 +105,7 @@ class TrainablePolicy(Policy, Protocol):
     shadows: dict[str, dict[str, Tensor]]
     rows_forward: int
     rows_backward: int
+    lossy: bool  # whether a replay may differ from a rollout in its last bits
 
     @property
     def exact(self) -> bool: ...

@@ -36,3 +36,13 @@ def test_a_preset_that_dies_is_a_row_that_says_so(tmp_path):
     subprocess.run([*command, "--seconds", "0.1"], cwd=ROOT, capture_output=True, check=True)
     (found,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert found["problem"] == "took longer than 0.1 s"
+
+
+def test_the_page_has_the_table_of_the_result():
+    results = ROOT / "benchmarks" / "results" / "on_a_card.json"
+    command = [sys.executable, "benchmarks/on_a_card.py", "--table", str(results)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    page = (ROOT / "docs" / "on-a-card.md").read_text()
+    assert done.stdout.strip() in page
+    for row in json.loads(results.read_text())["updates"]["rows"]:
+        assert f"| {row['memory.checkpoint']} | {row['speed']} | {row['sample_s']:.2f} | {row['train_s']:.2f} |" in page

@@ -101,7 +101,8 @@ def _ways(config: Config, found: Facts, vram: float, named: set[str], asked: set
     leaves = config.prompts.cache is not None or "prompts.cache" in chosen
     if leaves and encoders + GIB > vram * GIB and not _fixed(config, named, "memory.encode_on"):
         chosen["memory.encode_on"] = "cpu"
-    free, dear = [chosen], []
+    free: list[dict[str, Any]] = [chosen]
+    dear: list[dict[str, Any]] = []
     for ladder, ways in ((FREE, free), (DEAR, dear)):
         for rung in ladder:
             allowed = {key: value for key, value in rung.items() if not _fixed(config, named, key)}

@@ -29,6 +29,7 @@ from diffalign.runs.savepoints import SavePoints
 from diffalign.runs.stop import Stop
 from diffalign.runs.trackers import Trackers
 from diffalign.runtime import keys
+from diffalign.runtime.device import undetermined
 from diffalign.runtime.distributed import ALONE, World
 from diffalign.runtime.memory import card_failed, card_fault, fitting
 from diffalign.types import Floats, Update
@@ -63,6 +64,8 @@ def train(
             held.keep_error(error)
         raise
     except RuntimeError as error:
+        if (mistake := undetermined(error)) is not None:
+            raise mistake from error
         if not card_fault(error):
             raise
         fault = card_failed(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffalign.errors import UserError
 from diffalign.runtime.launcher import fixed_workspaces
 
 
@@ -21,6 +22,16 @@ def settle(device: str) -> None:
     """
     if device.startswith("cuda"):
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def undetermined(error: BaseException) -> UserError | None:
+    """What a user is told of an operation that cannot add up in one order; None for any other failure."""
+    if "does not have a deterministic implementation" not in str(error):
+        return None
+    name = str(error).partition(" does not")[0].rpartition("\n")[2]
+    return UserError(
+        f"deterministic: got true, {name} has no such form on this device; allowed are auto and false, and another attention if it is that"
+    )
 
 
 def one_order(device: str) -> None:

@@ -20,6 +20,9 @@ from diffalign.types import Credit, Rollout, Span, Term, chunks
 # it is a tenth of the clip range, so that no row can be clipped, and at most 1e-4: rounding stored latents to bfloat16 after their
 # log-prob, the commonest mistake, gives 4e-4 and more.
 EXACT_GAP, CLOSE_GAP, OF_CLIP = 1e-12, 1e-4, 0.1
+COMPILED = (
+    "compiled blocks round differently with and without a graph; allowed with this rule are speed=graphs, speed=eager"
+)
 Noted = dict["str | Span", Tensor]
 Logged = dict["str | Span", float]  # numbers by name; norms of terms' gradients by their steps
 
@@ -41,6 +44,7 @@ class Backward:
     scorer: Scorer
     term_norms: bool = False
     tally: Tally = field(default_factory=Tally)
+    gap: float = 0.0  # how far a first pass was from its rollout at most, so far
 
     def accumulate(
         self,
@@ -117,8 +121,10 @@ class Backward:
     def _check_gap(self, gap: float, clip: float | None, where: str, term: Term) -> None:
         close = CLOSE_GAP if clip is None else min(CLOSE_GAP, OF_CLIP * clip)
         allowed = EXACT_GAP if self.policy.exact else close
+        self.gap = max(self.gap, gap)
         if not gap <= allowed:
             raise Fault(
                 f"{where}, step {term.start}: the replay differs from the rollout by {gap:.3g} "
-                f"(allowed {allowed:g}): sampling and training do not see the same latents or network"
+                f"(allowed {allowed:g}): "
+                + (COMPILED if self.policy.lossy else "sampling and training do not see the same latents or network")
             )

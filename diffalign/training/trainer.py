@@ -69,6 +69,7 @@ class Trainer:
         self.world, self.dealt = world, policy.micro_batch
         self.sampling = Sampling(policy, scorer, rule.needs.log_probs)
         self.backward = Backward(rule, policy, scorer, term_norms or rule.needs.term_norms)
+        self.compared = False  # whether it was said how far a compiled first pass is from its rollout
         self.whole = True  # the parameters are those after some update, not those within one
         policy.add_shadows(rule.decays(0))
 
@@ -86,6 +87,9 @@ class Trainer:
         if not update.flat:
             with clock("train"):
                 update = self._train(sampled, index)
+        if self.policy.lossy and not self.compared:
+            self.compared = True
+            self.notify(f"speed: compile: the first pass was within {self.backward.gap:.2g} of its rollout")
         self.world.check_equal(self.policy.parameters, f"update {index + 1}")
         self.policy.follow(self.rule.decays(index))
         self.rule.after_update(update)
