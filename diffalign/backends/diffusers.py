@@ -23,6 +23,8 @@ from diffalign.models.graphs import Graphs, Tools
 from diffalign.processes import Process
 from diffalign.types import Media, Prompts, Rollout
 
+START = "start"  # the slow copy that a run began with, and is pulled to if it is there
+
 
 def call_arguments(steps: int, guidance_scale: float | None, call: dict[str, Any] | None) -> dict[str, Any]:
     """What a pipeline's call is given in every run of it."""
@@ -157,5 +159,5 @@ class DiffusersPolicy(ChainPolicy):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        with adapters.disabled(self._lora_layers):
+        with self.shadow(START) if START in self.shadows else adapters.disabled(self._lora_layers):
             yield

@@ -15,6 +15,7 @@ from diffalign.config.schema import LARGEST, Config
 from diffalign.errors import UserError, shown
 from diffalign.models.calls import FIXED, GIVEN
 from diffalign.models.notes import LORA, Notes, foreign, lora_folder
+from diffalign.models.places import given
 from diffalign.processes import PROCESSES
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import Entry
@@ -117,6 +118,7 @@ def _check_names(config: Config, book: Book | None) -> list[str]:
     if config.weights is not None and not is_file(Path(config.weights)):
         problems.append(f"weights: got {shown(config.weights)}, no file there; allowed is a .safetensors or .ckpt file")
     problems += _check_start(config)
+    problems += _check_frozen(config)
     problems += _check_rewards(config, prompts)
     if config.memory.encode_on == "cpu" and config.prompts.cache is None:
         problems.append("memory.encode_on: got cpu without prompts.cache, which it is for; set that to a folder")
@@ -159,6 +161,30 @@ def _check_start(config: Config) -> list[str]:
     return (
         [] if base == config.model else [f"lora.start: {folder} belongs to {base}, the run's model is {config.model}"]
     )
+
+
+def _check_frozen(config: Config) -> list[str]:
+    """Adapters that are there and of the same model, on a base that they can become part of."""
+    problems: list[str] = []
+    for text in config.lora.frozen:
+        try:
+            place = given(text, "lora.frozen").folder
+            base = Notes.read(place).base_model if place.is_dir() else ""
+        except UserError as error:
+            problems += error.problems
+            continue
+        except ValueError as error:
+            problems.append(f"lora.frozen: {error}")
+            continue
+        if base not in ("", config.model):
+            problems.append(f"lora.frozen: {place} belongs to {base}, the run's model is {config.model}")
+    if config.lora.frozen and config.memory.quantize != "none":
+        problems.append(
+            f"lora.frozen: what it adds to a base in {config.memory.quantize} would be rounded away; allowed is memory.quantize=none"
+        )
+    if config.rule.get("reference") == "start" and config.lora.start is None:
+        problems.append("rule.reference: got start without lora.start; allowed are auto and base")
+    return problems
 
 
 def _check_rewards(config: Config, prompts: list[Entry]) -> list[str]:

@@ -175,7 +175,10 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     rule = whole.get("rule")
     if isinstance(rule, dict) and rule.get("name") in RULES:
         settings = RULES[rule["name"]].Settings
-        whole["rule"] = _merged({k: f.default for k, f in settings.model_fields.items()}, rule)
+        defaults = {k: f.default for k, f in settings.model_fields.items()}
+        if "reference" in defaults and whole["lora"].get("start") is not None:
+            defaults["reference"] = "base"
+        whole["rule"] = _merged(defaults, rule)
     return json.loads(json.dumps(whole))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
+from diffalign.models.places import parted
 from diffalign.prompts.sets import SETS
 from diffalign.rewards import catalog
 from diffalign.runtime.files import home, is_file, is_folder
@@ -34,6 +35,9 @@ def placed(raw: dict[str, Any], beside: Path | None) -> tuple[dict[str, str], li
         if key == "lora.start" and at and not _exists(Path(name)):  # RUN@130
             before, path, after, at = "", before, f"@{path}", ""
         source, colon, attribute = path.rpartition(":") if ".py:" in path else (path, "", "")
+        if key == "lora.frozen":
+            source, attribute = parted(path)
+            colon = ":" if attribute else ""
         try:
             whole = home(source)
         except UserError as error:
@@ -50,14 +54,19 @@ def placed(raw: dict[str, Any], beside: Path | None) -> tuple[dict[str, str], li
         _change(raw, key, functools.partial(found, key))
     for key in WRITTEN:  # to the shell's folder
         _change(raw, key, functools.partial(_home_of, problems, key))
-    for names in (raw.get("rewards"), raw.get("eval_rewards"), _at(raw, "rule.gate")):
-        if isinstance(names, dict):
-            renamed = {found("rewards", k) if isinstance(k, str) and _is_path(k) else k: v for k, v in names.items()}
-            names.clear()
-            names.update(renamed)
-        elif isinstance(names, list):
-            names[:] = [found("eval_rewards", k) if isinstance(k, str) and _is_path(k) else k for k in names]
+    for key in ("rewards", "eval_rewards", "rule.gate", "lora.frozen"):
+        _change_all(_at(raw, key), functools.partial(found, key), _is_path if key != "lora.frozen" else bool)
     return lost, problems
+
+
+def _change_all(names: Any, change: Callable[[str], str], wanted: Callable[[str], bool]) -> None:
+    """The names in a list, or that a mapping has values for, in place."""
+    if isinstance(names, dict):
+        renamed = {change(k) if isinstance(k, str) and wanted(k) else k: v for k, v in names.items()}
+        names.clear()
+        names.update(renamed)
+    elif isinstance(names, list):
+        names[:] = [change(k) if isinstance(k, str) and wanted(k) else k for k in names]
 
 
 def _home_of(problems: list[str], key: str, name: str) -> str:

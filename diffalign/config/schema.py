@@ -77,6 +77,11 @@ class LoraSection(Settings):
     start: str | None = Field(
         None, description="run, adapter or LoRA file of another tool to go on from; null: begin at the base model"
     )
+    frozen: list[str] = Field(
+        [],
+        description="adapters that are part of the base, PLACE or PLACE:STRENGTH: on in sampling, replay, reference and evaluation, never "
+        "trained or saved; for a model's own speed adapter",
+    )
 
 
 class OptimizerConfig(Settings):
@@ -234,6 +239,14 @@ class Config(Settings):
         if self.memory.checkpoint == "auto":
             return "both" if self.make_rule().needs.differentiable_reward else "blocks"
         return self.memory.checkpoint
+
+    @property
+    def reference(self) -> Literal["base", "start"]:
+        """What a divergence pulls to, decided."""
+        asked = self.rule.get("reference", "auto")
+        if asked == "auto":
+            return "base" if self.lora.start is None else "start"
+        return asked
 
     @property
     def book(self) -> Book:

@@ -161,7 +161,11 @@ def _facts(task: Task, models: Sequence[sources.Source]) -> dict[str, Any]:
         for adapter in model.adapters:
             content = hashlib.sha256(b"".join(path.read_bytes() for path in files_of(adapter.folder))).hexdigest()
             adapters.append({"folder": str(adapter.folder), "strength": adapter.strength, "content": content})
-        return {**asdict(model), "adapters": adapters}
+        facts = {**asdict(model), "adapters": adapters}
+        del facts["frozen"]
+        if model.frozen:  # evaluations from before there were any go on
+            facts["frozen"] = [{"strength": each.strength, "content": each.digest} for each in model.frozen]
+        return facts
 
     return {
         "prompts": task.digest(),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffalign.errors import one_line, shown
 from diffalign.models import halves
-from diffalign.models.comfyui import WAN
+from diffalign.models.layer_names import WAN, fused
 from diffalign.models.notes import PEFT_FILE, lora_settings, metadata
 
 PEFT_CONFIG = "adapter_config.json"
@@ -39,49 +39,6 @@ _OTHERS = (
 )
 _DOTTED = ("base_model.model.", "diffusion_model.", "")
 _FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
-
-
-_QKV = ("to_q", "to_k", "to_v")
-_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
-
-
-def _of(block: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"{block}.{name}" for name in names)
-
-
-# The authors' names of blocks' layers -> diffusers' names of what is in them, # a block's number [ComfyUI 0.19.3, diffusers 0.42.1].
-FLUX = {
-    "double_blocks.#.img_attn.qkv": _of("transformer_blocks.#.attn", _QKV),
-    "double_blocks.#.txt_attn.qkv": _of("transformer_blocks.#.attn", _ADDED),
-    "double_blocks.#.img_attn.proj": ("transformer_blocks.#.attn.to_out.0",),
-    "double_blocks.#.txt_attn.proj": ("transformer_blocks.#.attn.to_add_out",),
-    "double_blocks.#.img_mlp.0": ("transformer_blocks.#.ff.net.0.proj",),
-    "double_blocks.#.img_mlp.2": ("transformer_blocks.#.ff.net.2",),
-    "double_blocks.#.txt_mlp.0": ("transformer_blocks.#.ff_context.net.0.proj",),
-    "double_blocks.#.txt_mlp.2": ("transformer_blocks.#.ff_context.net.2",),
-    "double_blocks.#.img_mod.lin": ("transformer_blocks.#.norm1.linear",),
-    "double_blocks.#.txt_mod.lin": ("transformer_blocks.#.norm1_context.linear",),
-    "single_blocks.#.linear1": (*_of("single_transformer_blocks.#.attn", _QKV), "single_transformer_blocks.#.proj_mlp"),
-    "single_blocks.#.linear2": ("single_transformer_blocks.#.proj_out",),
-    "single_blocks.#.modulation.lin": ("single_transformer_blocks.#.norm.linear",),
-}
-SD3 = {
-    "joint_blocks.#.x_block.attn.qkv": _of("transformer_blocks.#.attn", _QKV),
-    "joint_blocks.#.x_block.attn2.qkv": _of("transformer_blocks.#.attn2", _QKV),
-    "joint_blocks.#.context_block.attn.qkv": _of("transformer_blocks.#.attn", _ADDED),
-    "joint_blocks.#.x_block.attn.proj": ("transformer_blocks.#.attn.to_out.0",),
-    "joint_blocks.#.x_block.attn2.proj": ("transformer_blocks.#.attn2.to_out.0",),
-    "joint_blocks.#.context_block.attn.proj": ("transformer_blocks.#.attn.to_add_out",),
-    "joint_blocks.#.x_block.mlp.fc1": ("transformer_blocks.#.ff.net.0.proj",),
-    "joint_blocks.#.x_block.mlp.fc2": ("transformer_blocks.#.ff.net.2",),
-    "joint_blocks.#.context_block.mlp.fc1": ("transformer_blocks.#.ff_context.net.0.proj",),
-    "joint_blocks.#.context_block.mlp.fc2": ("transformer_blocks.#.ff_context.net.2",),
-}
-Z_IMAGE = {
-    f"{block}.#.attention.{theirs}": tuple(f"{block}.#.attention.{name}" for name in ours)
-    for block in ("layers", "noise_refiner", "context_refiner")
-    for theirs, ours in (("qkv", _QKV), ("out", ("to_out.0",)))
-}
 
 
 @dataclass(frozen=True)
@@ -191,20 +148,6 @@ class _Names:
     def layers(self, name: str) -> tuple[str, ...]:
         """diffusers' names of the layers that a name stands for; none if there are none or they cannot be told."""
         return self._found.get(name) or ()
-
-
-def fused(layers: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """The authors' names of FLUX's, Stable Diffusion 3's and Z-Image's layers -> diffusers' of what is in them, if all of that is there."""
-    flux = any(layer.startswith("single_transformer_blocks.") for layer in layers)
-    tables = (FLUX,) if flux else (SD3, Z_IMAGE)
-    found: dict[str, tuple[str, ...]] = {}
-    for table in tables:
-        for theirs, ours in table.items():
-            for number in sorted({part for layer in layers for part in re.findall(r"\.(\d+)\.", layer)}, key=int):
-                names = tuple(name.replace("#", number) for name in ours)
-                if all(name in layers for name in names):
-                    found[theirs.replace("#", number)] = names
-    return found
 
 
 def _pair(made: _Layer, strengths: Mapping[str, Any]) -> Pair:

@@ -16,7 +16,8 @@ from diffalign.runtime.precision import PRECISIONS, QUANTIZE
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for an adapter's file
 PEFT_FILE = "adapter_model.safetensors"  # peft's
 DDIM = "DDIMScheduler"  # in an adapter's notes: it was trained walking DDIM
-FORMAT = 3  # of the notes; a change of what they mean needs a new number. 1: without a number
+FORMAT = 4  # of the notes; a change of what they mean needs a new number. 1: without a number
+PLAIN_FORMAT = 3  # where nothing stands in them that readers of 3 do not know
 # Of peft's settings: those that say what the numbers mean. Others must be at what does nothing.
 # fmt: off
 _SETTINGS = {
@@ -34,7 +35,8 @@ class Notes:
 
     base_model, base_revision, base_weights, base_weights_digest: what it was trained on: a name, a commit of the hub, a single file and
     its fingerprint; denoisers: their classes; updates: how many it was trained for; call: arguments of the pipeline's call that give what
-    training saw; quantize: how the base was quantised in training; scheduler: `DDIM` if it was walked.
+    training saw; quantize: how the base was quantised in training; scheduler: `DDIM` if it was walked;
+    frozen: adapters that were part of the base, each with place, strength and digest.
     """
 
     base_model: str = ""
@@ -51,12 +53,15 @@ class Notes:
     diffalign_version: str = ""
     call: dict[str, Any] = field(default_factory=dict)
     scheduler: str = ""
+    frozen: list[dict[str, Any]] = field(default_factory=list)
 
     def written(self) -> dict[str, str]:
         """As metadata of a safetensors file: strings."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         strings = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in values.items()}
-        return strings | {"notes_format": str(FORMAT)}
+        if not self.frozen:
+            del strings["frozen"]
+        return strings | {"notes_format": str(FORMAT if self.frozen else PLAIN_FORMAT)}
 
     @classmethod
     def of(cls, metadata: dict[str, str]) -> Notes:
@@ -77,6 +82,7 @@ class Notes:
                     raise ValueError(f"its note {name} is {error}") from error
                 if not isinstance(values[name], kind):
                     raise ValueError(f"its note {name} is {shown(metadata[name])}, expected a {kind.__name__}")
+        _check_frozen(values.get("frozen", []))
         if "\0" in "".join(value for value in values.values() if isinstance(value, str)):
             raise ValueError("its notes have a NUL")
         known = {*GIVEN, "negative_prompt"} - {"prompt", "generator"}
@@ -101,6 +107,15 @@ class Notes:
             return cls.of(metadata(folder / LORA))
         except ValueError as error:
             raise ValueError(f"{folder} holds a damaged adapter: {error}") from error
+
+
+def _check_frozen(specs: list[Any]) -> None:
+    for spec in specs:
+        whole = isinstance(spec, dict) and {"place", "digest", "strength"} <= spec.keys()
+        if not whole or not (isinstance(spec["place"], str) and isinstance(spec["digest"], str)):
+            raise ValueError(f"its note frozen has {shown(spec)}, expected place, digest and strength")
+        if type(spec["strength"]) not in (int, float):
+            raise ValueError(f"its note frozen has strength {shown(spec['strength'])}, expected a number")
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -65,7 +65,10 @@ def facts(config: Config) -> Facts:
         linear=linear,
         other=parameters - linear,
         trained=added,
-        copies=4 + len(rule.decays(0)) + (config.optimizer.ema is not None),
+        copies=4
+        + len(rule.decays(0))
+        + (config.optimizer.ema is not None)
+        + (rule.needs.reference and config.reference == "start"),
         encoders=float(architectures.entry(config)["encoders"]),
         decoder=decoder[1] if decoder else 0,
         encoded=architectures.encoded(config),

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+REFERENCE = (
+    "what kl pulls to: base, the model without what is trained; start, with lora.start; auto: that where there is one"
+)
+
+
 class RuleSettings(Settings):
     """A rule's settings: the keys of `rule:` in a config besides `name`."""
 

@@ -9,25 +9,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 import diffalign
 from diffalign import config as configs
 from diffalign.config import Config
 from diffalign.evaluation.results import Summary
 from diffalign.models import lora as adapters
 from diffalign.models import lora_files
+from diffalign.models.file_notes import public
 from diffalign.models.notes import DDIM, Notes
 from diffalign.processes import PROCESSES, linear_sigmas
 from diffalign.runs.folder import RunFolder
 from diffalign.runs.parts import Parts
 from diffalign.runtime import keys, yaml_text
 from diffalign.runtime.files import HUB_ID
+from diffalign.sampling.sources import films
 
 CARD = """---
 {facts}---
 # {rule} on {model}
 
 LoRA rank {rank}, alpha {alpha:g}, trained by diffalign {version} for {updates} updates to raise {rewards}, seed {seed}.
-{history}
+{under}{history}
 {best}{table}
 
 ![curves](curves.png)
@@ -46,6 +52,7 @@ The resolved config is in `config.yaml`.
 
 PATH = re.compile(r"(?:[~.]?/[^\s/'\"]+)*/([^\s/'\"]+)")  # of which the last part is told
 BEST = "Chosen as the best of this run's evaluations, so its numbers below are a little too good.\n\n"
+UNDER = "\nTrained on top of {}, which was part of the base: load and fuse that first.\n"
 SETUP = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)  # as in training\n"
 
 
@@ -84,6 +91,7 @@ def notes(config: Config, parts: Parts, update: int) -> Notes:
         diffalign_version=diffalign.__version__,
         call=call_arguments(config),
         scheduler=DDIM if _is_ddim(config) else "",
+        frozen=[{"place": str(a.folder.absolute()), "strength": a.strength, "digest": a.digest} for a in parts.frozen],
     )
 
 
@@ -95,8 +103,10 @@ def write_adapter(
     name: str,
     update: int,
     history: Sequence[dict[str, Any]] = (),
+    gallery: Sequence[tuple[str, NDArray[np.uint8]]] = (),
 ) -> Path:
     """Write the adapter as a folder of a run and check that it loads back as it was trained; each file is whole or as it was before.
+    gallery: captions and pictures (H, W, 3) for its page.
 
     Raises:
         Fault: if the saved file differs from the trained weights.
@@ -106,15 +116,62 @@ def write_adapter(
     lora_files.save(parts.pipe, aside, notes(config, parts, update).written())
     lora_files.verify(parts.pipe, aside)
     shutil.copy(run / "config.yaml", aside / "config.yaml")
-    (aside / "README.md").write_text(_card(config, summary, name, update, history), encoding="utf-8")
+    shots = _gallery(aside, gallery)
+    page = _card(config, summary, name, update, history, {**facts(config, parts.pipe, summary), **shots})
+    (aside / "README.md").write_text(page, encoding="utf-8")
     folder.mkdir(exist_ok=True)
+    if (aside / "images").is_dir():
+        shutil.rmtree(folder / "images", ignore_errors=True)
     for path in sorted(aside.iterdir()):
         path.replace(folder / path.name)
     aside.rmdir()
     return folder
 
 
-def _card(config: Config, summary: Summary, name: str, update: int, history: Sequence[dict[str, Any]]) -> str:
+def _gallery(folder: Path, gallery: Sequence[tuple[str, NDArray[np.uint8]]]) -> dict[str, Any]:
+    """Pictures for a page, and how the hub is told of them."""
+    if not gallery:
+        return {}
+    (folder / "images").mkdir()
+    for number, (_, image) in enumerate(gallery):
+        Image.fromarray(image).save(folder / "images" / f"{number}.png")
+    return {"widget": [{"text": text, "output": {"url": f"images/{k}.png"}} for k, (text, _) in enumerate(gallery)]}
+
+
+def facts(config: Config, pipe: Any, summary: Summary) -> dict[str, Any]:
+    """What the hub is told of an adapter, see its model cards; results have one number each, so intervals are in their names."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    from diffalign.shapes import models
+
+    task = "text-to-video" if films(pipe) else "text-to-image"
+    known = bool(models.path(config.model)) or bool(HUB_ID.fullmatch(config.model) and not Path(config.model).exists())
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type="prompts",
+            dataset_name=config.book.extent.strip(","),
+            metric_type=public(name),
+            metric_value=round(judged.value.value, 4),
+            metric_name=f"{public(name)}: {judged.value.text()}"
+            + (f", paired gain {judged.gain.text('+.3f')}" if judged.gain is not None else ""),
+        )
+        for name, judged in summary.rewards.items()
+    ]
+    data = ModelCardData(
+        base_model=config.model if known else None,
+        library_name="diffusers",
+        pipeline_tag=task,
+        tags=[task, "lora", "diffusers", "template:sd-lora", "diffalign", config.rule["name"]],
+        model_name=f"{config.rule['name']} on {public(config.model)}" if results else None,
+        eval_results=results or None,
+    )
+    return data.to_dict() | ({"base_model_relation": "adapter"} if known else {})
+
+
+def _card(
+    config: Config, summary: Summary, name: str, update: int, history: Sequence[dict[str, Any]], told: dict[str, Any]
+) -> str:
     """The model card; paths of this machine are no use to others, and stay out of it."""
     lines = ["| evaluation | after, 95 % interval | paired gain, 95 % interval |", "|---|---|---|"]
     for reward, judged in summary.rewards.items():
@@ -126,7 +183,9 @@ def _card(config: Config, summary: Summary, name: str, update: int, history: Seq
         arguments += f"sigmas=np.linspace(1, 0, {steps + 1})[:-1], "
     rule, ddim = config.rule["name"], _is_ddim(config)
     return CARD.format(
-        **_base(config.model, rule),
+        facts=yaml_text.dump(told),
+        under=UNDER.format(", ".join(f"`{public(text)}`" for text in config.lora.frozen)) if config.lora.frozen else "",
+        **_base(config.model),
         rule=rule,
         model=_escaped(public(config.model)),
         rank=config.lora.rank,
@@ -147,28 +206,15 @@ def _card(config: Config, summary: Summary, name: str, update: int, history: Seq
     )
 
 
-def _base(model: str, rule: str) -> dict[str, str]:
+def _base(model: str) -> dict[str, str]:
     """How the base model is named and loaded: an embedded one by its name, one of the hub by its id, a folder by what it was called."""
     from diffalign.shapes import models
 
-    facts: dict[str, Any] = {"library_name": "diffusers", "tags": ["lora", "diffalign", rule]}
     if models.path(model):
-        loaded = {"imports": "from diffalign.shapes import models\n", "folder": f"models.path({model!r})", "where": ""}
-    elif HUB_ID.fullmatch(model) and not Path(model).exists():
-        facts = {"base_model": model, **facts}
-        loaded = {"imports": "", "folder": repr(model), "where": ""}
-    else:
-        loaded = {"imports": "", "folder": repr(public(model)), "where": "  # where you have it"}
-    return {"facts": yaml_text.dump(facts), **loaded}
-
-
-def public(name: str) -> str:
-    """A name that says nothing of this machine: of a path its last part."""
-    if "://" in name or (HUB_ID.fullmatch(name) and not Path(name).exists()):
-        return name
-    before, at, place = name.rpartition("@")
-    path, colon, attribute = place.rpartition(":") if ".py:" in place else (place, "", "")
-    return f"{before}{at}{Path(path).name or path}{colon}{attribute}"
+        return {"imports": "from diffalign.shapes import models\n", "folder": f"models.path({model!r})", "where": ""}
+    if HUB_ID.fullmatch(model) and not Path(model).exists():
+        return {"imports": "", "folder": repr(model), "where": ""}
+    return {"imports": "", "folder": repr(public(model)), "where": "  # where you have it"}
 
 
 def _escaped(text: str) -> str:

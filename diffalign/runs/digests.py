@@ -19,6 +19,7 @@ def of(parts: Parts, prompts: str, held_out: str) -> dict[str, str]:
         "held-out prompts": held_out,
         "weights": parts.place.digest,
         "model": model(parts.place),
+        **{f"lora.frozen {k}": adapter.digest for k, adapter in enumerate(parts.frozen)},
     }
     for scorer in (parts.scorer, parts.judges):
         found |= _rewards(scorer)

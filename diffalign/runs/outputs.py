@@ -29,6 +29,7 @@ from diffalign.runtime import keys, numbered
 from diffalign.runtime.files import whole
 from diffalign.runtime.memory import fitting
 
+GALLERY = 4  # pictures on an adapter's page
 AVERAGES = "ema"  # the shadow that is evaluated and saved where the config asks for averaged weights
 
 
@@ -97,11 +98,23 @@ class Outputs:
     def adapter(self, name: str, update: int, summary: Summary) -> None:
         """The adapter after some updates, as a folder of the run, with a card that says what its evaluation found."""
         with published(self.config, self.parts.policy):
-            folder = write_adapter(self.config, self.parts, self.folder, summary, name, update, self.history)
+            folder = write_adapter(
+                self.config, self.parts, self.folder, summary, name, update, self.history, self._gallery(update)
+            )
         # What is drawn comes after what was trained.
         self.curves()
         with whole(folder / "curves.png") as file:
             file.write((self.folder / "curves.png").read_bytes())
+
+    def _gallery(self, update: int) -> list[tuple[str, NDArray[np.uint8]]]:
+        """A few captions and their pictures after some updates, if they were drawn."""
+        if not self._sample(update, "npz").is_file():
+            return []
+        images = stored(self._sample(update, "npz"))
+        shown = self.judged.shown(self.config.output.samples)
+        texts = [self.judged.prompts.text[k] for k in shown]
+        few = np.linspace(0, len(texts) - 1, min(GALLERY, len(texts))).astype(int)
+        return [(texts[k], images[k]) for k in few if k < len(images)]
 
     def best(self, update: int) -> None:
         """The adapter of the best evaluation so far, if that is the one after `update` updates."""

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from diffalign.backends.diffusers import DiffusersPolicy, call_arguments
+from diffalign.backends.diffusers import START, DiffusersPolicy, call_arguments
 from diffalign.backends.table import policy_class
 from diffalign.config import Config
 from diffalign.errors import Fault, UserError, one_line
-from diffalign.models import compiling, decoding, encoders, loading, lora, lora_files
+from diffalign.models import compiling, decoding, encoders, loading, lora, lora_files, merging
 from diffalign.models.encodings import Kept
 from diffalign.models.notes import Notes, foreign, lora_folder
+from diffalign.models.places import Adapter, given
 from diffalign.processes import PROCESSES
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import find
@@ -41,6 +42,7 @@ class Parts:
     policy: DiffusersPolicy
     scorer: Scorer
     judges: Scorer
+    frozen: tuple[Adapter, ...] = ()
 
     @property
     def pipe(self) -> Any:
@@ -95,6 +97,7 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     pipe, place = _loaded(config, part, "cpu" if sharded else device(config))
     if config.attention != "native":
         loading.attend(pipe, config.attention)
+    frozen = _freeze(config, pipe)
     parameters = _lora(config, pipe)
     if sharded:
         _shard(config, pipe, parameters)
@@ -106,7 +109,7 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     training = {name: _narrowed(config, name, judges[name], say) for name in config.rewards}
     offload = config.memory.judges == "offloaded"
     scorers = Scorer(training, config.rewards, offload), Scorer(judges, offload=offload)
-    return Parts(place, policy(config, pipe, parameters, kept), *scorers)
+    return Parts(place, policy(config, pipe, parameters, kept), *scorers, frozen)
 
 
 def _reward(config: Config, name: str, say: Callable[[str], None]) -> Reward:
@@ -136,6 +139,16 @@ def _shard(config: Config, pipe: Any, parameters: dict[str, torch.Tensor]) -> No
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module) and component not in denoisers.values():
             component.to(where)
+
+
+def _freeze(config: Config, pipe: Any) -> tuple[Adapter, ...]:
+    """Let frozen adapters become part of the base: its bits are then the reference's, and cost nothing."""
+    frozen = tuple(given(text, "lora.frozen") for text in config.lora.frozen)
+    try:
+        merging.merge(pipe, frozen)
+    except ValueError as error:
+        raise UserError(f"lora.frozen: {error}") from error
+    return frozen
 
 
 def _lora(config: Config, pipe: Any) -> dict[str, torch.Tensor]:
@@ -196,6 +209,8 @@ def trainer(config: Config, parts: Parts, world: World, say: Callable[[str], Non
     optimizer = config.optimizer
     if config.memory.shard == "blocks":
         parts.policy.adapts = False
+    if config.make_rule().needs.reference and config.reference == START:
+        parts.policy.add_shadows([START])
     made = Trainer(
         config.make_rule(),
         parts.policy,
@@ -240,6 +255,8 @@ def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str],
         say(
             f"lora.start was trained with memory.quantize {was}, this base has {config.memory.quantize}: it acts as the two differ"
         )
+    if config.lora.frozen:
+        say(f"on top of {', '.join(config.lora.frozen)}, part of the base in this run")
     if narrow := [name for name, reward in parts.scorer.rewards.items() if isinstance(reward, Narrow)]:
         part = parts.policy.rollout(batch, Plan.deterministic(parts.policy.schedule.steps))
         with torch.no_grad():

@@ -13,7 +13,7 @@ WAY_OUT = "choose another run_dir, or --fresh to start over"
 # What an evaluation's numbers depend on besides the weights that are trained: after a change of these they are compared with none before.
 JUDGED = (
     *("model", "revision", "weights", "precision", "memory.quantize", "memory.decode"),
-    *("content of model", "content of weights", "content of rewards."),
+    *("content of model", "content of weights", "content of rewards.", "content of lora.frozen"),
 )
 
 

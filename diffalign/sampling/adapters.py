@@ -2,55 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.errors import UserError, shown
-from diffalign.models.notes import LORA, Notes, foreign, lora_folder, metadata
-from diffalign.runtime.files import home
-
-STRONGEST = 100
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA's folder, or another tool's file, and how strongly it acts: 1 as trained, 0 not at all."""
-
-    folder: Path
-    strength: float = 1.0
-
-
-def given(text: str) -> Adapter:
-    """FOLDER, or FOLDER:STRENGTH; a run folder stands for its adapter, a LoRA file of another tool, or peft's folder, for itself.
-
-    Raises:
-        UserError: if there is none.
-    """
-    text = home(text)
-    name, colon, tail = text.rpartition(":")
-    folder, strength = Path(text), 1.0
-    if colon and _place(folder) is None:
-        folder = Path(name)
-        try:
-            strength = float(tail)
-        except ValueError:
-            strength = math.nan
-        if not abs(strength) <= STRONGEST:
-            raise UserError(
-                f"--adapter: got {text!r}, allowed are FOLDER and FOLDER:STRENGTH, a number to +-{STRONGEST}"
-            )
-    if place := _place(folder):
-        return Adapter(place, strength)
-    raise UserError(
-        f"--adapter: got {shown(text)}, no {LORA} there; allowed is FOLDER or FOLDER:STRENGTH, or a .safetensors file in its place"
-    )
-
-
-def _place(path: Path) -> Path | None:
-    return lora_folder(path) or foreign(path)
+from diffalign.errors import UserError
+from diffalign.models.notes import Notes, metadata
+from diffalign.models.places import Adapter
 
 
 def notes(adapter: Adapter) -> Notes:
@@ -63,6 +21,25 @@ def notes(adapter: Adapter) -> Notes:
         return Notes.read(adapter.folder) if adapter.folder.is_dir() else Notes.of(metadata(adapter.folder))
     except ValueError as error:
         raise UserError(f"sample: {error}") from error
+
+
+def frozen(folder: Path, notes: Notes) -> tuple[Adapter, ...]:
+    """What an adapter was trained on top of, still there and the same.
+
+    Raises:
+        UserError: if one is not.
+    """
+    found = []
+    for spec in notes.frozen:
+        adapter = Adapter(Path(spec["place"]), float(spec["strength"]))
+        if not adapter.folder.exists():
+            raise UserError(f"sample: {folder} was trained on top of {adapter.folder}, which is not there; restore it")
+        if adapter.digest != spec["digest"]:
+            raise UserError(
+                f"sample: {folder} was trained on top of {adapter.folder}, which is another now; restore it"
+            )
+        found.append(adapter)
+    return tuple(found)
 
 
 def put(pipe: Any, adapters: Sequence[Adapter], model: str) -> None:

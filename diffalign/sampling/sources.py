@@ -11,12 +11,12 @@ from typing import Any
 from diffalign.errors import Fault, UserError, one_line, shown
 from diffalign.models.calls import FIXED, GIVEN
 from diffalign.models.notes import DDIM, Notes, choices, lora_folder
+from diffalign.models.places import Adapter, given
 from diffalign.processes import linear_sigmas
 from diffalign.runtime.files import HUB_ID, fingerprint, home, is_file
 from diffalign.runtime.precision import QUANTIZE
 from diffalign.runtime.yaml_text import parse
 from diffalign.sampling import adapters
-from diffalign.sampling.adapters import Adapter
 
 
 def _not_free(key: str) -> str:
@@ -31,7 +31,7 @@ class Source:
     """What to sample from: a model, adapters on it, the call's arguments, whether they were trained walking DDIM, the model's
     commit on the hub, None for the newest, the single file of its denoiser, None for its own, and what it is loaded in.
 
-    trained_on: how the bases of its adapters were quantised, where something is known of that.
+    trained_on: how the bases of its adapters were quantised, where something is known of that; frozen: adapters that are part of the base.
     """
 
     model: str
@@ -43,16 +43,20 @@ class Source:
     precision: str = "float32"
     quantize: str = "none"
     trained_on: tuple[str, ...] = ()
+    frozen: tuple[Adapter, ...] = ()
 
     @property
     def remark(self) -> str:
         """What the user should know of the pictures; empty if nothing."""
+        under = ", ".join(f"{a.folder}:{a.strength:g}" for a in self.frozen)
+        on = f"on top of {under}, as it was trained" if under else ""
         others = sorted(set(self.trained_on) - {self.quantize, ""})
         if not others:
-            return ""
+            return on
         told = {kind: f"an {kind} base" for kind in QUANTIZE} | {"none": "a base that is not quantised"}
         were = " and ".join(told[kind] for kind in others)
-        return f"an adapter was trained on {were}, here it is on {told[self.quantize]}: pictures differ as the two do"
+        differ = f"an adapter was trained on {were}, here it is on {told[self.quantize]}: pictures differ as the two do"
+        return f"{on}; {differ}" if on else differ
 
 
 def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Source:
@@ -62,7 +66,7 @@ def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Sou
         UserError: if there is nothing of that kind, or an adapter belongs to another model.
     """
     source = _target(home(target), strength)
-    others = [adapters.given(text) for text in more]
+    others = [given(text) for text in more]
     for adapter in others:
         notes = adapters.notes(adapter)
         base = notes.base_model or source.model
@@ -80,17 +84,17 @@ def with_options(
     Raises:
         UserError: for anything else.
     """
-    given: dict[str, Any] = {}
+    free: dict[str, Any] = {}
     for option in options:
         key, sign, text = option.partition("=")
         if not sign or not key.isidentifier():
             raise UserError(f"--set: got {shown(option)}, allowed is KEY=VALUE, such as height=512")
         if why := _not_free(key):
             raise UserError(f"--set: got {shown(option)}, {key} is {why}")
-        given[key] = parse(text, f"--set: got {shown(option)}, its value")
+        free[key] = parse(text, f"--set: got {shown(option)}, its value")
     return replace(
         source,
-        call={**source.call, **given},
+        call={**source.call, **free},
         precision=precision or source.precision,
         quantize=quantize or source.quantize,
     )
@@ -118,6 +122,7 @@ def _target(target: str, strength: float) -> Source:
             notes.precision or "float32",
             notes.quantize or "none",
             (notes.quantize,),
+            adapters.frozen(folder, notes),
         )
     if is_file(path / "config.yaml"):
         raise UserError(f"sample: the run {target} has no adapter yet; it has its first at a checkpoint")
@@ -197,12 +202,16 @@ def pipeline(source: Source) -> Any:
     import torch
 
     from diffalign.backends import recorder
-    from diffalign.models import loading
+    from diffalign.models import loading, merging
 
     device, dtype = check(source), getattr(torch, source.precision)
     pipe, _ = loading.load(source.model, dtype, device, source.revision, source.weights, source.quantize)
     if source.ddim:
         pipe.scheduler = recorder.as_ddim(pipe.scheduler)
+    try:
+        merging.merge(pipe, source.frozen)
+    except ValueError as error:
+        raise UserError(f"sample: {error}") from error
     adapters.put(pipe, source.adapters, source.model)
     return pipe
 

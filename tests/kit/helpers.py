@@ -100,3 +100,11 @@ def tiny_config(run_dir, *overrides: str, name: str = "flow_grpo/shapes-sd3"):
     from diffalign import config
 
     return config.load(name, [*tiny(name), f"run_dir={run_dir}", *overrides])
+
+
+def comfyui(place, out) -> dict[Path, int]:
+    """An adapter's export for ComfyUI: the files, and how many layers each has."""
+    from diffalign.models import exporting
+    from diffalign.models.places import given
+
+    return {made.path: made.layers for made in exporting.export([given(str(place), "export")], out)}

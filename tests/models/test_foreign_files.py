@@ -16,12 +16,11 @@ from diffalign import config
 from diffalign.errors import UserError
 from diffalign.evaluation import suite
 from diffalign.models import loading, lora, lora_files
-from diffalign.models.comfyui import comfyui
 from diffalign.models.notes import LORA, Notes, lora_folder
 from diffalign.runs import session
 from diffalign.sampling import sources
 from tests.kit.generators import COUNTS, PLAIN, broken, promised, tried
-from tests.kit.helpers import tiny_config
+from tests.kit.helpers import comfyui, tiny_config
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 1.0, "max_sequence_length": 1}
 

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from diffalign import config
 from diffalign.cli import app
 from diffalign.errors import UserError
-from diffalign.models import comfyui as export
 from diffalign.models import lora as adapters
 from diffalign.models import lora_files
 from diffalign.models.notes import Notes
@@ -17,7 +16,7 @@ from diffalign.runs import session
 from diffalign.types import Plan
 from tests.families import FAMILIES, build, folder
 from tests.families.probe import given, policy
-from tests.kit.helpers import tiny_config
+from tests.kit.helpers import comfyui, tiny_config
 
 READ = ["SD 1.5", "SDXL", "SD 3.5 Medium", "FLUX.1-dev", "Qwen-Image", "Z-Image"]
 
@@ -126,17 +125,17 @@ def test_what_comfyui_cannot_read_is_refused(tmp_path):
     with pytest.raises(
         UserError, match="export: got HunyuanVideoTransformer3DModel; ComfyUI's names are known here for"
     ):
-        export.comfyui(tmp_path, tmp_path / "x.safetensors")
+        comfyui(tmp_path, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="--out: got .*allowed is a .safetensors file"):
-        export.comfyui(tmp_path, tmp_path / "x.pt")
+        comfyui(tmp_path, tmp_path / "x.pt")
     with pytest.raises(UserError, match="no pytorch_lora_weights.safetensors there"):
-        export.comfyui(tmp_path / "nothing", tmp_path / "x.safetensors")
+        comfyui(tmp_path / "nothing", tmp_path / "x.safetensors")
 
 
 def test_a_run_says_its_denoisers(tmp_path):
     session.train(tiny_config(tmp_path / "run", "evaluation.enabled=false", "updates=1"), quiet=True)
     assert Notes.read(tmp_path / "run" / "adapter").denoisers == ["SD3Transformer2DModel"]
-    assert export.comfyui(tmp_path / "run", tmp_path / "x.safetensors")[tmp_path / "x.safetensors"] > 10
+    assert comfyui(tmp_path / "run", tmp_path / "x.safetensors")[tmp_path / "x.safetensors"] > 10
     assert config.load("flow_grpo/shapes-sd3").lora.start is None
 
 
@@ -163,11 +162,11 @@ def test_an_export_never_replaces_what_it_is_made_from(tmp_path):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     before = file.read_bytes()
     with pytest.raises(UserError, match="which is the adapter itself; name another file"):
-        export.comfyui(tmp_path, file)
+        comfyui(tmp_path, file)
     assert file.read_bytes() == before
     (tmp_path / "way").write_text("")
     with pytest.raises(UserError, match="--out: got .*cannot write there"):
-        export.comfyui(tmp_path, tmp_path / "way" / "x.safetensors")
+        comfyui(tmp_path, tmp_path / "way" / "x.safetensors")
 
 
 @pytest.mark.parametrize("name", ["Wan 2.1", "Wan 2.2", "LTX-Video"])
@@ -176,7 +175,7 @@ def test_layers_of_video_models_have_their_authors_names(name, tmp_path):
     from diffusers.loaders import single_file_utils as own
 
     saved(name, tmp_path)
-    found = export.comfyui(tmp_path, tmp_path / "comfy.safetensors")
+    found = comfyui(tmp_path, tmp_path / "comfy.safetensors")
     endings = ["", ".transformer_2"] if name == "Wan 2.2" else [""]
     assert [path.name for path in found] == [f"comfy{ending}.safetensors" for ending in endings]
     turn = (

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from diffalign import config as configs
 from diffalign.errors import UserError
 from diffalign.models import loading, lora, lora_files
-from diffalign.models.comfyui import WAN
+from diffalign.models.layer_names import WAN
 from diffalign.models.lora_normal import fused
 from diffalign.runs import parts, session
 from diffalign.sampling import sources

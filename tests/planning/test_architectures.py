@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from diffalign import config
 from diffalign.cli import app
 from diffalign.errors import UserError
-from diffalign.models import comfyui as export
+from diffalign.models import layer_names
 from diffalign.planning import architectures, cost
 from diffalign.prompts import book
 from diffalign.types import Plan
@@ -201,7 +201,7 @@ COMFYUI = json.loads((Path(__file__).parent / "comfyui_keys.json").read_text())[
 def test_comfyui_finds_every_layer_of_the_full_size_model(model):
     modules, trained = architectures.denoisers(config.load(ONE_EACH[model]))
     for component, module in modules.items():
-        names = export.READABLE[type(module).__name__]
+        names = layer_names.COMFYUI[type(module).__name__]
         layers = [
             key.partition(".")[2].partition(".lora_A")[0]
             for key in trained
@@ -213,7 +213,7 @@ def test_comfyui_finds_every_layer_of_the_full_size_model(model):
 
 def test_the_list_covers_every_kind_that_is_exported():
     kinds = {kind for model in COMFYUI for kind, _ in architectures.known()[model]["denoisers"].values()}
-    assert kinds == set(export.READABLE)
+    assert kinds == set(layer_names.COMFYUI)
 
 
 SHAPES = sorted(

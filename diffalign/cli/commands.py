@@ -122,16 +122,6 @@ def evaluate(targets: tuple[str, ...], suite: str, out: Path, **asked: Any) -> N
 
 
 @app.command()
-@click.argument("folder", metavar="RUN|ADAPTER", type=Place(path_type=Path))
-@click.option("--out", type=Place(path_type=Path, dir_okay=False), required=True, help="A .safetensors file.")
-def export(folder: Path, out: Path) -> None:
-    """Write an adapter under the names ComfyUI reads."""
-    from diffalign.models.comfyui import comfyui
-
-    show(f"{path}: {count} layers" for path, count in comfyui(folder, out).items())
-
-
-@app.command()
 @A_CONFIG
 @click.option("--preview", type=Place(dir_okay=False, path_type=Path), help="A picture of samples; loads weights.")
 @click.option("--card", help="Bound on a card's peak: a100, h200, ...")
