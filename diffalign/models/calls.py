@@ -1,6 +1,9 @@
-"""Arguments of a pipeline's call that are not free. Data only."""
+"""Arguments of a pipeline's call: which are not free, and what they say of it."""
 
 from __future__ import annotations
+
+import inspect
+from typing import Any
 
 # name: the config's key and the command line's option that give it
 GIVEN = {
@@ -30,3 +33,8 @@ FIXED = (
         "negative_prompt_attention_mask",
     ),
 )
+
+
+def films(pipe: Any) -> bool:
+    """Whether a pipeline makes videos."""
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters

@@ -55,6 +55,10 @@ def export(
     if form != "peft" and out.suffix != ".safetensors":
         raise UserError(f"--out: got {str(out)!r}, allowed is a .safetensors file")
     endings = _endings(adapters, out)
+    if form == "peft" and len(endings) > 1:
+        raise UserError(
+            f"--format: got peft, this model has {len(endings)} denoisers, one folder has one; allowed are the others"
+        )
     made = []
     for ending in endings:
         read = [_read(adapter.folder / LORA.replace(".safetensors", f"{ending}.safetensors")) for adapter in adapters]

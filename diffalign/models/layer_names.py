@@ -89,6 +89,10 @@ Z_IMAGE = {
     f"{block}.#.attention.{theirs}": tuple(f"{block}.#.attention.{name}" for name in ours)
     for block in ("layers", "noise_refiner", "context_refiner")
     for theirs, ours in (("qkv", _QKV), ("out", ("to_out.0",)))
+} | {
+    name: (name,)
+    for block in ("layers", "noise_refiner", "context_refiner")
+    for name in _of(f"{block}.#.feed_forward", ("w1", "w2", "w3"))
 }
 
 # What ComfyUI reads (comfy/lora.py at 17358c8): layers of Stable Diffusion 1, 2 and XL as `lora_unet_<layer>`, dots as underscores, those

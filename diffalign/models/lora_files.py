@@ -246,18 +246,41 @@ def go_on_from_file(pipe: Any, path: Path) -> None:
         _take(own[layer], pair.down, pair.up, pair.scale)
 
 
+def pairs(pipe: Any, place: Path) -> dict[str, dict[str, lora_normal.Pair]]:
+    """A LoRA by component and layer: of a folder in diffusers' layout, one file for each denoiser, or of a file of another tool.
+
+    Raises:
+        ValueError: if it has anything that the pipeline has no place for.
+    """
+    if not place.is_dir():
+        (component, _), found = _foreign(pipe, place)
+        return {component: found}
+    if extra := [path.name for path in files_of(place) if path.name not in [part.file for part in parts(pipe)]]:
+        raise ValueError(f"it has {extra[0]}, for which the model has no place")
+    if lacking := [part.file for part in parts(pipe) if not (place / part.file).is_file()]:
+        raise ValueError(f"there is no {lacking[0]} in it")
+    return {
+        part.component: lora_normal.read(place / part.file, _outputs(getattr(pipe, part.component)))
+        for part in parts(pipe)
+    }
+
+
 def _foreign(pipe: Any, path: Path) -> tuple[tuple[str, Any], dict[str, lora_normal.Pair]]:
     """The denoiser that a file of another tool is for, and its LoRA for that."""
     ((name, module), *others) = denoisers(pipe).items()
     if others:
         raise ValueError(f"it is one file, this model has {name} and {others[0][0]}; allowed is a folder of ours")
+    return (name, module), lora_normal.read(path, _outputs(module))
+
+
+def _outputs(module: Any) -> dict[str, int]:
+    """How many numbers each layer of a denoiser puts out."""
     weights = {part: getattr(layer, "weight", None) for part, layer in module.named_modules()}
-    sizes = {
+    return {
         part: len(weight)
         for part, weight in weights.items()
         if isinstance(weight, torch.Tensor) and weight.ndim > 1 and ".base_layer" not in part and ".lora_" not in part
     }
-    return (name, module), lora_normal.read(path, sizes)
 
 
 def _take(layer: Any, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:

@@ -2,65 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffalign.models import lora_files
-from diffalign.models.lora import denoisers, quiet
 from diffalign.models.places import Adapter
-
-NAME = "merged"
 
 
 @torch.no_grad()
 def merge(pipe: Any, adapters: Sequence[Adapter]) -> int:
-    """Add adapters to a pipeline's weights, in this order; no layer of peft is left. Returns how many layers were changed.
+    """Add adapters to the weights of a pipeline that has none on it. Returns how many layers were changed.
 
     Raises:
         ValueError: if one does not fit, says of which; or the weights are quantised.
     """
-    changed: set[tuple[str, str]] = set()
-    sums: dict[tuple[str, str], torch.Tensor] = {}
+    sums: dict[tuple[str, str], Tensor] = {}
     for adapter in adapters:
         try:
-            load = lora_files.load if adapter.folder.is_dir() else lora_files.load_file
-            load(pipe, adapter.folder, NAME)
-            for place, layer in _layers(pipe):
-                difference = layer.get_delta_weight(NAME).float() * adapter.strength
-                sums[place] = sums[place] + difference if place in sums else difference
-                changed.add(place)
+            found = lora_files.pairs(pipe, adapter.folder)
         except ValueError as error:
             raise ValueError(f"{adapter.folder} does not fit: {error}") from error
-        finally:
-            with quiet():
-                pipe.unload_lora_weights()
-    for (component, name), difference in sums.items():
-        weight = getattr(pipe, component).get_submodule(name).weight
-        if not weight.is_floating_point() or weight.shape != difference.shape:
-            raise ValueError(f"layer {name} of the {component} is quantised, what is added to it would be rounded away")
-        weight.copy_((weight.float() + difference.to(weight.device)).to(weight.dtype))
-    return len(changed)
-
-
-def _layers(pipe: Any) -> Iterator[tuple[tuple[str, str], Any]]:
-    """The layers that the adapter is on, by component and name.
-
-    Raises:
-        ValueError: for what no difference of weights is.
-    """
-    elsewhere = [
-        component
-        for component, names in pipe.get_list_adapters().items()
-        if NAME in names and component not in denoisers(pipe)
-    ]
-    if elsewhere:
-        raise ValueError(f"it has layers of the {elsewhere[0]} too, which is not merged here")
-    for component, module in denoisers(pipe).items():
-        for name, layer in lora_files.layers(module, NAME):
-            if layer.use_dora.get(NAME):
-                raise ValueError("it is a DoRA, whose magnitudes are no difference of weights")
-            if layer.lora_bias.get(NAME):
-                raise ValueError("it has biases besides its LoRA")
-            yield (component, name), layer
+        for component, pairs in found.items():
+            for layer, pair in pairs.items():
+                up, down = pair.up.float().flatten(1), pair.down.float().flatten(1)
+                difference = (adapter.strength * pair.scale) * (up @ down)
+                place = component, layer
+                sums[place] = sums[place] + difference if place in sums else difference
+    for (component, layer), difference in sums.items():
+        weight = getattr(pipe, component).get_submodule(layer).weight
+        if not weight.is_floating_point() or weight.numel() != difference.numel():
+            raise ValueError(
+                f"layer {layer} of the {component} holds {tuple(weight.shape)} {weight.dtype}, which it does not fit"
+            )
+        weight.copy_((weight.float() + difference.to(weight.device).view_as(weight)).to(weight.dtype))
+    return len(sums)

@@ -19,6 +19,7 @@ from diffalign.config import Config
 from diffalign.evaluation.results import Summary
 from diffalign.models import lora as adapters
 from diffalign.models import lora_files
+from diffalign.models.calls import films
 from diffalign.models.file_notes import public
 from diffalign.models.notes import DDIM, Notes
 from diffalign.processes import PROCESSES, linear_sigmas
@@ -26,7 +27,6 @@ from diffalign.runs.folder import RunFolder
 from diffalign.runs.parts import Parts
 from diffalign.runtime import keys, yaml_text
 from diffalign.runtime.files import HUB_ID
-from diffalign.sampling.sources import films
 
 CARD = """---
 {facts}---

@@ -23,6 +23,7 @@ def write(target: str, more: Sequence[str], out: Path) -> list[str]:
     import torch
 
     from diffalign.models import loading, merging
+    from diffalign.models.lora import quiet
 
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out: got {str(out)!r}, which holds something; name a new folder")
@@ -39,7 +40,8 @@ def write(target: str, more: Sequence[str], out: Path) -> list[str]:
     shutil.rmtree(aside, ignore_errors=True)
     make_folder(aside, "--out")
     try:
-        pipe.save_pretrained(aside)
+        with quiet():
+            pipe.save_pretrained(aside)
         _compare(pipe, aside, source.precision)
         if out.exists():
             out.rmdir()

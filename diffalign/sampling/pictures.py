@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
+from diffalign.models.calls import films
 from diffalign.prompts.files import read
 from diffalign.runtime.extras import missing
 from diffalign.runtime.files import make_folder
-from diffalign.sampling.sources import Source, call_of, check_negative, films, pipeline, resolve, shots
+from diffalign.sampling.sources import Source, call_of, check_negative, pipeline, resolve, shots
 
 PAGE = Path(__file__).parent / "page.html"
 BATCH = 8  # pictures a call

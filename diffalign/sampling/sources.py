@@ -259,8 +259,3 @@ def check_negative(pipe: Any, call: dict[str, Any]) -> None:
         raise UserError(
             f"--negative: no effect, {name}'s guidance is the network's own; allowed with --set true_cfg_scale=2, which takes twice as long"
         )
-
-
-def films(pipe: Any) -> bool:
-    """Whether a pipeline makes videos."""
-    return "num_frames" in inspect.signature(type(pipe).__call__).parameters

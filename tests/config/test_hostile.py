@@ -120,7 +120,7 @@ def test_words_are_words_and_numbers_are_numbers():
         ("updates=true", "updates: got True, allowed is a number"),
         ("rewards={jpeg_compressibility: yes}", "rewards.jpeg_compressibility: got 'yes', allowed is a number"),
         ("rewards={jpeg_compressibility: true}", "allowed is a number"),
-        ("lora=", "lora: empty; allowed are its keys (rank, alpha, targets, start), or leave it out"),
+        ("lora=", "lora: empty; allowed are its keys (rank, alpha, targets, start, frozen), or leave it out"),
         ("lora=[1]", "lora: got [1], allowed are keys and values"),
         ("lr=1", "lr: unknown key; did you mean optimizer.lr?"),
         ("rank=1", "rank: unknown key; did you mean lora.rank?"),

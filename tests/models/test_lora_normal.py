@@ -143,7 +143,11 @@ def test_l11_l12_l25_layers_that_are_one_in_a_file_are_told_apart(model, name, t
 def test_l13_z_image_has_its_attention_too():
     own = [f"layers.0.attention.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]
     found = fused([*own, "layers.0.feed_forward.w1"])
-    assert found == {"layers.0.attention.qkv": tuple(own[:3]), "layers.0.attention.out": (own[3],)}
+    assert found == {
+        "layers.0.attention.qkv": tuple(own[:3]),
+        "layers.0.attention.out": (own[3],),
+        "layers.0.feed_forward.w1": ("layers.0.feed_forward.w1",),
+    }
 
 
 def test_a_fused_layer_of_another_size_is_refused(tmp_path):

@@ -122,7 +122,7 @@ def test_sizes_are_asked_for_and_cards_have_a_bound():
     assert "989.0 TFLOP/s (the dense bfloat16 peak of the h200 by its data sheet)" in done.output
     assert "known by its architecture alone" in done.output
     assert (
-        "GiB, counted, the most while training: denoiser 22.2, autoencoder 0.2, encoded prompts 1.0, what is trained"
+        "GiB, counted, the most while sampling: denoiser 22.2, autoencoder 0.2, encoded prompts 1.0, what is trained"
         in done.output
     )
 
@@ -207,7 +207,7 @@ def test_comfyui_finds_every_layer_of_the_full_size_model(model):
             for key in trained
             if key.startswith(component + ".") and "lora_A" in key
         ]
-        found = {names(layer) for layer in layers}
+        found = {names(name) for name in (layers if names.joined is None else layer_names.joined(names.joined, layers))}
         assert found == {name for pattern in COMFYUI[model] for name in spelled(pattern)}
 
 
