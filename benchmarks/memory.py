@@ -34,7 +34,7 @@ def preset(name: str) -> dict[str, Any]:
     """One preset's row."""
     own = configs.load(name)
     vram.facts = lambda _: of(name, True)
-    before = demand(configs.load(name, ["memory.checkpoint=spans"]), of(name, False)).total
+    before = demand(configs.load(name, ["memory.checkpoint=spans", "speed=eager"]), of(name, False)).total
     row: dict[str, Any] = {
         "preset": name,
         "model": own.model,
