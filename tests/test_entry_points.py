@@ -16,14 +16,18 @@ from tests.kit.commands import diffalign
 from tests.kit.helpers import TINY, tiny
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONGEST, MOST = 100, 160  # characters of a line of the README, and its lines
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    """Code of all pages; what cannot run here, for want of weights or a card, is marked `sh`."""
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    return re.findall(rf"```{language}\n(.*?)```", pages, re.S)
 
 
 def commands() -> list[str]:
-    """Lines of the README that call the tool, without comments and continued lines joined."""
+    """Lines of the pages that call the tool, without comments and continued lines joined."""
     text = "\n".join(blocks("bash")).replace("\\\n", " ")
     found = [line.split(" #")[0].strip() for line in text.splitlines()]
     return [line for line in found if line.startswith(("diffalign ", "python train.py", "python sample.py"))]
@@ -69,7 +73,11 @@ def test_the_readme_begins_with_the_two_commands():
 
 @pytest.mark.parametrize("command", dict.fromkeys(commands()))
 def test_every_command_of_the_readme_runs(command, place):
-    if " train" in command or " plan " in command or "train.py" in command:
+    if " init " in command:
+        (place / "first.yaml").unlink(missing_ok=True)  # made by the test of the command after it, in another order
+    elif "first.yaml" in command and not (place / "first.yaml").exists():
+        assert as_typed("diffalign init first.yaml --rule ddpo", place).returncode == 0
+    elif " train" in command or " plan " in command or "train.py" in command:
         command += f" {shortened(command)} run_dir=runs/other" if "mine.py" in command else f" {shortened(command)}"
     if " evaluate " in command:
         (place / "few.txt").write_text("a photo of two stars\n")
@@ -87,12 +95,19 @@ def test_every_python_example_of_the_readme_runs(number, place, monkeypatch):
     assert done.returncode == 0, done.stderr
 
 
-def test_links_in_the_readme_exist():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    assert targets
-    for target in targets:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_pages_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert (page.parent / target).exists(), target
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    lines = README.splitlines()
+    assert len(lines) <= MOST
+    assert not [line for line in lines if len(line) > LONGEST and not line.startswith(("|", "diffalign "))]
+    pages = {page.name for page in PAGES} - {"README.md"}
+    assert {name for name in pages if f"docs/{name}" not in README} == set()
 
 
 def test_a_built_wheel_installed_elsewhere_trains(tmp_path):

@@ -172,13 +172,6 @@ def stages(config: str, overrides: tuple[str, ...], out: str, **asked: Any) -> N
     show([f"{out}: {written} asked for; use prompts.stages={out}"])
 
 
-@app.command("config")
-@A_CONFIG
-def show_config(config: str, overrides: tuple[str, ...]) -> None:
-    """Print every key of CONFIG with its value and meaning."""
-    show(configs.explained(configs.load(config, overrides)))
-
-
 @app.group(invoke_without_command=True)
 @click.pass_context
 def rewards(context: click.Context) -> None:

@@ -98,6 +98,12 @@ def dump(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def flow(data: Any) -> str:
+    """Plain data as YAML on one line."""
+    text = yaml.dump(data, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    return text.removesuffix("...\n").strip()
+
+
 def _count(node: Node, known: dict[Node, tuple[int, int]], level: int) -> tuple[int, int]:
     """How many values and levels a node stands for, aliases followed; refuses what is not plain data on the way."""
     if level > DEEPEST:

@@ -1,4 +1,4 @@
-"""Real pipeline classes with tiny random weights, through the one backend: every cell of the README's table."""
+"""Real pipeline classes with tiny random weights, through the one backend: every cell of the table in docs/pipelines.md."""
 
 import inspect
 
@@ -6,7 +6,7 @@ import pytest
 
 from diffalign.errors import UserError
 from tests.families import FAMILIES, build
-from tests.families.__main__ import PAGE, README, bases, committed, markdown
+from tests.families.__main__ import LISTED, PAGE, bases, committed, markdown
 from tests.families.probe import policy, probe
 
 NEEDED = (
@@ -36,7 +36,7 @@ def test_the_page_of_bases_says_what_the_configs_say():
 
 def test_the_readme_shows_the_table():
     assert list(committed()) == list(FAMILIES)
-    assert markdown(committed()) in README.read_text(encoding="utf-8")
+    assert markdown(committed()) in LISTED.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -15,7 +15,7 @@ from tests.families.probe import probe
 from tests.kit import ROOT
 
 TABLE = ROOT / "docs" / "capabilities.json"
-README = TABLE.parent.parent / "README.md"
+LISTED = TABLE.parent / "pipelines.md"
 PAGE = TABLE.parent / "bases.md"
 BASES = """# Models on the hub that configs name
 
@@ -35,7 +35,7 @@ def committed() -> dict[str, dict[str, str]]:
 
 
 def markdown(rows: dict[str, dict[str, str]]) -> str:
-    """The table for the README."""
+    """The table of docs/pipelines.md."""
     columns = list(next(iter(rows.values())))
     lines = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     return "\n".join([*lines, *(f"| {name} | " + " | ".join(row.values()) + " |" for name, row in rows.items())]) + "\n"
@@ -68,9 +68,9 @@ def main() -> None:
     if "--write" in sys.argv:
         PAGE.write_text(bases(), encoding="utf-8")
         TABLE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        text = README.read_text(encoding="utf-8")
+        text = LISTED.read_text(encoding="utf-8")
         before, rest = text.split(START)
-        README.write_text(before + START + markdown(rows) + END + rest.split(END)[1], encoding="utf-8")
+        LISTED.write_text(before + START + markdown(rows) + END + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

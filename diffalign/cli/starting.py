@@ -1,0 +1,49 @@
+"""Where one begins: a demonstration, a config of one's own, what its keys mean."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffalign import config as configs
+from diffalign.cli.commands import app, show, train
+from diffalign.runtime.options import A_CONFIG, VRAM, Place
+
+
+@app.command()
+@click.argument("place", metavar="FILE", type=Place(path_type=Path, dir_okay=False), default="mine.yaml")
+@click.option("--model", help="Hub id, folder, or an embedded pipeline [default: shapes-sd3].")
+@click.option("--rule", help="How it learns [default: of the preset that is nearest].")
+@click.option("--reward", "rewards", multiple=True, help="What goes up; several times.")
+@click.option("--prompts", help="A file of prompts, or a set's name.")
+@VRAM
+def init(place: Path, model: str | None, **asked: Any) -> None:
+    """Write a config of your own, with a line on each choice: it trains as it stands."""
+    from diffalign.planning import starter
+
+    if model is None and sys.stdin.isatty():
+        model = click.prompt("Model: hub id, folder, or an embedded pipeline", default=starter.EMBEDDED)
+        if not asked["prompts"]:
+            asked["prompts"] = (
+                click.prompt("Prompts: a file, or empty for the preset's", default="", show_default=False) or None
+            )
+    show(starter.write(place, model or starter.EMBEDDED, **asked))
+
+
+@app.command()
+@click.pass_context
+def demo(context: click.Context) -> None:
+    """Train the embedded pipeline to count: minutes on a laptop, no download."""
+    context.invoke(
+        train, config="flow_grpo/shapes-sd3", overrides=(), fresh=False, change=False, quiet=False, vram=None
+    )
+
+
+@app.command("config")
+@A_CONFIG
+def show_config(config: str, overrides: tuple[str, ...]) -> None:
+    """Print every key of CONFIG with its value and meaning."""
+    show(configs.explained(configs.load(config, overrides)))

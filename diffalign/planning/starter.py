@@ -1,0 +1,124 @@
+"""`diffalign init`: a config for a model, a rule, rewards and prompts, from the preset that is nearest, with a line on each choice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffalign import config as configs
+from diffalign.config.places import placed
+from diffalign.errors import UserError, shown
+from diffalign.planning import architectures
+from diffalign.rules import RULES
+from diffalign.runtime import yaml_text
+from diffalign.runtime.files import write_text
+from diffalign.shapes import models
+
+EMBEDDED = "shapes-sd3"
+# What a section is about, beside it in the file.
+WHY = {
+    "model": "hub id, folder or embedded pipeline",
+    "rule": "how it learns: `diffalign config FILE` lists its keys; kl > 0 holds it near the model",
+    "rewards": "what goes up, with weights; `diffalign rewards` lists them, FILE.py:NAME is one of yours",
+    "eval_rewards": "what judges besides and is never trained on",
+    "prompts": "groups x group_size samples an update; more samples a prompt: less noise",
+    "sampler": "as the model is sampled; fewer steps are faster, also later",
+    "lora": "a higher rank fits more, and more by heart",
+    "optimizer": "lr: halve it if pictures break; micro_batch: as many as fit",
+    "memory": "`diffalign plan FILE --vram 16` says whether it fits, and what would",
+    "evaluation": "the same prompts and noises before and after",
+    "output": "pictures in a grid",
+    "precision": "of the frozen model",
+    "updates": "the same command again goes on, with more of them too",
+    "run_dir": "everything that the run leaves",
+}
+
+
+def write(
+    place: Path,
+    model: str = EMBEDDED,
+    rule: str | None = None,
+    rewards: Sequence[str] = (),
+    prompts: str | None = None,
+    vram: float | None = None,
+) -> list[str]:
+    """Write it, checked; returns what to tell.
+
+    Raises:
+        UserError: if the file is there, or what was asked for does not go together.
+    """
+    if place.exists():
+        raise UserError(f"init: got {str(place)!r}, which is there; name a new file")
+    if rule is not None and rule not in RULES:
+        raise UserError(f"--rule: got {shown(rule)}, allowed are {', '.join(sorted(RULES))}")
+    name, raw = _nearest(model, rule)
+    raw = {**raw, "model": model, "run_dir": f"runs/{place.stem}"}
+    if rule is not None and raw["rule"]["name"] != rule:
+        raw["rule"] = {"name": rule}
+    if rewards:
+        raw["rewards"] = dict.fromkeys(rewards, 1.0)
+        raw["eval_rewards"] = [kept for kept in raw.get("eval_rewards", []) if kept not in rewards]
+    if prompts is not None:
+        kept = {key: value for key, value in raw.get("prompts", {}).items() if key not in ("tasks", "split", "stages")}
+        raw["prompts"] = {**kept, "source": prompts}
+    try:
+        _check(raw)  # every mistake, before a file is there
+    except UserError as error:
+        if not all(problem.startswith("eval_rewards: ") for problem in error.problems):
+            raise
+        raw["eval_rewards"] = []  # the preset's, which these prompts do not suit
+    write_text(place, _text(place, name, raw))
+    told = [f"{place}: from {name}", f"diffalign train {place}"]
+    if vram is None:
+        return told
+    from diffalign.planning import vram as cards
+
+    try:
+        settings, fit = cards.fitted(str(place), (), vram)
+    except UserError:
+        place.unlink()
+        raise
+    chosen = {**fit.chosen, "memory.vram": vram, "memory.counted": settings.memory.counted}
+    for key, value in chosen.items():
+        section, _, inner = key.rpartition(".")
+        (raw.setdefault(section, {}) if section else raw)[inner] = value
+    write_text(place, _text(place, name, raw))
+    return [told[0], *cards.verdict(vram, fit), told[1]]
+
+
+def _check(raw: dict[str, Any]) -> None:
+    tried = copy.deepcopy(raw)
+    configs.validate(tried, placed(tried, None)[1])
+
+
+def _nearest(model: str, rule: str | None) -> tuple[str, dict[str, Any]]:
+    """The preset of the same kind of model, by the same rule if there is one: its name and settings."""
+    kind = architectures.name_of(model) if not models.path(model) else model
+    found: list[
+        tuple[bool, bool, str, dict[str, Any]]
+    ] = []  # another rule, a variant of a preset, its name, its settings
+    for folder in configs.folders():
+        for path in sorted(folder.rglob("*.yaml")):
+            raw = yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
+            own = raw.get("model")
+            if own == (kind or EMBEDDED) or (kind is None and own == "stabilityai/stable-diffusion-3.5-medium"):
+                title = str(path.relative_to(folder).with_suffix(""))
+                found.append((raw["rule"]["name"] != (rule or "flow_grpo"), "-shapes" in path.stem, title, raw))
+        if found:
+            break
+    if not found:
+        raise UserError(f"--model: got {shown(model)}, no preset is near it; `diffalign config` of any shows all keys")
+    _, _, title, raw = min(found, key=lambda each: each[:3])
+    return title, raw
+
+
+def _text(place: Path, name: str, raw: dict[str, Any]) -> str:
+    """The file: a key a line, what is long in blocks, and why beside it."""
+    head = f"# diffalign train {place}\n# From the preset {name}; `diffalign config {place}` shows every key with what it means.\n"
+    lines = []
+    for key in [key for key in WHY if key in raw] + [key for key in raw if key not in WHY]:
+        why = f"  # {WHY[key]}" if key in WHY else ""
+        lines.append(f"{key}: {yaml_text.flow(raw[key])}{why}\n")
+    return head + "".join(lines)

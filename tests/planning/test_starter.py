@@ -1,0 +1,78 @@
+"""`diffalign init`: what it writes trains as it stands."""
+
+import pytest
+from click.testing import CliRunner
+
+from diffalign import config as configs
+from diffalign.cli import app
+from diffalign.errors import UserError
+from diffalign.planning import starter
+from diffalign.rules import RULES
+from diffalign.shapes import models
+from tests.backends.test_hub_configs import CONFIGS
+from tests.kit.commands import diffalign
+from tests.kit.helpers import tiny
+
+HUB = sorted({configs.load(name).model for name in CONFIGS})
+
+
+@pytest.mark.parametrize("model", [*HUB, *models.names()])
+def test_what_is_written_is_a_config_of_that_model(model, tmp_path):
+    starter.write(tmp_path / "mine.yaml", model)
+    found = configs.load(str(tmp_path / "mine.yaml"))
+    assert found.model == model
+    assert found.run_dir == "runs/mine"
+    assert len((tmp_path / "mine.yaml").read_text().splitlines()) <= 25
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_every_rule_is_written_with_a_sampler_it_takes(rule, tmp_path):
+    starter.write(tmp_path / "mine.yaml", rule=rule, rewards=["shapes_pref"])
+    found = configs.load(str(tmp_path / "mine.yaml"))
+    assert (found.rule["name"], found.rewards) == (rule, {"shapes_pref": 1.0})
+    assert "shapes_pref" not in found.eval_rewards
+
+
+def test_it_trains_as_it_stands(tmp_path):
+    (tmp_path / "mine.txt").write_text("\n".join(f"a photo of {k} stars" for k in range(8)))
+    more = ["--prompts", "mine.txt", "--reward", "jpeg_compressibility"]
+    done = diffalign("init", "first.yaml", *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "diffalign train first.yaml"
+    done = diffalign("train", "first.yaml", *tiny("flow_grpo"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "first" / "adapter").is_dir()
+
+
+def test_a_card_is_fitted_into_the_file(tmp_path):
+    model = "stabilityai/stable-diffusion-3.5-medium"
+    said = starter.write(tmp_path / "mine.yaml", model, vram=16)
+    assert said[1].startswith("fits        16 GiB: ")
+    found = configs.load(str(tmp_path / "mine.yaml"))
+    assert (found.memory.vram, found.memory.judges) == (16, "offloaded")
+    with pytest.raises(UserError, match="--vram: got 2, "):
+        starter.write(tmp_path / "small.yaml", model, vram=2)
+    assert not (tmp_path / "small.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rule", "grpo"], "--rule: got 'grpo', allowed are awm, branch_grpo"),
+        (["--prompts", "gone.txt"], "prompts.source: 'gone.txt' is no file"),
+        (["--reward", "nice"], "rewards: "),
+        (["--model", "no such folder"], "model: got 'no such folder'"),
+        (["--rule", "rlr", "--reward", "jpeg_compressibility"], "rlr"),
+    ],
+)
+def test_what_does_not_go_together_leaves_no_file(options, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        CliRunner().invoke(app, ["init", str(tmp_path / "x.yaml"), *options], catch_exceptions=False)
+    assert not (tmp_path / "x.yaml").exists()
+
+
+def test_nothing_of_the_users_is_replaced(tmp_path):
+    (tmp_path / "x.yaml").write_text("mine")
+    with pytest.raises(UserError, match="init: got .*which is there; name a new file"):
+        starter.write(tmp_path / "x.yaml")
+    assert (tmp_path / "x.yaml").read_text() == "mine"
