@@ -22,7 +22,7 @@ from diffalign.models.layer_names import COMFYUI, KOHYA, WIDER, Names, joined
 from diffalign.models.lora_normal import PEFT_CONFIG, Pair
 from diffalign.models.notes import LORA, PEFT_FILE, Notes, files_of, lora_settings, metadata
 from diffalign.models.places import Adapter
-from diffalign.runtime.files import make_folder, share, write_text
+from diffalign.runtime.files import is_file, make_folder, share, write_text
 
 Pairs = dict[str, Pair]
 FORMATS = ("comfyui", "kohya", "diffusers", "peft")
@@ -54,6 +54,8 @@ def export(
     """
     if form != "peft" and out.suffix != ".safetensors":
         raise UserError(f"--out: got {str(out)!r}, allowed is a .safetensors file")
+    if form == "peft" and (is_file(out) or (out.is_dir() and any(out.iterdir()))):
+        raise UserError(f"--out: got {str(out)!r}, which holds something; allowed is a new folder")
     endings = _endings(adapters, out)
     if form == "peft" and len(endings) > 1:
         raise UserError(
@@ -88,9 +90,9 @@ def _endings(adapters: Sequence[Adapter], out: Path) -> list[str]:
     ]
     for adapter, endings in zip(adapters, each, strict=True):
         if not adapter.folder.is_dir() or not endings:
-            raise UserError(
-                f"export: got {str(adapter.folder)!r}, no {LORA} there; allowed is a run or an adapter folder"
-            )
+            key = "export" if adapter is adapters[0] else "--adapter"
+            why = "a file of another tool" if is_file(adapter.folder) else f"no {LORA} there"
+            raise UserError(f"{key}: got {str(adapter.folder)!r}, {why}; allowed are runs and adapters of diffalign")
         if endings != each[0]:
             raise UserError(f"--adapter: {adapter.folder} has {len(endings)} files, the first adapter {len(each[0])}")
     for adapter in adapters:

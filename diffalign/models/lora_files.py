@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
 from diffalign.errors import Fault, one_line, shortened
-from diffalign.models import halves, lora_normal
+from diffalign.models import halves
 from diffalign.models.lora import denoisers, quiet
+from diffalign.models.lora_pairs import Part, foreign, parts
 from diffalign.models.notes import FORMAT, LORA, check_settings, files_of, metadata
 from diffalign.runtime.files import share
 from diffalign.runtime.memory import out_of_memory
-
-
-@dataclass(frozen=True)
-class Part:
-    """A denoiser's file, and what the pipeline's loader must be told to put it there."""
-
-    component: str
-    file: str
-    options: dict[str, bool] = field(default_factory=dict)
-
-
-def parts(pipe: Any) -> list[Part]:
-    """One for every denoiser; the first has diffusers' own name for a LoRA file."""
-    first, *others = denoisers(pipe)
-    stem = LORA.removesuffix(".safetensors")
-    return [
-        Part(first, LORA),
-        *(Part(name, f"{stem}.{name}.safetensors", {f"load_into_{name}": True}) for name in others),
-    ]
 
 
 def layers(module: Any, adapter: str = "default") -> Iterator[tuple[str, Any]]:
@@ -219,7 +200,7 @@ def load_file(pipe: Any, path: Path, name: str) -> None:
     Raises:
         ValueError: if it has anything that the pipeline has no place for.
     """
-    (component, _), given = _foreign(pipe, path)
+    (component, _), given = foreign(pipe, path)
     tensors = {}
     for layer, pair in given.items():
         tensors[f"{component}.{layer}.lora_A.weight"] = (
@@ -238,49 +219,12 @@ def go_on_from_file(pipe: Any, path: Path) -> None:
     Raises:
         ValueError: if it has anything that the trained one has no place for.
     """
-    (_, module), given = _foreign(pipe, path)
+    (_, module), given = foreign(pipe, path)
     own = dict(layers(module))
     if more := given.keys() - own.keys():
         raise ValueError(f"it has layer {min(more)}, which is not among lora.targets")
     for layer, pair in given.items():
         _take(own[layer], pair.down, pair.up, pair.scale)
-
-
-def pairs(pipe: Any, place: Path) -> dict[str, dict[str, lora_normal.Pair]]:
-    """A LoRA by component and layer: of a folder in diffusers' layout, one file for each denoiser, or of a file of another tool.
-
-    Raises:
-        ValueError: if it has anything that the pipeline has no place for.
-    """
-    if not place.is_dir():
-        (component, _), found = _foreign(pipe, place)
-        return {component: found}
-    if extra := [path.name for path in files_of(place) if path.name not in [part.file for part in parts(pipe)]]:
-        raise ValueError(f"it has {extra[0]}, for which the model has no place")
-    if lacking := [part.file for part in parts(pipe) if not (place / part.file).is_file()]:
-        raise ValueError(f"there is no {lacking[0]} in it")
-    return {
-        part.component: lora_normal.read(place / part.file, _outputs(getattr(pipe, part.component)))
-        for part in parts(pipe)
-    }
-
-
-def _foreign(pipe: Any, path: Path) -> tuple[tuple[str, Any], dict[str, lora_normal.Pair]]:
-    """The denoiser that a file of another tool is for, and its LoRA for that."""
-    ((name, module), *others) = denoisers(pipe).items()
-    if others:
-        raise ValueError(f"it is one file, this model has {name} and {others[0][0]}; allowed is a folder of ours")
-    return (name, module), lora_normal.read(path, _outputs(module))
-
-
-def _outputs(module: Any) -> dict[str, int]:
-    """How many numbers each layer of a denoiser puts out."""
-    weights = {part: getattr(layer, "weight", None) for part, layer in module.named_modules()}
-    return {
-        part: len(weight)
-        for part, weight in weights.items()
-        if isinstance(weight, torch.Tensor) and weight.ndim > 1 and ".base_layer" not in part and ".lora_" not in part
-    }
 
 
 def _take(layer: Any, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:

@@ -75,6 +75,12 @@ def read(path: Path, sizes: Mapping[str, int]) -> dict[str, Pair]:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path.name} is damaged: {one_line(error)}") from error
     strengths, named = _strengths(path), _Names(sizes)
+    for key, what in (
+        ("use_dora", "a DoRA, whose magnitudes a LoRA has no place for"),
+        ("lora_bias", "a LoRA with biases"),
+    ):
+        if strengths.get(key):
+            raise ValueError(f"it is {what}: its settings say {key}")
     found: dict[tuple[str, ...], _Layer] = {}
     for key, tensor in tensors.items():
         stem, part = _split(key)
@@ -153,11 +159,13 @@ class _Names:
 def _pair(made: _Layer, strengths: Mapping[str, Any]) -> Pair:
     layer = made.key
     down, up = halves.pair(layer, made.parts.get("down"), made.parts.get("up"))
-    if not (down.is_floating_point() and up.is_floating_point()):
-        raise ValueError(f"layer {layer} holds {down.dtype} and {up.dtype}, allowed are floats")
+    if strange := [t.dtype for t in (down, up) if str(t.dtype).removeprefix("torch.") not in halves.FLOATS]:
+        raise ValueError(f"layer {layer} holds {strange[0]}, allowed are {', '.join(halves.FLOATS)}")
     if not (down.isfinite().all() and up.isfinite().all()):
         raise ValueError(f"layer {layer} holds numbers that are not finite")
     rank = len(down)
+    if rank == 0:
+        raise ValueError(f"layer {layer} has a rank of 0")
     alpha = made.parts.get("alpha")
     if alpha is not None and alpha.numel() != 1:
         raise ValueError(f"layer {layer} has an alpha of {tuple(alpha.shape)}, expected one number")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.models import lora_files
+from diffalign.models import lora_pairs
 from diffalign.models.places import Adapter
 
 
@@ -22,7 +22,7 @@ def merge(pipe: Any, adapters: Sequence[Adapter]) -> int:
     sums: dict[tuple[str, str], Tensor] = {}
     for adapter in adapters:
         try:
-            found = lora_files.pairs(pipe, adapter.folder)
+            found = lora_pairs.pairs(pipe, adapter.folder)
         except ValueError as error:
             raise ValueError(f"{adapter.folder} does not fit: {error}") from error
         for component, pairs in found.items():

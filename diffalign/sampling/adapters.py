@@ -20,7 +20,9 @@ def notes(adapter: Adapter) -> Notes:
     try:
         return Notes.read(adapter.folder) if adapter.folder.is_dir() else Notes.of(metadata(adapter.folder))
     except ValueError as error:
-        raise UserError(f"sample: {error}") from error
+        raise UserError(
+            f"sample: {adapter.folder}: {error}" if adapter.folder.is_file() else f"sample: {error}"
+        ) from error
 
 
 def frozen(folder: Path, notes: Notes) -> tuple[Adapter, ...]:

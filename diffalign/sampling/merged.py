@@ -38,8 +38,9 @@ def write(target: str, more: Sequence[str], out: Path) -> list[str]:
         raise UserError(f"merge: {error}") from error
     aside = out.with_name(f".{out.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    make_folder(aside, "--out")
+    make_folder(out.parent, "--out")
     try:
+        aside.mkdir()
         with quiet():
             pipe.save_pretrained(aside)
         _compare(pipe, aside, source.precision)
@@ -50,7 +51,10 @@ def write(target: str, more: Sequence[str], out: Path) -> list[str]:
         raise Fault(f"{out}: cannot be written ({one_line(error)})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    told = ", ".join(f"{key}={value}" for key, value in source.call.items())
     lines = [f"{out}: {source.model} with {len(adapters)} adapter{'s' * (len(adapters) > 1)} in {count} layers"]
+    if told:
+        lines.append(f"its pictures are those of the adapter with the call that it was trained with: {told}")
     if source.ddim:
         lines.append("it was trained walking DDIM: sample with DDIMScheduler(clip_sample=False, thresholding=False)")
     if source.quantize != "none":

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from diffalign.errors import UserError
-from diffalign.models import exporting, lora, lora_files
+from diffalign.models import exporting, lora, lora_files, lora_pairs
 from diffalign.models.notes import Notes
 from diffalign.models.places import Adapter
 from tests.families import FAMILIES, build
@@ -43,7 +43,7 @@ def apart(name: str, form: str, folder: Path) -> float:
     files = exporting.export([Adapter(place)], out, form)
     pipe, worst = build(name), 0.0
     for written, (component, differences) in zip(files, wanted.items(), strict=True):
-        found = lora_files.lora_normal.read(written.path, lora_files._outputs(getattr(pipe, component)))
+        found = lora_pairs.fitting(getattr(pipe, component), written.path)
         assert differences.keys() <= found.keys()
         for layer, pair in found.items():
             product = pair.scale * (pair.up.flatten(1) @ pair.down.flatten(1))

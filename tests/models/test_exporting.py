@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from diffalign.cli import app
 from diffalign.errors import UserError
-from diffalign.models import exporting, lora_files
+from diffalign.models import exporting, lora_files, lora_pairs
 from diffalign.models.layer_names import COMFYUI, KOHYA
 from diffalign.models.lora_normal import Pair
 from diffalign.models.notes import LORA, Notes
-from diffalign.models.places import Adapter
+from diffalign.models.places import Adapter, given
 from tests.families import FAMILIES, build, folder
 from tests.families.lora_table import adapter, apart
 
@@ -175,3 +175,43 @@ def test_the_command_says_what_it_wrote_and_what_a_lower_rank_lost(made, tmp_pat
         exporting.export([Adapter(place), Adapter(other)], out)
     with pytest.raises(UserError, match="export: got .*nothing.*allowed is FOLDER"):
         CliRunner().invoke(app, ["export", str(tmp_path / "nothing"), "--out", str(out)], catch_exceptions=False)
+
+
+def changed(place, out, change, settings=None):
+    """An adapter's file with other tensors, or other settings."""
+    from safetensors.torch import save_file
+
+    tensors = {key: change(key, value) for key, value in load_file(place / LORA).items()}
+    metadata = {} if settings is None else {"lora_adapter_metadata": json.dumps(settings)}
+    save_file(tensors, out, metadata=metadata)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "said"),
+    [
+        (lambda k, v: v.to(torch.float8_e4m3fn), None, "holds torch.float8_e4m3fn, allowed are float16"),
+        (lambda k, v: v[:0] if "lora_A" in k else v[:, :0], None, "has a rank of 0"),
+        (lambda k, v: v[:, :-1].contiguous() if "lora_A" in k else v, None, r"takes \(\d+,\) in it, in this model"),
+        (lambda k, v: v, {"transformer.use_dora": True}, "it is a DoRA.*its settings say use_dora"),
+    ],
+)
+def test_what_a_layer_has_no_place_for_is_named(change, settings, said, tmp_path):
+    place, *_ = adapter("SD 3.5 Medium")
+    file = changed(place, tmp_path / "hers.safetensors", change, settings)
+    with pytest.raises(ValueError, match=said):
+        lora_pairs.pairs(build("SD 3.5 Medium"), file)
+
+
+def test_a_folder_that_holds_something_is_not_written_into(tmp_path):
+    place, *_ = adapter("SD 3.5 Medium")
+    (tmp_path / "adapter_config.json").write_text("mine")
+    with pytest.raises(UserError, match="--out: got .*which holds something; allowed is a new folder"):
+        exporting.export([Adapter(place)], tmp_path, "peft")
+    assert (tmp_path / "adapter_config.json").read_text() == "mine"
+
+
+def test_an_empty_strength_is_no_strength():
+    place, *_ = adapter("SD 3.5 Medium")
+    with pytest.raises(UserError, match="allowed are FOLDER and FOLDER:STRENGTH, a number"):
+        given(f"{place}:")

@@ -247,7 +247,7 @@ def broken(tensors, layers, which):
     [
         ("half", "has one half of a LoRA only"),
         ("nan", "holds numbers that are not finite"),
-        ("ints", "holds torch.int32 and torch.float32, allowed are floats"),
+        ("ints", "holds torch.int32, allowed are float16, bfloat16, float32, float64"),
         ("sizes", "which do not fit"),
         ("alpha", r"has an alpha of \(2,\), expected one number"),
         ("zero", "has a strength of 0"),
