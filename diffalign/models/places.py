@@ -41,9 +41,7 @@ def given(text: str, key: str = "--adapter") -> Adapter:
     """
     name, tail = parted(home(text))
     strength = 1.0
-    if tail == "" and name.endswith(":") and _place(Path(name)) is None:
-        name, tail = name[:-1], "nothing"
-    if tail:
+    if tail or name != home(text):
         try:
             strength = float(tail)
         except ValueError:
