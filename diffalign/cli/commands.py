@@ -129,7 +129,7 @@ def evaluate(targets: tuple[str, ...], suite: str, out: Path, **asked: Any) -> N
 def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: str | None, vram: float | None) -> None:
     """Say what one update of CONFIG does and costs, and with --vram first whether it fits; loads no weights."""
     if preview is not None:
-        settings = configs.load(config, overrides)  # a mistake is told before torch is imported
+        settings, _ = _settings(config, overrides, vram)  # a mistake is told before torch is imported
         from diffalign.planning import preview as previews
 
         show(previews.write(settings, preview))
