@@ -14,7 +14,7 @@ from diffalign.config.messages import explain, near, renamed
 from diffalign.config.schema import LARGEST, Config
 from diffalign.errors import UserError, shown
 from diffalign.models.calls import FIXED, GIVEN
-from diffalign.models.notes import LORA, Notes, foreign, lora_folder
+from diffalign.models.notes import LORA, Notes, choices, foreign, lora_folder
 from diffalign.models.places import given
 from diffalign.processes import PROCESSES
 from diffalign.prompts.book import Book
@@ -22,7 +22,7 @@ from diffalign.prompts.sets import Entry
 from diffalign.rewards import catalog
 from diffalign.rules import RULES
 from diffalign.runtime.extras import missing
-from diffalign.runtime.files import HUB_ID, is_file
+from diffalign.runtime.files import HUB_ID, is_file, is_folder
 from diffalign.shapes import models
 
 
@@ -150,9 +150,11 @@ def _check_start(config: Config) -> list[str]:
     if folder is None and foreign(config.lora.start) is not None:
         return []  # another tool's: what is in it is found out with the model
     if folder is None:
+        run, at, _ = config.lora.start.rpartition("@")
+        there = f"; of that run: {choices(Path(run))}" if at and is_folder(Path(run)) else ""
         return [
             f"lora.start: got {shown(config.lora.start)}, no {LORA} there; allowed is a run's or adapter's folder, a .safetensors file, "
-            "or peft's folder"
+            f"or peft's folder{there}"
         ]
     try:
         base = Notes.read(folder).base_model or config.model
@@ -178,6 +180,10 @@ def _check_frozen(config: Config) -> list[str]:
             continue
         if base not in ("", config.model):
             problems.append(f"lora.frozen: {place} belongs to {base}, the run's model is {config.model}")
+    if len(set(config.lora.frozen)) < len(config.lora.frozen):
+        problems.append(
+            f"lora.frozen: got {shown(config.lora.frozen)}, one adapter twice; allowed is once, with another strength"
+        )
     if config.lora.frozen and config.memory.quantize != "none":
         problems.append(
             f"lora.frozen: what it adds to a base in {config.memory.quantize} would be rounded away; allowed is memory.quantize=none"

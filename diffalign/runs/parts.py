@@ -257,6 +257,12 @@ def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str],
         )
     if config.lora.frozen:
         say(f"on top of {', '.join(config.lora.frozen)}, part of the base in this run")
+    if began is not None:
+        lacking = [spec for spec in Notes.read(began).frozen if spec["digest"] not in {a.digest for a in parts.frozen}]
+        for spec in lacking:
+            say(
+                f"lora.start was trained on top of {spec['place']}:{spec['strength']:g}, which is not in lora.frozen here"
+            )
     if narrow := [name for name, reward in parts.scorer.rewards.items() if isinstance(reward, Narrow)]:
         part = parts.policy.rollout(batch, Plan.deterministic(parts.policy.schedule.steps))
         with torch.no_grad():

@@ -72,7 +72,8 @@ def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Sou
         base = notes.base_model or source.model
         if base != source.model:
             raise UserError(f"--adapter: {adapter.folder} belongs to {base}, the pictures come from {source.model}")
-        source = replace(source, trained_on=(*source.trained_on, notes.quantize))
+        under = [each for each in adapters.frozen(adapter.folder, notes) if each not in source.frozen]
+        source = replace(source, trained_on=(*source.trained_on, notes.quantize), frozen=(*source.frozen, *under))
     return replace(source, adapters=(*source.adapters, *others))
 
 

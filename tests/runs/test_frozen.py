@@ -97,6 +97,37 @@ def test_a_run_on_top_is_sampled_on_top_and_says_so(speed, tmp_path, capsys):
     assert np.abs(ours - 255 * theirs).max() <= 1
 
 
+def test_what_was_trained_on_top_of_another_brings_it_along(speed, tmp_path, capsys):
+    session.train(tiny_config(tmp_path / "run", *STRONG, f"lora.frozen=[{speed}:0.7]"), quiet=True)
+    beside = sources.resolve("shapes-sd3", 1.0, [f"{tmp_path / 'run'}:1"])
+    assert [(each.folder, each.strength) for each in beside.frozen] == [(speed / "adapter", 0.7)]
+    twice = sources.resolve(str(tmp_path / "run"), 1.0, [f"{tmp_path / 'run'}:-1"])
+    assert len(twice.frozen) == 1
+    capsys.readouterr()
+    session.train(tiny_config(tmp_path / "on", *STRONG, f"lora.start={tmp_path / 'run'}"))
+    assert (
+        f"lora.start was trained on top of {speed / 'adapter'}:0.7, which is not in lora.frozen here"
+        in capsys.readouterr().err
+    )
+    done = diffalign(
+        *(
+            "evaluate",
+            str(tmp_path / "run"),
+            "--suite",
+            "shapes",
+            "-n",
+            "1",
+            "--out",
+            str(tmp_path / "report"),
+            "--steps",
+            "2",
+        ),
+        *("--prompts", "animals", "--reward", "jpeg_compressibility"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report" / "report.json").is_file()
+
+
 def test_l29_a_resume_with_another_frozen_adapter_is_refused(speed, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(speed / "adapter", mine)
@@ -146,6 +177,8 @@ def test_a_run_from_before_there_was_a_choice_keeps_the_base(speed):
     ("override", "said"),
     [
         ("lora.frozen=[nowhere]", "lora.frozen: got 'nowhere', no pytorch_lora_weights.safetensors there"),
+        ("lora.frozen=[SPEED, SPEED]", "one adapter twice; allowed is once, with another strength"),
+        ("lora.start=SPEED@7", "lora.start: got .*of that run: .*run@2"),
         ("lora.frozen=[SPEED:x]", "allowed are FOLDER and FOLDER:STRENGTH, a number to"),
         ("rule.reference=start", "rule.reference: got start without lora.start; allowed are auto and base"),
         ("rule.reference=base", "rule.reference: got base, has no effect without rule.kl"),
