@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from diffalign.cli.commands import app, show
+from diffalign.models.layer_names import FORMATS
 from diffalign.runtime.options import Place
 
 MORE = click.option(
@@ -25,7 +26,7 @@ TARGET = click.argument("target", metavar="RUN|ADAPTER[:STRENGTH]")
 @click.option(
     "--format",
     "form",
-    type=click.Choice(("comfyui", "kohya", "diffusers", "peft")),
+    type=click.Choice(FORMATS),
     default="comfyui",
     show_default=True,
     help="Whose names: kohya's serve A1111 and Forge too.",

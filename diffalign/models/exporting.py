@@ -18,16 +18,14 @@ from torch import Tensor
 
 from diffalign.errors import UserError, one_line, shown
 from diffalign.models import file_notes, halves
-from diffalign.models.layer_names import COMFYUI, KOHYA, WIDER, Names, joined
-from diffalign.models.lora_normal import PEFT_CONFIG, Pair
+from diffalign.models.layer_names import COMFYUI, FORMATS, KOHYA, WIDER, Names, joined
+from diffalign.models.lora_normal import PEFT_CONFIG, Pair, dotted
 from diffalign.models.notes import LORA, PEFT_FILE, Notes, files_of, lora_settings, metadata
 from diffalign.models.places import Adapter
 from diffalign.runtime.files import is_file, make_folder, share, write_text
 
 Pairs = dict[str, Pair]
-FORMATS = ("comfyui", "kohya", "diffusers", "peft")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ROUNDED = {torch.float32: 0.0, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ def _tool(table: Mapping[str, Names], what: str) -> Callable[[str, str, Pairs], 
             named = _named(names, pairs)
         except ValueError as error:
             raise UserError(f"export: {what} names: {error}") from error
-        return _flat(named) if names.flat else _dotted(named, "")
+        return _flat(named) if names.flat else dotted(named, "")
 
     return tensors
 
@@ -237,20 +235,15 @@ def _flat(pairs: Pairs) -> dict[str, Tensor]:
     return found
 
 
-def _dotted(pairs: Pairs, prefix: str) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for layer, pair in pairs.items():
-        found[f"{prefix}{layer}.lora_A.weight"] = pair.down
-        found[f"{prefix}{layer}.lora_B.weight"] = pair.up * pair.scale
-    return found
-
-
 FORM: dict[str, Callable[[str, str, Pairs], dict[str, Tensor]]] = {
     "comfyui": _tool(COMFYUI, "ComfyUI's"),
     "kohya": _tool(KOHYA, "kohya's"),
-    "diffusers": lambda denoiser, component, pairs: _dotted(pairs, f"{component}."),
-    "peft": lambda denoiser, component, pairs: _dotted(pairs, "base_model.model."),
+    "diffusers": lambda denoiser, component, pairs: dotted(pairs, f"{component}."),
+    "peft": lambda denoiser, component, pairs: dotted(pairs, "base_model.model."),
 }
+
+
+assert tuple(FORM) == FORMATS
 
 
 def _peft_config(pairs: Pairs, notes: Notes) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+FORMATS = ("comfyui", "kohya", "diffusers", "peft")  # that adapters are exported in
+
 
 @dataclass(frozen=True)
 class Names:

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from diffalign.errors import Fault, one_line, shortened
 from diffalign.models import halves
 from diffalign.models.lora import denoisers, quiet
-from diffalign.models.lora_pairs import Part, foreign, parts
+from diffalign.models.lora_normal import DORA, dotted
+from diffalign.models.lora_pairs import Part, pairs, parts
 from diffalign.models.notes import FORMAT, LORA, check_settings, files_of, metadata
 from diffalign.runtime.files import share
 from diffalign.runtime.memory import out_of_memory
@@ -112,7 +113,7 @@ def _compare(name: str, layer: Any, path: Path) -> None:
 
 
 def load(pipe: Any, folder: Path, name: str) -> None:
-    """Load a LoRA under a name.
+    """Load a LoRA under a name: a folder's, or a file of another tool.
 
     Raises:
         ValueError: if a file is missing or damaged, or a layer of it is none of the pipeline's: diffusers leaves it out, silently.
@@ -155,7 +156,8 @@ def _read(pipe: Any, part: Part, folder: Path, name: str) -> set[str]:
 
 @torch.no_grad()
 def go_on_from(pipe: Any, folder: Path) -> None:
-    """Give the trained LoRA the effect of a saved one, exactly; its rank may be higher, its strength another.
+    """Give the trained LoRA the effect of a saved one, exactly; its rank may be higher, its strength another. folder: or a file of another
+    tool.
 
     Raises:
         ValueError: if the saved one has a layer or rank that the trained one has not.
@@ -169,7 +171,7 @@ def go_on_from(pipe: Any, folder: Path) -> None:
             if more := given.keys() - own.keys():
                 raise ValueError(f"it has layer {min(more)}, which is not among lora.targets")
             if any(getattr(layer, "use_dora", {}).get("start") for layer in given.values()):
-                raise ValueError("it is a DoRA, whose magnitudes a LoRA has no place for")
+                raise ValueError(f"it is {DORA}")
             if any(getattr(layer, "lora_bias", {}).get("start") for layer in given.values()):
                 raise ValueError("it has biases, which the trained LoRA has no place for")
             for layer in given.values():
@@ -186,10 +188,13 @@ def go_on_from(pipe: Any, folder: Path) -> None:
             pipe.delete_adapters("start")
 
 
-def _unknown(folder: Path) -> Path | None:
-    """A folder's only file, if another tool wrote it: it has neither notes of ours nor peft's settings, which diffusers reads rightly."""
-    path = folder / LORA
-    if not path.is_file() or len(files_of(folder)) > 1:
+def _unknown(place: Path) -> Path | None:
+    """A file, or a folder's only one, if another tool wrote it: it has neither notes of ours nor peft's settings, which diffusers reads
+    rightly."""
+    if place.is_file():
+        return place
+    path = place / LORA
+    if not path.is_file() or len(files_of(place)) > 1:
         return None
     return None if {"notes_format", "base_model", "lora_adapter_metadata"} & metadata(path).keys() else path
 
@@ -200,13 +205,9 @@ def load_file(pipe: Any, path: Path, name: str) -> None:
     Raises:
         ValueError: if it has anything that the pipeline has no place for.
     """
-    (component, _), given = foreign(pipe, path)
-    tensors = {}
-    for layer, pair in given.items():
-        tensors[f"{component}.{layer}.lora_A.weight"] = (
-            pair.down.float().clone()
-        )  # layers of one name in a file share it
-        tensors[f"{component}.{layer}.lora_B.weight"] = (pair.up.float() * pair.scale).clone()
+    ((component, given),) = pairs(pipe, path).items()
+    # Layers that are one in a file share it.
+    tensors = {key: tensor.clone() for key, tensor in dotted(given, f"{component}.").items()}
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, Path(folder, LORA), metadata={"notes_format": str(FORMAT)})
         load(pipe, Path(folder), name)
@@ -219,8 +220,8 @@ def go_on_from_file(pipe: Any, path: Path) -> None:
     Raises:
         ValueError: if it has anything that the trained one has no place for.
     """
-    (_, module), given = foreign(pipe, path)
-    own = dict(layers(module))
+    ((component, given),) = pairs(pipe, path).items()
+    own = dict(layers(getattr(pipe, component)))
     if more := given.keys() - own.keys():
         raise ValueError(f"it has layer {min(more)}, which is not among lora.targets")
     for layer, pair in given.items():

@@ -29,9 +29,10 @@ _PARTS = {
     **dict.fromkeys(("_lora.up.weight", ".lora_linear_layer.up.weight"), "up"),
     ".alpha": "alpha",
 }
+DORA = "a DoRA, whose magnitudes a LoRA has no place for"
 # What is no LoRA, or more than one: said by its name.
 _OTHERS = (
-    (re.compile(r"\.(dora_scale|lora_magnitude_vector.*)$"), "a DoRA, whose magnitudes a LoRA has no place for"),
+    (re.compile(r"\.(dora_scale|lora_magnitude_vector.*)$"), DORA),
     (re.compile(r"\.hada_[wt]\d"), "a LoHa, a product of low-rank matrices"),
     (re.compile(r"\.lokr_[wt]\d"), "a LoKr, a Kronecker product"),
     (re.compile(r"\.lora_mid\.weight$"), "a LoCon in CP form"),
@@ -76,7 +77,7 @@ def read(path: Path, sizes: Mapping[str, int]) -> dict[str, Pair]:
         raise ValueError(f"{path.name} is damaged: {one_line(error)}") from error
     strengths, named = _strengths(path), _Names(sizes)
     for key, what in (
-        ("use_dora", "a DoRA, whose magnitudes a LoRA has no place for"),
+        ("use_dora", DORA),
         ("lora_bias", "a LoRA with biases"),
     ):
         if strengths.get(key):
@@ -104,6 +105,15 @@ def read(path: Path, sizes: Mapping[str, int]) -> dict[str, Pair]:
                 raise ValueError(f"layer {layer} is in it twice")
             pairs[layer] = pair
     return pairs
+
+
+def dotted(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Tensor]:
+    """Pairs as diffusers and peft name halves, in float32, their strengths in B."""
+    found: dict[str, Tensor] = {}
+    for layer, pair in pairs.items():
+        found[f"{prefix}{layer}.lora_A.weight"] = pair.down.float()
+        found[f"{prefix}{layer}.lora_B.weight"] = pair.up.float() * pair.scale
+    return found
 
 
 def _apart(whole: Pair, sizes: list[int], made: _Layer) -> list[Pair]:

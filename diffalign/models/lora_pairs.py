@@ -39,21 +39,17 @@ def pairs(pipe: Any, place: Path) -> dict[str, dict[str, lora_normal.Pair]]:
         ValueError: if it has anything that the pipeline has no place for.
     """
     if not place.is_dir():
-        (component, _), found = foreign(pipe, place)
-        return {component: found}
+        ((component, module), *others) = denoisers(pipe).items()
+        if others:
+            raise ValueError(
+                f"it is one file, this model has {component} and {others[0][0]}; allowed is a folder of ours"
+            )
+        return {component: fitting(module, place)}
     if extra := [path.name for path in files_of(place) if path.name not in [part.file for part in parts(pipe)]]:
         raise ValueError(f"it has {extra[0]}, for which the model has no place")
     if lacking := [part.file for part in parts(pipe) if not (place / part.file).is_file()]:
         raise ValueError(f"there is no {lacking[0]} in it")
     return {part.component: fitting(getattr(pipe, part.component), place / part.file) for part in parts(pipe)}
-
-
-def foreign(pipe: Any, path: Path) -> tuple[tuple[str, Any], dict[str, lora_normal.Pair]]:
-    """The denoiser that a file of another tool is for, and its LoRA for that."""
-    ((name, module), *others) = denoisers(pipe).items()
-    if others:
-        raise ValueError(f"it is one file, this model has {name} and {others[0][0]}; allowed is a folder of ours")
-    return (name, module), fitting(module, path)
 
 
 def fitting(module: Any, path: Path) -> dict[str, lora_normal.Pair]:

@@ -30,7 +30,7 @@ class Adapter:
 def parted(text: str) -> tuple[str, str]:
     """The place, and the strength if there is one: the last part after a colon, if the whole is no place."""
     name, colon, tail = text.rpartition(":")
-    return (name, tail) if colon and _place(Path(text)) is None else (text, "")
+    return (name, tail) if colon and place_of(Path(text)) is None else (text, "")
 
 
 def given(text: str, key: str = "--adapter") -> Adapter:
@@ -48,12 +48,13 @@ def given(text: str, key: str = "--adapter") -> Adapter:
             strength = math.nan
         if not abs(strength) <= STRONGEST:
             raise UserError(f"{key}: got {text!r}, allowed are FOLDER and FOLDER:STRENGTH, a number to +-{STRONGEST}")
-    if place := _place(Path(name)):
+    if place := place_of(Path(name)):
         return Adapter(place, strength)
     raise UserError(
         f"{key}: got {shown(text)}, no {LORA} there; allowed is FOLDER or FOLDER:STRENGTH, or a .safetensors file in its place"
     )
 
 
-def _place(path: Path) -> Path | None:
+def place_of(path: str | Path) -> Path | None:
+    """The adapter's folder, or another tool's file, that a path stands for; None if there is none."""
     return lora_folder(path) or foreign(path)

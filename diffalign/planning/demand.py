@@ -66,11 +66,9 @@ def demand(config: Config, facts: Facts) -> Demand:
     learning = max(always, sum(training.values()) if facts.plan.pathwise else 0.0)
     # A gradient is there in training alone.
     rest = {"what is trained": trained * (facts.copies - 1)}
-    held = _recorded(config, facts)
-    quiet = {"recorded calls": held, "network and decoder": _quiet(config, facts, bool(held))}
-    graph = {"what is trained": trained * facts.copies, "recorded calls": held, "graph": _graph(config, facts)}
-    if held and config.checkpoint in ("none", "blocks"):  # the term's own recording is what it takes
-        graph["recorded calls"] = held - _term(config, facts)
+    plain, term = _recorded(config, facts)  # a term's own recording is what a term takes: it is not there twice
+    quiet = {"recorded calls": plain + term, "network and decoder": _quiet(config, facts, bool(plain))}
+    graph = {"what is trained": trained * facts.copies, "recorded calls": plain, "graph": _graph(config, facts)}
 
     phases = {
         "sampling": {**here, **rest, **quiet, "rewards": scoring, **context},
@@ -98,20 +96,15 @@ def judges(config: Config) -> tuple[dict[str, float], dict[str, float]]:
     return training, evaluating
 
 
-def _recorded(config: Config, facts: Facts) -> float:
+def _recorded(config: Config, facts: Facts) -> tuple[float, float]:
     """Bytes that recorded calls hold all the time (see `models.graphs`): the network's without a graph, with the adapter and for a
-    reference without it, and one with."""
+    reference without it; and one with, which spans that run again whole have no use for."""
     if config.speed not in ("auto", "graphs") or config.memory.shard != "none":
-        return 0.0
-    plain = facts.rows * facts.row.quiet * config.optimizer.micro_batch
-    trains = config.checkpoint in ("none", "blocks")
-    return plain * (1 + config.make_rule().needs.reference) + (_term(config, facts) if trains else 0.0)
-
-
-def _term(config: Config, facts: Facts) -> float:
-    """Bytes of one recorded step with its gradient."""
-    step = facts.row.blocks if config.checkpoint == "blocks" else facts.row.plain
-    return facts.rows * step.peak * config.optimizer.micro_batch
+        return 0.0, 0.0
+    rows = facts.rows * config.optimizer.micro_batch
+    plain = rows * facts.row.quiet * (1 + config.make_rule().needs.reference)
+    step = {"none": facts.row.plain.peak, "blocks": facts.row.blocks.peak}.get(config.checkpoint, 0.0)
+    return plain, rows * step
 
 
 def _quiet(config: Config, facts: Facts, recorded: bool) -> float:

@@ -16,8 +16,8 @@ from diffalign.config import Config
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.models import compiling, decoding, encoders, loading, lora, lora_files, merging
 from diffalign.models.encodings import Kept
-from diffalign.models.notes import Notes, foreign, lora_folder
-from diffalign.models.places import Adapter, given
+from diffalign.models.notes import Notes, lora_folder
+from diffalign.models.places import Adapter, given, place_of
 from diffalign.processes import PROCESSES
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import find
@@ -156,14 +156,12 @@ def _lora(config: Config, pipe: Any) -> dict[str, torch.Tensor]:
     settings = config.lora
     parameters = lora.attach(pipe, settings.rank, settings.alpha, settings.targets, config.seed)
     if settings.start is not None:
-        folder, file = lora_folder(settings.start), foreign(settings.start)
+        place = place_of(settings.start)
+        assert place is not None, "the config was checked"
         try:
-            if folder is not None:
-                lora_files.go_on_from(pipe, folder)
-            elif file is not None:
-                lora_files.go_on_from_file(pipe, file)
+            lora_files.go_on_from(pipe, place)
         except ValueError as error:
-            raise UserError(f"lora.start: {folder or file} does not fit: {error}") from error
+            raise UserError(f"lora.start: {place} does not fit: {error}") from error
     return parameters
 
 

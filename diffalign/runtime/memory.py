@@ -114,8 +114,9 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
 
 def card_fault(error: BaseException) -> bool:
     """Whether a card failed under the process, which can do nothing more there: an illegal access, an assertion in a kernel."""
-    kind = getattr(torch, "AcceleratorError", ())
-    told = isinstance(error, RuntimeError) and (isinstance(error, kind) or "CUDA error:" in str(error))
+    told = isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and "CUDA error:" in str(error)
+    )
     return told and not out_of_memory(error)
 
 

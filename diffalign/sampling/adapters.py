@@ -53,9 +53,8 @@ def put(pipe: Any, adapters: Sequence[Adapter], model: str) -> None:
     from diffalign.models import lora_files
 
     for number, adapter in enumerate(adapters):
-        load = lora_files.load if adapter.folder.is_dir() else lora_files.load_file
         try:
-            load(pipe, adapter.folder, f"adapter_{number}")
+            lora_files.load(pipe, adapter.folder, f"adapter_{number}")
         except ValueError as error:
             raise UserError(f"sample: {adapter.folder} cannot be used on {model}: {error}") from error
     if adapters:

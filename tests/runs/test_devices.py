@@ -20,14 +20,6 @@ def fault():
     return torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
-@pytest.fixture
-def any_order():
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
-    torch.backends.cuda.enable_mem_efficient_sdp(True)
-
-
 def test_c11_one_order_is_strict(any_order, tmp_path, monkeypatch):
     """An operation that adds in any order raises, and does not only warn."""
     device.one_order("cuda")

@@ -53,15 +53,6 @@ def apart(a, b):
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
-@pytest.fixture
-def ordinary():
-    """torch's flags as they were: a deterministic run leaves its own."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
-    torch.backends.cuda.enable_mem_efficient_sdp(True)
-
-
 @pytest.mark.parametrize("speed", ["eager", "graphs"])
 @pytest.mark.parametrize("checkpoint", ["none", "blocks"])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -73,7 +64,7 @@ def test_c2_first_ratios_are_exactly_one(name, checkpoint, speed, tmp_path):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_c2_a_deterministic_run_resumes_bit_for_bit(name, tmp_path, ordinary):
+def test_c2_a_deterministic_run_resumes_bit_for_bit(name, tmp_path, any_order):
     whole = trained(name, tmp_path / "whole", "deterministic=true", "updates=4", "output.checkpoint_every=2")
     trained(name, tmp_path / "parts", "deterministic=true", "updates=2", "output.checkpoint_every=2")
     parts = trained(name, tmp_path / "parts", "deterministic=true", "updates=4", "output.checkpoint_every=2")
