@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,61 +130,94 @@ def timed(work: Callable[[], Any], rounds: int = 3) -> float:
     return statistics.median(found)
 
 
-def measure(name: str, rows: int, base: str, layers: int | None, pixels: int | None) -> Iterator[dict[str, Any]]:
-    """One preset on this machine: what is known of it after each measurement."""
-    settle(DEVICE)
-    started = time.perf_counter()
+@dataclass
+class Subject:
+    """A preset's denoiser with LoRA, its input of some rows, and what a row of it is counted to take; run: how it is called."""
+
+    component: str
+    module: Any
+    trained: dict[str, torch.Tensor]
+    call: dict[str, Any]
+    row: architectures.Row
+    said: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.run = self.module.forward
+        self.with_lora = lora.layers(SimpleNamespace(**{self.component: self.module}))
+
+    def forward(self) -> torch.Tensor:
+        """The prediction."""
+        out = self.run(**self.call, return_dict=False)[0]
+        return torch.stack(out) if isinstance(out, list) else out
+
+    def sample(self) -> None:
+        """A call without a graph."""
+        with torch.no_grad():
+            self.forward()
+
+    def train(self) -> None:
+        """A call and its gradient."""
+        self.forward().float().square().mean().backward()
+
+    def off(self) -> None:
+        """A call without a graph and without LoRA."""
+        with lora.disabled(self.with_lora):
+            self.forward()
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Calls as CUDA graphs, for the length of the context."""
+        own = list(self.trained.values())
+        graphs = Graphs(self.component, self.module.forward, own, lambda: None, self.said.append)
+        self.run = graphs
+        try:
+            yield
+        finally:
+            graphs.forget()
+            self.run = self.module.forward
+            release()
+
+
+def prepared(name: str, rows: int, base: str, layers: int | None, pixels: int | None) -> Subject:
+    """A preset's denoiser on the device."""
     size = [f"sampler.pipeline_args={{height: {pixels}, width: {pixels}, num_frames: 5}}"] if pixels else []
     settings = configs.load(name, ["rewards={jpeg_compressibility: 1.0}", "eval_rewards=[]", *size])
     facts = architectures.entry(settings)
     (component, (kind, given)), *_ = facts["denoisers"].items()
     given = smaller(kind, given, layers) if layers else given
+
+    def attached(module: Any) -> dict[str, torch.Tensor]:
+        pipe = SimpleNamespace(**{component: module})
+        return lora.attach(pipe, settings.lora.rank, settings.lora.alpha, None, 0)
+
     with untrained.meta(settings.precision):
         counted_on = getattr(diffusers, kind)(**given).requires_grad_(False)
-        lora.attach(SimpleNamespace(**{component: counted_on}), settings.lora.rank, settings.lora.alpha, None, 0)
-    row = architectures.row(settings, counted_on)
-    module = built(kind, given, base)
-    trained = lora.attach(SimpleNamespace(**{component: module}), settings.lora.rank, settings.lora.alpha, None, 0)
+        attached(counted_on)
+    row, module = architectures.row(settings, counted_on), built(kind, given, base)
     call = {key: batch(key, spec, settings, rows) for key, spec in facts["inputs"].items()}
+    return Subject(component, module, attached(module), call, row)
 
-    run = module.forward
 
-    def forward() -> torch.Tensor:
-        out = run(**call, return_dict=False)[0]
-        return torch.stack(out) if isinstance(out, list) else out
-
-    def sample() -> None:
-        with torch.no_grad():
-            forward()
-
-    def train() -> None:
-        forward().float().square().mean().backward()
-
-    with_lora = lora.layers(SimpleNamespace(**{component: module}))
-
-    def off() -> None:
-        with lora.disabled(with_lora):
-            forward()
-
-    train()  # gradients are there from now on
+def measure(name: str, rows: int, base: str, layers: int | None, pixels: int | None) -> Iterator[dict[str, Any]]:
+    """One preset on this machine: what is known of it after each measurement."""
+    settle(DEVICE)
+    started = time.perf_counter()
+    subject = prepared(name, rows, base, layers, pixels)
+    row, module = subject.row, subject.module
+    subject.train()  # gradients are there from now on
     found: dict[str, Any] = {
         "preset": name,
         "rows": rows,
         "base": base,
-        "trained_m": sum(p.numel() for p in trained.values()) / 1e6,
+        "trained_m": sum(p.numel() for p in subject.trained.values()) / 1e6,
         "seconds_to_build": round(time.perf_counter() - started, 1),
         "weights_gib": round(sum(p.nbytes for p in module.parameters()) / GIB, 2),
     }
-
-    def recorded() -> Graphs:
-        return Graphs(component, module.forward, list(trained.values()), lambda: None, said.append)
-
-    said: list[str] = []
     works = {
-        "sample": (sample, row.forward, row.quiet),
-        "train": (train, row.both, row.plain.peak),
-        "sample, no LoRA": (off, row.forward, None),
-        "train, blocks": (train, row.both + row.forward, row.blocks.peak),
+        "sample": (subject.sample, row.forward, row.quiet),
+        "train": (subject.train, row.both, row.plain.peak),
+        "sample, no LoRA": (subject.off, row.forward, None),
+        "train, blocks": (subject.train, row.both + row.forward, row.blocks.peak),
     }
     for what, (work, flops, counted) in works.items():
         if what.endswith("blocks") and not by_blocks(module):
@@ -191,16 +225,13 @@ def measure(name: str, rows: int, base: str, layers: int | None, pixels: int | N
         found[what] = result(work, rows * flops, None if counted is None else rows * counted)
         yield found
         if CUDA and "LoRA" not in what:
-            run = recorded()
-            found[f"{what}, graphs"] = result(work, rows * flops, None)
-            found |= {"not recorded": said[0]} if said else {}
-            run.forget()
-            run = module.forward
-            release()
+            with subject.recorded():
+                found[f"{what}, graphs"] = result(work, rows * flops, None)
+            found |= {"not recorded": subject.said[0]} if subject.said else {}
             yield found
     with pefts_own():
         module.disable_gradient_checkpointing()
-        for what, work in (("sample", sample), ("train", train)):
+        for what, work in (("sample", subject.sample), ("train", subject.train)):
             found[f"{what}, peft's products"] = result(work, None, None)
             yield found
 
@@ -300,7 +331,7 @@ def table(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for one in found["rows"]:
-        head = f"| {one['preset']}{', ' + one['base'] if one['base'] != 'none' else ''} | {one['rows']} |"
+        head = f"| {one['preset']} {one['base'].replace('none', '')} | {one['rows']} |"
         if "problem" in one:
             lines.append(f"{head} {one['problem']} | - | - | - | - | - |")
         for what, got in ((key, value) for key, value in one.items() if isinstance(value, dict)):
