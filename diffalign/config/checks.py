@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from diffalign.config.messages import explain, near, renamed
+from diffalign.config.messages import mistakes as told
+from diffalign.config.messages import near, renamed
 from diffalign.config.schema import LARGEST, Config
 from diffalign.errors import UserError, shown
 from diffalign.models.calls import FIXED, GIVEN
@@ -41,7 +42,7 @@ def validate(raw: dict[str, Any], problems: list[str] | None = None, book: Book 
         config = Config(**raw)
     except ValidationError as error:
         own = [item for item in error.errors() if item["loc"][0] != "rule" or rule is None]
-        mistakes += [explain(item, Config) for item in own]
+        mistakes += told(own, Config)
         # Look at the rest with the broken keys at their defaults, so that all mistakes come at once.
         try:
             config = Config(**_without(raw, [item["loc"] for item in error.errors()]))
@@ -71,7 +72,7 @@ def _check_rule(rule: Any, problems: list[str]) -> BaseModel | None:
     try:
         return settings(**given)
     except ValidationError as error:
-        problems += [explain(item, settings, "rule.") for item in error.errors()]
+        problems += told(error.errors(), settings, "rule.")
         return settings(**_without(given, [item["loc"] for item in error.errors()]))
 
 
@@ -226,9 +227,9 @@ def _check_together(config: Config, settings: Any) -> list[str]:
         problems.append(
             f"prompts.group_size: got {config.samples_per_update} samples per update, allowed are {LARGEST} at most"
         )
-    elif config.samples_per_update % config.optimizer.micro_batch:
+    elif config.samples_per_update % config.micro_batch:
         problems.append(
-            f"optimizer.micro_batch: got {config.optimizer.micro_batch}, allowed are divisors of "
+            f"optimizer.micro_batch: got {config.micro_batch}, allowed are divisors of "
             f"prompts.groups * prompts.group_size = {config.samples_per_update}, so that replay and rollout agree"
         )
     if unknown := [name for name in getattr(settings, "gate", ()) if name not in config.rewards]:

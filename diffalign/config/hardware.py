@@ -11,6 +11,7 @@ from diffalign.runtime.precision import QUANTIZE
 from diffalign.runtime.settings import Settings
 
 Attention = Literal[
+    "auto",
     "native",
     "xformers",
     "flash",

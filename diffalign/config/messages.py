@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from typing import Any, get_args
+import re
+from collections.abc import Sequence
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -61,6 +64,37 @@ def explain(item: Any, model: Any, prefix: str = "") -> str:
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{got}, {message.replace('input should be', 'allowed is')}"
+
+
+def mistakes(errors: Sequence[Any], model: Any, prefix: str = "") -> list[str]:
+    """pydantic's errors as lines. Of a key that takes several kinds of values, each kind has its own error: they are one line."""
+    lines: dict[tuple[Any, ...], list[str]] = {}
+    for item in errors:
+        place = _choice(item["loc"], model)
+        line = explain(item if place is None else {**item, "loc": place}, model, prefix)
+        lines.setdefault(place or (len(lines),), []).append(line)
+    return [_either(each) for each in lines.values()]
+
+
+def _choice(location: tuple[Any, ...], model: Any) -> tuple[Any, ...] | None:
+    """The key that an error belongs to, if that takes several kinds of values, without the kind that pydantic adds."""
+    for depth, part in enumerate(location, 1):
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return None
+        kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+        if get_origin(field.annotation) in (Union, UnionType) and len(kinds) > 1:
+            return location[:depth]
+        model = field.annotation
+    return None
+
+
+def _either(lines: list[str]) -> str:
+    """Lines that begin alike and say what is allowed, as one."""
+    first, _, own = lines[0].partition(", allowed ")
+    others = [line.partition(", allowed ")[2] for line in lines[1:]]
+    allowed = [re.sub(r"^(is|are) ", "", text).strip("'") for text in dict.fromkeys([own, *others])]
+    return lines[0] if len(lines) == 1 else f"{first}, allowed is {' or '.join(allowed)}"
 
 
 # What to say for pydantic's kinds of errors, where its own words are a programmer's.

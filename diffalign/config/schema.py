@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr
 
@@ -20,6 +20,7 @@ assert (Task.__args__, Split.__args__) == (TASKS, SPLITS)  # type: ignore[attr-d
 
 
 LARGEST = 100_000  # samples per update
+USUAL = 16  # samples per forward pass
 
 
 class PromptsConfig(Settings):
@@ -100,8 +101,11 @@ class OptimizerConfig(Settings):
         description="decay per update of averaged weights: evaluated and saved",
         json_schema_extra=HELD,
     )
-    micro_batch: int = Field(
-        16, ge=1, description="samples per forward pass, in sampling and training alike", json_schema_extra=FREE
+    micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="samples per forward pass, in sampling and training alike. auto: 16, or the next smaller divisor of an update's "
+        "samples; on a CUDA device as many as fit and pay, timed when the run begins",
+        json_schema_extra=FREE,
     )
 
 
@@ -207,14 +211,16 @@ class Config(Settings):
     )
     precision: Precision = Field("float32", description="of the frozen base model", json_schema_extra=ASKED)
     attention: Attention = Field(
-        "native",
-        description="native: torch's own choice; another backend of diffusers' that has a gradient: bits differ between backends",
+        "auto",
+        description="native: torch's own choice; another backend of diffusers' that has a gradient: bits differ between backends. auto: "
+        "native, unless one of torch's kernels is wrong on the CUDA device at hand: then the fastest that is right",
         json_schema_extra=ASKED,
     )
     speed: Speed = Field(
         "auto",
         description="how networks run on a CUDA device: eager, kernel by kernel; graphs, their calls recorded and replayed, the same bits "
-        "for more memory; compile, their blocks compiled, other bits. auto: graphs there, eager elsewhere",
+        "for more memory; compile, their blocks compiled, other bits. auto: graphs or eager "
+        "there, as timed when the run begins; eager elsewhere",
         json_schema_extra=ASKED,
     )
     deterministic: Literal["auto"] | bool = Field(
@@ -232,6 +238,13 @@ class Config(Settings):
         """The rule with its settings."""
         kind: Any = RULES[self.rule["name"]]
         return kind(kind.Settings(**{k: v for k, v in self.rule.items() if k != "name"}))
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples per forward pass, decided without a device."""
+        if self.optimizer.micro_batch != "auto":
+            return self.optimizer.micro_batch
+        return max(size for size in range(1, USUAL + 1) if self.samples_per_update % size == 0)
 
     @property
     def checkpoint(self) -> Checkpoint:

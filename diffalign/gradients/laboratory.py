@@ -114,7 +114,7 @@ class Laboratory:
     def measure(self, label: str, config: Config) -> Measured:
         """Everything about one config's rule."""
         rule = config.make_rule()
-        fit(rule, self.policy, self.scorer, self._batch(0).select(range(config.optimizer.micro_batch)))
+        fit(rule, self.policy, self.scorer, self._batch(0).select(range(config.micro_batch)))
         sample = self._sample(rule)
         noise = rule.plan(self.policy.schedule, 0, np.random.default_rng(0)).noise
         products = statistics.Products.of(sample.gradients, self.reference(noise).gradients)
@@ -241,7 +241,7 @@ def _pipeline(config: Config) -> tuple[TrainablePolicy, Scorer]:
 def _chain(config: Config) -> tuple[TrainablePolicy, Scorer]:
     """The Gaussian chain with the config's sampler, away from its reference model, so that nothing vanishes by symmetry."""
     sampler = config.sampler
-    size = config.optimizer.micro_batch
+    size = config.micro_batch
     policy = ToyPolicy(steps=sampler.steps, process=sampler.process, noise_level=sampler.noise_level, micro_batch=size)
     with torch.no_grad():
         policy.delta.add_(0.1)

@@ -249,11 +249,16 @@ class Graphs:
         self.notify(f"speed: calls of the {self.name} cannot be recorded ({why}), they run one kernel at a time")
         return self.forward(*args, **kwargs)
 
+    def clear(self) -> None:
+        """Give back what recordings hold."""
+        self.calls.clear()
+        self.seen.clear()
+        self.made = 0
+
     def forget(self) -> None:
         """Give back what recordings hold, and make no more."""
         self.on = False
-        self.calls.clear()
-        self.seen.clear()
+        self.clear()
 
     @property
     def recorded(self) -> int:

@@ -114,7 +114,7 @@ def count(config: Config, known: Facts | None = None) -> Cost:
     trained = adapters.attach(pipe, lora.rank, lora.alpha, lora.targets, config.seed)
     policy = build.policy(config, pipe, trained)
     rule = config.make_rule()
-    batch = book.fixed([{"prompt": "a"}], config.optimizer.micro_batch, 0)
+    batch = book.fixed([{"prompt": "a"}], config.micro_batch, 0)
     notes = []
     if fit(rule, policy, Scorer({"toy": _toy_reward}), batch):
         notes.append("what is auto was fitted without the reward's own graph, which a run counts")
@@ -190,7 +190,7 @@ def _rows(config: Config, rule: Rule, levels: Levels) -> tuple[int, int]:
         process=sampler.process,
         noise_level=sampler.noise_level,
         levels=levels,
-        micro_batch=config.optimizer.micro_batch,
+        micro_batch=config.micro_batch,
     )
     entries = [{"prompt": "a"}]
     trainer = Trainer(

@@ -101,7 +101,7 @@ def _recorded(config: Config, facts: Facts) -> tuple[float, float]:
     reference without it; and one with, which spans that run again whole have no use for."""
     if config.speed not in ("auto", "graphs") or config.memory.shard != "none":
         return 0.0, 0.0
-    rows = facts.rows * config.optimizer.micro_batch
+    rows = facts.rows * config.micro_batch
     plain = rows * facts.row.quiet * (1 + config.make_rule().needs.reference)
     step = {"none": facts.row.plain.peak, "blocks": facts.row.blocks.peak}.get(config.checkpoint, 0.0)
     return plain, rows * step
@@ -109,7 +109,7 @@ def _recorded(config: Config, facts: Facts) -> tuple[float, float]:
 
 def _quiet(config: Config, facts: Facts, recorded: bool) -> float:
     """Bytes that a micro-batch takes at once without a graph, in the network or the decoder; a recorded network takes none."""
-    samples = config.optimizer.micro_batch
+    samples = config.micro_batch
     decoded = samples if config.memory.decode == "whole" else 1
     # A decoded batch stays whole: three numbers a pixel are nothing beside the decoder's own.
     network = 0.0 if recorded else facts.rows * facts.row.quiet * samples
@@ -128,4 +128,4 @@ def _graph(config: Config, facts: Facts) -> float:
         last, alone = Held(0.0, 0.0), 0.0
     # Every step's graph is there while the decoder's, or the last step's, is taken a gradient of.
     most = span * kept * facts.rows + max(facts.rows * (step.peak - kept), last.peak, alone)
-    return most * config.optimizer.micro_batch
+    return most * config.micro_batch

@@ -57,7 +57,7 @@ def check(config: Config, world: World) -> None:
         )
     if config.deterministic is True:
         one_order(where)
-    micro, samples, size = config.optimizer.micro_batch, config.samples_per_update, world.size
+    micro, samples, size = config.micro_batch, config.samples_per_update, world.size
     if samples // micro < size:
         raise UserError(
             f"optimizer.micro_batch: got {micro}, {samples // micro} of them an update for {size} processes; allowed is at least one each"

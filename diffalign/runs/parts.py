@@ -95,7 +95,7 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     part: loading.Part = "rest" if kept is not None and kept.complete else "all"
     # A network that is to be shared out may not fit one device: it goes there part by part.
     pipe, place = _loaded(config, part, "cpu" if sharded else device(config))
-    if config.attention != "native":
+    if config.attention not in ("auto", "native"):  # auto: where no run has decided it
         loading.attend(pipe, config.attention)
     frozen = _freeze(config, pipe)
     parameters = _lora(config, pipe)
@@ -184,7 +184,7 @@ def policy(
             guidance_scale=sampler.guidance_scale,
             sigmas=sampler.sigmas,
             call=sampler.pipeline_args,
-            micro_batch=config.optimizer.micro_batch,
+            micro_batch=config.micro_batch,
             parameters=parameters,
             checkpoint=config.checkpoint,
             stretches=config.book.stretches,

@@ -16,6 +16,10 @@ JUDGED = (
     *("content of model", "content of weights", "content of rewards.", "content of lora.frozen"),
 )
 
+# Keys whose `auto` is decided when a run begins, and written into its config.
+DECIDED = ("attention", "optimizer.micro_batch")
+READ = ("prompts.", "evaluation.", "sampler.")  # what a config's prompts are read by
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -36,8 +40,10 @@ def take_up(where: str, old: dict[str, Any], named: Iterable[str], config: confi
     """
     differ = configs.differences(configs.completed(old), configs.settings(config))
     before, now = set(named), set(configs.given(config))
-    # Defaults of another version: the run goes on with those it began with.
+    # What `auto` became stays, and so do defaults of another version: the run goes on with what it began with.
+    decided = {key: was for key, (was, new) in differ.items() if key in DECIDED and new == "auto"}
     kept = {key: was for key, (was, _) in differ.items() if key not in before | now and configs.mark(key) != "free"}
+    kept |= decided
     left = {key: pair for key, pair in differ.items() if key not in kept}
     bad: dict[str, list[str]] = {"held": [], "on request": [], "free": []}
     for key, (was, new) in left.items():
@@ -53,8 +59,9 @@ def take_up(where: str, old: dict[str, Any], named: Iterable[str], config: confi
 
 
 def with_kept(config: configs.Config, kept: Mapping[str, Any]) -> configs.Config:
-    """A config with some keys at other values, checked again."""
-    if not kept:
+    """A config with some keys at other values, checked again; its prompts are read again if they may be others."""
+    settings = configs.settings(config)
+    if all(_at(settings, key) == value for key, value in kept.items()):
         return config
     raw = config.model_dump(mode="json", exclude_unset=True)
     for key, value in kept.items():
@@ -63,7 +70,14 @@ def with_kept(config: configs.Config, kept: Mapping[str, Any]) -> configs.Config
         for section in sections:
             place = place.setdefault(section, {})
         place[last] = value
-    return configs.validate(raw)
+    return configs.validate(raw, book=None if any(key.startswith(READ) for key in kept) else config.book)
+
+
+def _at(settings: dict[str, Any], key: str) -> Any:
+    place: Any = settings
+    for part in key.split("."):
+        place = place.get(part) if isinstance(place, dict) else None
+    return place
 
 
 def check_digests(where: str, old: Mapping[str, str], new: Mapping[str, str], change: bool) -> list[str]:

@@ -17,14 +17,14 @@ from diffalign.evaluation import fixed
 from diffalign.evaluation.fixed import FixedSet
 from diffalign.evaluation.results import Summary
 from diffalign.models.notes import LORA
-from diffalign.runs import devices, digests, parts
+from diffalign.runs import choosing, devices, digests, parts
 from diffalign.runs.budget import Budget, Spent
 from diffalign.runs.events import Began, Ended, Evaluated, Listeners, Updated
 from diffalign.runs.folder import RunFolder, open_run
 from diffalign.runs.outputs import AVERAGES, Outputs, published
 from diffalign.runs.progress import Reporter
 from diffalign.runs.reach import Reach
-from diffalign.runs.resume import with_kept
+from diffalign.runs.resume import DECIDED, with_kept
 from diffalign.runs.savepoints import SavePoints
 from diffalign.runs.stop import Stop
 from diffalign.runs.trackers import Trackers
@@ -111,14 +111,14 @@ class Session:
     def __init__(
         self, config: Config, folder: RunFolder, reporter: Reporter, world: World = ALONE, change: bool = False
     ) -> None:
-        self.config, self.folder, self.reporter, self.world = config, folder, reporter, world
+        self.folder, self.reporter, self.world = folder, reporter, world
         devices.check(config, world)
+        config = choosing.attention(config, world, reporter.say)
         kept = parts.encode_first(config, world, reporter.say)
         self.parts = made = world.together(lambda: parts.build(config, reporter.say, kept))
-        self.policy, self.averages = (
-            made.policy,
-            {} if config.optimizer.ema is None else {AVERAGES: config.optimizer.ema},
-        )
+        self.policy = made.policy
+        self.config = config = choosing.timed(config, made.policy, world, reporter.say)
+        self.averages = {} if config.optimizer.ema is None else {AVERAGES: config.optimizer.ema}
         self.policy.add_shadows(self.averages)
         self.trainer = parts.trainer(config, made, world, reporter.say)
         evaluation = config.evaluation
@@ -140,7 +140,8 @@ class Session:
         self.points = SavePoints(config, folder, self.trainer, judged, outputs, world, began, reporter.say, change)
         self.listeners = world.led(listeners(config, folder, reporter))
         for key, value in folder.taken.kept.items():
-            reporter.say(f"{key}: {value!r}, as the run began; this version's default is another")
+            if key not in DECIDED:
+                reporter.say(f"{key}: {value!r}, as the run began; this version's default is another")
         batch = self.trainer.draw(0).select(range(self.policy.micro_batch))
         parts.introduce(config, made, batch, reporter.say)
         self.budget, self.spent, self.last = Budget(updates=config.updates), Spent(), Spent()

@@ -1,9 +1,10 @@
-"""What a launcher (`torchrun`, `accelerate launch`) says of this process in the environment. Needs no torch."""
+"""What the environment says: a launcher (`torchrun`, `accelerate launch`) of this process, a desktop of its user's folders. Needs no torch."""
 
 from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 
 def several() -> bool:
@@ -24,6 +25,11 @@ def neighbours() -> int:
 def leads() -> bool:
     """Whether this is the only process or the first: the one that writes and speaks."""
     return os.environ.get("RANK", "0") in ("", "0")
+
+
+def cache_folder() -> Path:
+    """Where a user's programs keep what can be made again: `$XDG_CACHE_HOME`, or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def calm() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffalign.errors import UserError
+from diffalign.errors import Fault, UserError
 
 Form = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 BACKENDS = {
@@ -90,6 +90,20 @@ def fastest(found: dict[str, list[Trial]]) -> str | None:
         if form in BACKENDS and never_wrong and all(trial.found == "right" for trial in plain):
             seconds[form] = sum(trial.ms for trial in plain)
     return min(seconds, key=lambda form: seconds[form], default=None)
+
+
+def right_one(found: dict[str, list[Trial]], own: tuple[str, ...]) -> str:
+    """What attention is to be by itself: torch's choice, "native", if none of the kernels `own` that it chooses among is ever wrong; else
+    the fastest that is right.
+
+    Raises:
+        Fault: if none is.
+    """
+    if all(trial.found in ("right", "refused") for form in own for trial in found[form]):
+        return "native"
+    if (best := fastest(found)) is None:
+        raise Fault("attention: no kernel of this card is right; see `diffalign doctor --card`")
+    return best
 
 
 def try_case(form: str, device: str, head: int, tokens: int, masked: bool) -> Trial:

@@ -42,7 +42,7 @@ def test_m16_what_is_chosen_fits_or_the_least_is_said(name):
         assert least is None or card >= least - 0.05
         assert demand.demand(settings, fit.facts).total <= card * GIB
         assert settings.memory.counted == pytest.approx(fit.demand.total / GIB, abs=0.051)
-        assert own.samples_per_update % settings.optimizer.micro_batch == 0
+        assert own.samples_per_update % settings.micro_batch == 0
         before, after = (config.settings(each) for each in (own, settings))
         assert {k: before[k] for k in KEPT} == {k: after[k] for k in KEPT}
     if least is not None:
@@ -53,7 +53,7 @@ def test_a_larger_card_is_used_and_never_dearer():
     """What costs time is not chosen where there is room; the micro-batch never falls as the card grows."""
     found = [vram.fitted("flow_grpo/sd35-medium", (), card)[0] for card in (12, 16, 24, 48)]
     assert [c.memory.quantize for c in found] == ["none"] * 4
-    sizes = [c.optimizer.micro_batch for c in found]
+    sizes = [c.micro_batch for c in found]
     assert sizes == sorted(sizes)
     assert found[-1].memory.judges == "resident" and found[0].memory.judges == "offloaded"
 
@@ -71,9 +71,9 @@ def test_what_the_user_names_stays():
 
 
 def test_what_the_command_line_names_stays_too():
-    own = config.load("flow_grpo/sd35-medium").optimizer.micro_batch
-    assert vram.fitted("flow_grpo/sd35-medium", (), 24)[0].optimizer.micro_batch > own
-    assert vram.fitted("flow_grpo/sd35-medium", ("optimizer.micro_batch=2",), 24)[0].optimizer.micro_batch == 2
+    own = config.load("flow_grpo/sd35-medium").micro_batch
+    assert vram.fitted("flow_grpo/sd35-medium", (), 24)[0].micro_batch > own
+    assert vram.fitted("flow_grpo/sd35-medium", ("optimizer.micro_batch=2",), 24)[0].micro_batch == 2
     kept = vram.fitted("flow_grpo/sd35-medium", ("memory.encode_on=device",), 12)[0]
     assert kept.memory.encode_on == "device"
     with pytest.raises(UserError, match="without what is named: memory.encode_on"):
