@@ -1,4 +1,4 @@
-"""What the environment says: a launcher (`torchrun`, `accelerate launch`) of this process, a desktop of its user's folders. Needs no torch."""
+"""What the environment says: a launcher (`torchrun`, `accelerate launch`) of this process, a user of folders. Needs no torch."""
 
 from __future__ import annotations
 
