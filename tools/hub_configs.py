@@ -28,6 +28,7 @@ IMAGES, VIDEOS = (4, 16, 4, "3.0e-4"), (2, 8, 1, "3.0e-4")
 BY_RULE = {"truncated_bp": (8, 1, 1, "1.0e-4"), "branch_grpo": (4, 2, 4, "3.0e-4")}
 PROMPTS = "source: geneval-like, tasks: [counting, colors], cache: runs/encoded"
 TEMPLATE = """\
+# yaml-language-server: $schema=../schema.json
 # diffalign train configs/{rule}/{name}.yaml
 #
 # Not run: it needs a GPU and the weights of {model}

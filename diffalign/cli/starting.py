@@ -10,6 +10,7 @@ import click
 
 from diffalign import config as configs
 from diffalign.cli.commands import app, show, train
+from diffalign.runtime.files import write_text
 from diffalign.runtime.options import A_CONFIG, VRAM, Place
 
 
@@ -39,6 +40,25 @@ def demo(context: click.Context) -> None:
     """Train the embedded pipeline to count: minutes on a laptop, no download."""
     context.invoke(
         train, config="flow_grpo/shapes-sd3", overrides=(), fresh=False, change=False, quiet=False, vram=None
+    )
+
+
+@app.command()
+@click.option(
+    "--out",
+    type=Place(path_type=Path, dir_okay=False),
+    help="Write it there instead; a config then names it in its first line.",
+)
+def schema(out: Path | None) -> None:
+    """Print the JSON schema of a config, for editors."""
+    from diffalign.config import json_schema
+
+    if out is None:
+        show([json_schema.text().rstrip()])
+        return
+    write_text(out, json_schema.text())
+    show(
+        [f"{out}: name it in a config's first line, its path seen from the config", json_schema.line(out.name).rstrip()]
     )
 
 

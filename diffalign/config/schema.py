@@ -59,8 +59,10 @@ class SamplerConfig(Settings):
     noise_level: float = Field(
         0.7, ge=0, le=100, description="a of flow_sde, eta of dance_sde and ddim", json_schema_extra=ASKED
     )
-    steps: int = Field(10, ge=2, le=1000)
-    guidance_scale: float | None = Field(1.0, ge=0, description="null: not passed on, the pipeline's own default")
+    steps: int = Field(10, ge=2, le=1000, description="calls of the network a sample")
+    guidance_scale: float | None = Field(
+        1.0, ge=0, description="how far the prompt pulls; 1: not; null: not passed on, the pipeline's own default"
+    )
     sigmas: Literal["pipeline", "linear"] = Field("pipeline", description="noise levels: the scheduler's, or even")
     pipeline_args: dict[str, Any] = Field(
         {}, description="further arguments of the pipeline's call: height, width, ..."
@@ -72,8 +74,8 @@ class LoraSection(Settings):
 
     model_config = ConfigDict(json_schema_extra=HELD)
 
-    rank: int = Field(16, ge=1, le=4096)
-    alpha: float = Field(32.0, gt=0)
+    rank: int = Field(16, ge=1, le=4096, description="of each layer's change")
+    alpha: float = Field(32.0, gt=0, description="the change is multiplied by alpha / rank")
     targets: list[str] | None = Field(None, min_length=1, description="layer names; null: attention and feed-forward")
     start: str | None = Field(
         None, description="run, adapter or LoRA file of another tool to go on from; null: begin at the base model"
@@ -90,10 +92,10 @@ class OptimizerConfig(Settings):
 
     model_config = ConfigDict(json_schema_extra=ASKED)
 
-    lr: float = Field(3e-4, gt=0, le=10)
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    weight_decay: float = Field(1e-4, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    lr: float = Field(3e-4, gt=0, le=10, description="learning rate, the same for every update")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decays of Adam's two moments")
+    weight_decay: float = Field(1e-4, ge=0, description="of LoRA's parameters, times lr")
+    max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is shortened to this")
     ema: float | None = Field(
         None,
         ge=0,
@@ -123,7 +125,7 @@ class EvaluationConfig(Settings):
         "prompts: trained on and evaluated alike",
     )
     tasks: list[Task] | None = Field(None, description="null: prompts.tasks")
-    split: Split = "test"
+    split: Split = Field("test", description="of a named set")
     stages: bool = Field(
         False, description="sample with stage prompts too; false: as others will, with the prompt alone"
     )
@@ -133,12 +135,12 @@ class EvaluationConfig(Settings):
         description="prompts of a file that are held out at least, where twice as many are there: fewer give no interval",
     )
     prompts: int | None = Field(128, ge=1, description="at most so many of them, evenly spread; null: all")
-    images_per_prompt: int = Field(4, ge=1)
+    images_per_prompt: int = Field(4, ge=1, description="samples of each, always from the same noises")
     every: int = Field(
         0, ge=0, description="updates between evaluations; 0: before and after only", json_schema_extra=FREE
     )
-    seed: int = 1234
-    enabled: bool = True
+    seed: int = Field(1234, description="of those noises")
+    enabled: bool = Field(True, description="false: nothing is judged before or after, and no gain is known")
 
 
 class OutputConfig(Settings):
@@ -150,7 +152,7 @@ class OutputConfig(Settings):
     keep: int = Field(2, ge=1, description="checkpoints kept")
     sample_every: int = Field(50, ge=1, description="updates between sample grids")
     samples: int = Field(24, ge=1, description="pictures in a grid")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field([])
+    trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="where metrics go besides metrics.jsonl")
 
 
 class ScoringConfig(Settings):
@@ -170,7 +172,7 @@ class ScoringConfig(Settings):
         "all",
         pattern=r"^(first|middle|all|uniform:[1-9]\d*)$",
         description="of a video, for rewards that see pictures",
-        json_schema_extra=ASKED,
+        json_schema_extra={**ASKED, "allowed": "first, middle, all or uniform:N"},
     )
     reduce: Literal["mean", "min"] = Field("mean", description="over those frames", json_schema_extra=ASKED)
 
@@ -191,7 +193,7 @@ class Config(Settings):
     )
     rule: dict[str, Any] = Field(description="name and the rule's settings", json_schema_extra=ASKED)
     rewards: dict[str, float] = Field(min_length=1, description="name: weight", json_schema_extra=ASKED)
-    eval_rewards: list[str] = Field([])
+    eval_rewards: list[str] = Field([], description="judged besides and never trained on; the first picks best/")
     prompts: PromptsConfig = PromptsConfig()  # type: ignore[call-arg]
     sampler: SamplerConfig = SamplerConfig()  # type: ignore[call-arg]
     lora: LoraSection = LoraSection()  # type: ignore[call-arg]
@@ -200,14 +202,16 @@ class Config(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
     scoring: ScoringConfig = ScoringConfig()  # type: ignore[call-arg]
     output: OutputConfig = OutputConfig()  # type: ignore[call-arg]
-    updates: int = Field(100, ge=1, le=10_000_000, json_schema_extra=FREE)
-    seed: int = Field(0, ge=0, lt=2**63)
-    run_dir: str = Field(min_length=1, json_schema_extra=FREE)
+    updates: int = Field(100, ge=1, le=10_000_000, description="how long it trains", json_schema_extra=FREE)
+    seed: int = Field(0, ge=0, lt=2**63, description="of every draw in training")
+    run_dir: str = Field(
+        min_length=1, description="the run's folder; left out: runs/FOLDER/NAME of the config", json_schema_extra=FREE
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$",
         description="auto: the first CUDA device, else Apple's, else the CPU",
-        json_schema_extra=FREE,
+        json_schema_extra={**FREE, "allowed": "auto, cpu, mps, cuda or cuda:N"},
     )
     precision: Precision = Field("float32", description="of the frozen base model", json_schema_extra=ASKED)
     attention: Attention = Field(

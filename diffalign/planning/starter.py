@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign import config as configs
+from diffalign.config import json_schema
 from diffalign.config.places import placed
 from diffalign.errors import UserError, shown
 from diffalign.planning import architectures
@@ -69,6 +70,7 @@ def write(
         if not all(problem.startswith("eval_rewards: ") for problem in error.problems):
             raise
         raw["eval_rewards"] = []  # the preset's, which these prompts do not suit
+    json_schema.write_beside(place)
     write_text(place, _text(place, name, raw))
     told = [f"{place}: from {name}", f"diffalign train {place}"]
     if vram is None:
@@ -116,7 +118,8 @@ def _nearest(model: str, rule: str | None) -> tuple[str, dict[str, Any]]:
 
 def _text(place: Path, name: str, raw: dict[str, Any]) -> str:
     """The file: a key a line, what is long in blocks, and why beside it."""
-    head = f"# diffalign train {place}\n# From the preset {name}; `diffalign config {place}` shows every key with what it means.\n"
+    head = json_schema.line(json_schema.BESIDE)
+    head += f"# diffalign train {place}\n# From the preset {name}; `diffalign config {place}` shows every key with what it means.\n"
     lines = []
     for key in [key for key in WHY if key in raw] + [key for key in raw if key not in WHY]:
         why = f"  # {WHY[key]}" if key in WHY else ""

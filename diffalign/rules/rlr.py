@@ -44,10 +44,10 @@ def _count(least: int) -> BeforeValidator:
 class RLRSettings(RuleSettings):
     """Keys of `rule:` for rlr."""
 
-    depth: Annotated[int | Literal["auto"], _count(0)] = Field(
+    depth: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], _count(0)] = Field(
         1, description="K: last steps with the reward's gradient; 0: none, REINFORCE; auto: as memory_gib allows"
     )
-    span: Annotated[int | Literal["auto"], _count(1)] = Field(
+    span: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], _count(1)] = Field(
         2, description="h: noisy steps in the span that borrows its last one's noise; auto: as memory_gib allows"
     )
     cover: Literal["lr", "zo", "is", "none"] = Field(

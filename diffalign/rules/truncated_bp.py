@@ -24,6 +24,8 @@ from diffalign.rules._rule import Rule, RuleSettings
 from diffalign.runtime.randomness import Purpose
 from diffalign.types import Credit, Plan, Rollout, Schedule, Term
 
+Some = Annotated[int, Field(ge=1)]
+
 
 def _depth(value: object) -> object:
     """One message for the whole union."""
@@ -45,7 +47,7 @@ class TruncatedBP(Rule):
     class Settings(RuleSettings):
         """Keys of `rule:` for truncated_bp."""
 
-        depth: Annotated[int | tuple[int, int] | Literal["all"], BeforeValidator(_depth)] = Field(
+        depth: Annotated[Some | tuple[Some, Some] | Literal["all"], BeforeValidator(_depth)] = Field(
             1, description="K: steps with gradient; [low, high]: drawn anew for every update; all: exact"
         )
         objective: Literal["linear", "hinge"] = Field("linear", description="hinge: rewards above `target` do not pull")

@@ -46,11 +46,11 @@ def bases() -> str:
     found: dict[str, tuple[str, str, list[str]]] = {}
     for path in sorted(config.folders()[0].rglob("*.yaml")):
         lines = path.read_text(encoding="utf-8").splitlines()
-        if not lines[2].startswith("# Not run: it needs a GPU and the weights of "):
+        if not lines[3].startswith("# Not run: it needs a GPU and the weights of "):
             continue
-        licence, published = lines[3].removeprefix("# (").removesuffix(".").split("; its card decides). Published: ")
+        licence, published = lines[4].removeprefix("# (").removesuffix(".").split("; its card decides). Published: ")
         rule = f"{path.parent.name}/{path.stem}"
-        found.setdefault(lines[2].rsplit(" ", 1)[1], (licence, published, []))[2].append(rule)
+        found.setdefault(lines[3].rsplit(" ", 1)[1], (licence, published, []))[2].append(rule)
     rows = [
         f"| {name} | {licence} | {published} | {', '.join(rules)} |"
         for name, (licence, published, rules) in found.items()

@@ -1,0 +1,121 @@
+"""The config as a JSON schema, which editors complete and mark with. Draft 7, without references: what their YAML servers read."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from diffalign.config.schema import Config
+from diffalign.errors import UserError
+from diffalign.processes import PROCESSES
+from diffalign.prompts.sets import SETS
+from diffalign.rewards import catalog
+from diffalign.rules import RULES
+from diffalign.runtime.files import write_text
+from diffalign.runtime.precision import PRECISIONS, SHORT
+from diffalign.shapes import models
+
+FILE = "schema.json"  # beside the folders of configs
+BESIDE = ".diffalign.schema.json"  # beside a user's config, wherever that is
+TITLE = "a config of diffalign"
+_OURS = ("title", "resume", "allowed")  # titles are the keys again; the others are read by `marks` and `legend`
+
+
+def line(schema: str) -> str:
+    """The first line of a config, by which editors find its schema; a path is taken from the config's folder."""
+    return f"# yaml-language-server: $schema={schema}\n"
+
+
+def schema() -> dict[str, Any]:
+    """Of a whole config file: what can be said of its keys one by one; what must go together is checked when it is read."""
+    keys = properties(Config)
+    keys["rule"] = _rule()
+    keys["model"]["examples"] = models.names()
+    keys["rewards"]["properties"] = {
+        name: {"type": "number", "description": entry.about} for name, entry in catalog.builtin().items()
+    }
+    keys["eval_rewards"]["items"] = {"type": "string", "examples": list(catalog.builtin())}
+    keys["sampler"]["properties"]["process"]["enum"] = list(PROCESSES)
+    keys["prompts"]["properties"]["source"]["examples"] = list(SETS)
+    for key in (keys["precision"], keys["memory"]["properties"]["judge_precision"]):
+        key["enum"] = [*PRECISIONS, *(short for short, name in SHORT.items() if name in PRECISIONS)]
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": TITLE,
+        "type": "object",
+        "required": ["model", "rule", "rewards"],
+        "properties": _cleared(keys),
+        "additionalProperties": False,
+    }
+
+
+def text() -> str:
+    """The schema as a file."""
+    return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+def write_beside(place: Path) -> None:
+    """Write the schema beside a config; an older one of ours is replaced.
+
+    Raises:
+        UserError: if a file of that name is somebody else's.
+    """
+    path = Path(os.path.abspath(place)).parent / BESIDE
+    if path.exists():
+        try:
+            ours = json.loads(path.read_text(encoding="utf-8")).get("title") == TITLE
+        except (ValueError, AttributeError, OSError):
+            ours = False
+        if not ours:
+            raise UserError(f"init: {path} is there and is no schema of ours; allowed is to move it away")
+    write_text(path, text())
+
+
+def properties(model: Any) -> dict[str, dict[str, Any]]:
+    """The keys of a section's class or of a rule's settings, as a JSON schema says them, sections within written out."""
+    found = model.model_json_schema()
+    return _inlined(found["properties"], found.get("$defs", {}))
+
+
+def summary(thing: Any) -> str:
+    """The first sentence of what a class says of itself."""
+    return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
+
+
+def _rule() -> dict[str, Any]:
+    """The name decides which keys there are."""
+    name = {"enum": list(RULES), "description": "; ".join(f"{n}: {summary(rule)}" for n, rule in RULES.items())}
+    cases = []
+    for own, rule in RULES.items():
+        keys = {"name": {"const": own}, **properties(rule.Settings)}
+        of = {"properties": {"name": {"const": own}}, "required": ["name"]}
+        cases.append({"if": of, "then": {"properties": keys, "additionalProperties": False}})
+    about = Config.model_fields["rule"].description
+    return {"type": "object", "description": about, "required": ["name"], "properties": {"name": name}, "allOf": cases}
+
+
+def _inlined(part: Any, definitions: dict[str, Any]) -> Any:
+    """With references replaced by what they point to, and pairs in a form that every draft has."""
+    if isinstance(part, list):
+        return [_inlined(item, definitions) for item in part]
+    if not isinstance(part, dict):
+        return part
+    reference = part.get("$ref")
+    if isinstance(reference, str):
+        part = {**definitions[reference.rpartition("/")[2]], **{k: v for k, v in part.items() if k != "$ref"}}
+    if isinstance(pair := part.get("prefixItems"), list):  # ours have one kind of item
+        part = {**{k: v for k, v in part.items() if k != "prefixItems"}, "items": pair[0]}
+    return {key: _inlined(value, definitions) for key, value in part.items()}
+
+
+def _cleared(part: Any, names: bool = True) -> Any:
+    """Without what only we read; `names`: the keys of this mapping are a config's, not a schema's."""
+    if isinstance(part, list):
+        return [_cleared(item, names=False) for item in part]
+    if not isinstance(part, dict):
+        return part
+    kept = part if names else {k: v for k, v in part.items() if k not in _OURS}
+    return {key: _cleared(value, names=key == "properties" and not names) for key, value in kept.items()}
