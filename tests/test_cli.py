@@ -221,7 +221,7 @@ def test_config_prints_every_key_with_its_meaning():
     done = run("config", "ddpo/shapes-sd", "rule.clip=1e-3")
     assert done.returncode == 0, done.stderr
     assert "  clip: 0.001  # half-width of the ratio's range" in done.stdout
-    assert "checkpoint_every: 10  # updates" in done.stdout
+    assert "checkpoint_every: 10  # updates between checkpoints [whole, >= 1]" in done.stdout
 
 
 BAD = [

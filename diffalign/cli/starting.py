@@ -65,5 +65,5 @@ def schema(out: Path | None) -> None:
 @app.command("config")
 @A_CONFIG
 def show_config(config: str, overrides: tuple[str, ...]) -> None:
-    """Print every key of CONFIG with its value and meaning."""
+    """Print every key of CONFIG: its value, what it is, what is allowed, its default where that is another."""
     show(configs.explained(configs.load(config, overrides)))

@@ -5,11 +5,11 @@ from diffalign.config.files import find as find
 from diffalign.config.files import folders as folders
 from diffalign.config.files import load as load
 from diffalign.config.files import rule_of as rule_of
+from diffalign.config.legend import explained as explained
 from diffalign.config.marks import mark as mark
 from diffalign.config.messages import completed as completed
 from diffalign.config.messages import differences as differences
 from diffalign.config.messages import dump as dump
-from diffalign.config.messages import explained as explained
 from diffalign.config.messages import given as given
 from diffalign.config.messages import settings as settings
 from diffalign.config.messages import settings_for as settings_for

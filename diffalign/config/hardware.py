@@ -34,21 +34,20 @@ class MemorySection(Settings):
 
     checkpoint: Literal["auto", "none", "blocks", "spans", "both"] = Field(
         "none",
-        description="what runs again for the gradient, of network, decoder and reward: nothing; blocks one by one; whole calls (spans); "
-        "both. auto: blocks, and both where a gradient runs through several steps",
+        description="run again for the gradient, not kept; auto: blocks, over several steps both",
     )
     quantize: Quantize = Field(
         "none",
-        description="what the frozen denoiser's linear layers are held in: precision, 8 bits (torchao), or 4 (bitsandbytes, CUDA alone)",
+        description="what the denoiser's linear layers are held in: 8 bits (torchao), 4 (bitsandbytes, CUDA alone)",
         json_schema_extra=ASKED,
     )
     shard: Literal["none", "blocks"] = Field(
         "none",
-        description="of several processes: each has the whole denoiser, or a part of each of its blocks, gathered when it runs (FSDP2)",
+        description="of several processes: each has the whole denoiser, or a part of each block, gathered when it runs (FSDP2)",
     )
     decode: Literal["whole", "sliced", "tiled"] = Field(
         "whole",
-        description="how finished latents are decoded: a batch at once, sample by sample, or in overlapping tiles, which blends seams",
+        description="finished latents: a batch at once, sample by sample, or in overlapping tiles, which blends seams",
         json_schema_extra=ASKED,
     )
     judges: Literal["resident", "offloaded"] = Field(
@@ -56,7 +55,7 @@ class MemorySection(Settings):
     )
     judge_precision: Precision = Field(
         "float32",
-        description="of learned rewards in training; evaluations are judged in float32, by a copy of their own",
+        description="of learned rewards in training; evaluations are judged in float32, by copies",
         json_schema_extra=ASKED,
     )
     encode_on: Literal["device", "cpu"] = Field(

@@ -152,27 +152,6 @@ def settings_for(option: str) -> str:
     return f"; settings are written KEY=VALUE: {place}{'' if '=' in place else '=...'}" if place else ""
 
 
-def explained(config: Config) -> list[str]:
-    """The resolved config as lines of YAML, each key with what it means."""
-    values = config.model_dump(mode="json")
-    rule = RULES[config.rule["name"]]
-    values["rule"] = {"name": config.rule["name"], **config.make_rule().settings.model_dump(mode="json")}  # type: ignore[attr-defined]
-    return _lines(values, Config, {"rule": rule.Settings}, "")
-
-
-def _lines(values: dict[str, Any], model: Any, models: dict[str, Any], indent: str) -> list[str]:
-    lines = []
-    for key, value in values.items():
-        field = model.model_fields.get(key)
-        inner = models.get(key, getattr(field, "annotation", None))
-        if isinstance(value, dict) and hasattr(inner, "model_fields"):
-            lines += [f"{indent}{key}:", *_lines(value, inner, {}, indent + "  ")]
-            continue
-        about = getattr(field, "description", None)
-        lines.append(f"{indent}{key}: {json.dumps(value, ensure_ascii=False)}" + (f"  # {about}" if about else ""))
-    return lines
-
-
 def dump(config: Config) -> str:
     """The resolved config as YAML."""
     return yaml_text.dump(config.model_dump(mode="json"))

@@ -33,8 +33,7 @@ class PromptsConfig(Settings):
     split: Split = Field("train", description="of a named set; splits share no combination")
     stages: str | None = Field(
         None,
-        description="what the sampler is told on stretches of the chain: 'shapes', or a .jsonl file of prompts with `stages` "
-        "(see diffalign stages); rewards see the prompt itself",
+        description="other texts for the sampler on stretches of the chain: shapes, or a .jsonl; rewards see the prompt",
     )
     stretches: list[int] | None = Field(None, description="first steps of the stretches; null: of equal length")
     cache: str | None = Field(
@@ -82,8 +81,7 @@ class LoraSection(Settings):
     )
     frozen: list[str] = Field(
         [],
-        description="adapters that are part of the base, PLACE or PLACE:STRENGTH: on in sampling, replay, reference and evaluation, never "
-        "trained or saved; for a model's own speed adapter",
+        description="adapters that are part of the base, PLACE or PLACE:STRENGTH; never trained or saved, such as a speed adapter",
     )
 
 
@@ -116,15 +114,14 @@ class EvaluationConfig(Settings):
 
     model_config = ConfigDict(json_schema_extra=HELD)
 
-    source: str | None = Field(None, description="null: prompts.source")
+    source: str | None = Field(None, description="as prompts.source; null: that")
     holdout: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="share of a file's prompts that is evaluated and not trained on, where source is null; 0, or fewer than 6 "
-        "prompts: trained on and evaluated alike",
+        description="share of prompts.source's file evaluated and not trained on; 0, or fewer than 6 prompts: all for both",
     )
-    tasks: list[Task] | None = Field(None, description="null: prompts.tasks")
+    tasks: list[Task] | None = Field(None, description="as prompts.tasks; null: those")
     split: Split = Field("test", description="of a named set")
     stages: bool = Field(
         False, description="sample with stage prompts too; false: as others will, with the prompt alone"
@@ -148,7 +145,7 @@ class OutputConfig(Settings):
 
     model_config = ConfigDict(json_schema_extra=FREE)
 
-    checkpoint_every: int = Field(10, ge=1, description="updates")
+    checkpoint_every: int = Field(10, ge=1, description="updates between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept")
     sample_every: int = Field(50, ge=1, description="updates between sample grids")
     samples: int = Field(24, ge=1, description="pictures in a grid")
@@ -188,11 +185,13 @@ class Config(Settings):
     )
     weights: str | None = Field(
         None,
-        description="a single file, as other tools save models: its denoiser and what else it holds take the place of the model's",
+        description="a single file of another tool: its denoiser and what else it holds take the model's place",
         json_schema_extra=ASKED,
     )
-    rule: dict[str, Any] = Field(description="name and the rule's settings", json_schema_extra=ASKED)
-    rewards: dict[str, float] = Field(min_length=1, description="name: weight", json_schema_extra=ASKED)
+    rule: dict[str, Any] = Field(description="how it learns: its name, and its settings", json_schema_extra=ASKED)
+    rewards: dict[str, float] = Field(
+        min_length=1, description="what goes up, each with its weight", json_schema_extra=ASKED
+    )
     eval_rewards: list[str] = Field([], description="judged besides and never trained on; the first picks best/")
     prompts: PromptsConfig = PromptsConfig()  # type: ignore[call-arg]
     sampler: SamplerConfig = SamplerConfig()  # type: ignore[call-arg]
@@ -216,21 +215,17 @@ class Config(Settings):
     precision: Precision = Field("float32", description="of the frozen base model", json_schema_extra=ASKED)
     attention: Attention = Field(
         "auto",
-        description="native: torch's own choice; another backend of diffusers' that has a gradient: bits differ between backends. auto: "
-        "native, unless one of torch's kernels is wrong on the CUDA device at hand: then the fastest that is right",
+        description="native: torch's own; auto: that, unless one of its kernels is wrong on the card",
         json_schema_extra=ASKED,
     )
     speed: Speed = Field(
         "auto",
-        description="how networks run on a CUDA device: eager, kernel by kernel; graphs, their calls recorded and replayed, the same bits "
-        "for more memory; compile, their blocks compiled, other bits. auto: graphs or eager "
-        "there, as timed when the run begins; eager elsewhere",
+        description="on CUDA: plain, recorded (same bits, more memory), compiled (other bits); auto: plain or recorded",
         json_schema_extra=ASKED,
     )
     deterministic: Literal["auto"] | bool = Field(
         "auto",
-        description="true: sums in one order, so that a run that is repeated or resumed gives the same bits; slower on a card. auto: "
-        "on the CPU, where that is so anyway",
+        description="true: repeated or resumed runs give the same bits, slower on a card; auto: on the CPU",
         json_schema_extra=FREE,
     )
 

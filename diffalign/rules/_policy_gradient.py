@@ -33,7 +33,7 @@ class PolicyGradientSettings(MergeSettings):
     window_every: int = Field(25, ge=1, description="updates before a sliding one moves on by a step")
     step_weight: Literal["none", "equal", "inv_dt", "std"] = Field(
         "none",
-        description="of a step's loss: equal: so that no step dominates the gradient; inv_dt: 1 / |dt|; std: of its noise",
+        description="a step's weight: equal: none dominates the gradient; inv_dt: 1 / |dt|; std: of its noise",
     )
     inner_updates: int = Field(1, ge=1, description="optimiser steps per rollout")
     shared_start: bool = Field(False, description="one initial noise per group")
@@ -116,7 +116,7 @@ class GroupSettings(SurrogateSettings):
         None,
         gt=0,
         le=1,
-        description="share of the steps after the window that are run, by DPM-Solver++ 2M (MixGRPO-Flash); null: all, as others",
+        description="share of steps after the window that run, by DPM-Solver++ 2M (MixGRPO-Flash); null: all",
     )
     keep: int | None = Field(
         None,

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-REFERENCE = (
-    "what kl pulls to: base, the model without what is trained; start, with lora.start; auto: that where there is one"
-)
+REFERENCE = "what kl pulls to: base: the bare model; start: lora.start; auto: that where there is one"
 
 
 class RuleSettings(Settings):

@@ -41,8 +41,7 @@ class GRPOGuard(policy_gradient.GroupRule):
         )
         step_weight: Literal["none", "equal", "inv_dt", "std"] = Field(
             "equal",
-            description="of a step's loss: inv_dt: 1 / |dt|, the paper's; equal: all the same on the prediction, which with flow_sde "
-            "is that but for the first step; std: of its noise",
+            description="a step's weight: inv_dt: 1 / |dt| (paper); equal: alike on predictions; std: its noise",
         )
 
     settings: Settings

@@ -52,8 +52,7 @@ class RLRSettings(RuleSettings):
     )
     cover: Literal["lr", "zo", "is", "none"] = Field(
         "lr",
-        description="the other steps: lr: spans of one noisy step each; zo: antithetic noise on the parameters, as in the "
-        "paper; is: only the drawn block of `span`, weighing 1 / p; none: left out, biased",
+        description="the others: lr: a span each; zo: noise on parameters (paper); is: drawn blocks, 1 / p; none: biased",
     )
     noise: list[int] | None = Field(None, min_length=1, description="noisy steps; null: all before the last K")
     start: Literal["uniform", "norms"] = Field(

@@ -48,7 +48,7 @@ class TruncatedBP(Rule):
         """Keys of `rule:` for truncated_bp."""
 
         depth: Annotated[Some | tuple[Some, Some] | Literal["all"], BeforeValidator(_depth)] = Field(
-            1, description="K: steps with gradient; [low, high]: drawn anew for every update; all: exact"
+            1, description="K: steps with gradient; [low, high]: drawn anew every update; all: exact"
         )
         objective: Literal["linear", "hinge"] = Field("linear", description="hinge: rewards above `target` do not pull")
         target: float | None = Field(None, description="of the hinge, in the reward's units", allow_inf_nan=False)

@@ -207,7 +207,11 @@ def test_every_key_is_explained_and_the_lines_are_the_config():
     lines = config.explained(settings)
     plain = yaml.safe_load("\n".join(lines))
     assert plain["rule"]["depth"] == 4
-    assert "# K: steps with gradient" in next(line for line in lines if "depth" in line)
+    (line,) = [line for line in lines if line.startswith("  depth:")]
+    assert line == (
+        "  depth: 4  # K: steps with gradient; [low, high]: drawn anew every update; all: exact "
+        "[whole, >= 1 or [whole, >= 1, whole, >= 1] or all; default 1]"
+    )
     assert config.validate(plain).model_dump() == settings.model_copy(update={"rule": plain["rule"]}).model_dump()
 
 
