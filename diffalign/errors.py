@@ -4,6 +4,15 @@ from __future__ import annotations
 
 LONGEST = 480  # characters of a message
 MOST = 20  # messages at a time
+EXIT_CODES = {
+    0: "done",
+    2: "your input: one line a mistake, a config's all at once; nothing was begun",
+    3: "a fault from outside stopped it: a reward, a server, a disk, a card; the last checkpoint is kept",
+    129: "the terminal closed (SIGHUP); saved, if training had begun",
+    130: "Ctrl-C; saved, if training had begun",
+    143: "SIGTERM; saved, if training had begun",
+    1: "a bug of ours: the traceback is for us",
+}
 
 
 def shortened(text: str, most: int = 120) -> str:

@@ -16,7 +16,7 @@ from tests.kit.commands import diffalign
 from tests.kit.helpers import TINY, tiny
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONGEST, MOST = 100, 160  # characters of a line of the README, and its lines
 
 
@@ -24,6 +24,12 @@ def blocks(language: str) -> list[str]:
     """Code of all pages; what cannot run here, for want of weights or a card, is marked `sh`."""
     pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     return re.findall(rf"```{language}\n(.*?)```", pages, re.S)
+
+
+def links(page: Path) -> list[str]:
+    """Files that a page links to, without the place in them."""
+    found = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    return [target for target in found if not target.startswith(("http", "mailto"))]
 
 
 def commands() -> list[str]:
@@ -97,17 +103,21 @@ def test_every_python_example_of_the_readme_runs(number, place, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_the_pages_exist(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    for target in links(page):
+        assert (page.parent / target).exists(), target
 
 
 def test_the_readme_is_short_and_leads_to_every_page():
     lines = README.splitlines()
     assert len(lines) <= MOST
     assert not [line for line in lines if len(line) > LONGEST and not line.startswith(("|", "diffalign "))]
-    pages = {page.name for page in PAGES} - {"README.md"}
-    assert {name for name in pages if f"docs/{name}" not in README} == set()
+    seen, found = set(), {ROOT / "README.md"}
+    while found - seen:
+        seen |= found
+        found |= {
+            (page.parent / target).resolve() for page in found for target in links(page) if target.endswith(".md")
+        }
+    assert {page for page in PAGES if page not in seen} == set()
 
 
 def test_a_built_wheel_installed_elsewhere_trains(tmp_path):

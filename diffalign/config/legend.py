@@ -34,7 +34,7 @@ def written(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def keys() -> Iterator[Key]:
+def every() -> Iterator[Key]:
     """Every key of a config but those of its rule, in the schema's order; sections are no keys."""
     raw, whole = properties(Config), schema()["properties"]
     for name, of in raw.items():
@@ -59,7 +59,7 @@ def rule_keys(name: str) -> Iterator[Key]:
 def explained(config: Config) -> list[str]:
     """The resolved config as lines of YAML, each key with what it is, what is allowed, and its default where that is another."""
     name = config.rule["name"]
-    known = {key.name: key for key in (*keys(), *rule_keys(name))}
+    known = {key.name: key for key in (*every(), *rule_keys(name))}
     values = config.model_dump(mode="json")
     values["rule"] = {"name": name, **config.make_rule().settings.model_dump(mode="json")}
     lines = []

@@ -18,7 +18,7 @@ def test_a_key_is_a_line_with_its_value_and_default(name):
     settings = configs.load(name)
     assert models.path(settings.model)
     lines = legend.explained(settings)
-    known = {key.name: key for key in (*legend.keys(), *legend.rule_keys(settings.rule["name"]))}
+    known = {key.name: key for key in (*legend.every(), *legend.rule_keys(settings.rule["name"]))}
     section, seen = "", set()
     for line in lines:
         key, _, rest = line.strip().partition(":")
@@ -57,6 +57,6 @@ def test_what_is_allowed_in_words(of, said):
 
 
 def test_no_key_is_without_words():
-    for key in (*legend.keys(), *(key for name in RULES for key in legend.rule_keys(name))):
+    for key in (*legend.every(), *(key for name in RULES for key in legend.rule_keys(name))):
         assert key.what, key.name
         assert key.allowed not in ("", "any"), key.name

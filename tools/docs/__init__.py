@@ -1,0 +1,69 @@
+"""`python -m tools.docs [--write]`: everything in the repository that is made from the code. Tests hold it equal.
+
+Without --write it says which files differ. Pages are written by hand; what stands in one between `<!-- made: NAME -->` and
+`<!-- end -->` is the part of that name, below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from diffalign.config import json_schema, marks
+from diffalign.rules import RULES
+from tools.docs import keys, messages, tables
+
+ROOT = Path(__file__).parents[2]
+PART = re.compile(r"(<!-- made: (.+?) -->\n).*?(<!-- end -->)", re.S)
+PARTS: dict[str, Callable[[], list[str]]] = {
+    "keys": keys.sections,
+    **{f"keys of {name}": (lambda name=name: keys.of_rule(name)) for name in RULES},
+    "marks": marks.table,
+    "rules": tables.rules,
+    "rewards": tables.rewards,
+    "presets": tables.presets,
+    "embedded pipelines": tables.embedded,
+    "exit codes": messages.exit_codes,
+    "faults": messages.faults,
+    "mistakes": messages.mistakes,
+}
+
+
+def pages() -> list[Path]:
+    """The pages of docs/."""
+    return sorted((ROOT / "docs").rglob("*.md"))
+
+
+def made() -> dict[Path, str]:
+    """Every file that is made, or has a made part: its path in the repository and its text."""
+    found = {Path("configs") / json_schema.FILE: json_schema.text()}
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if PART.search(text):
+            found[page.relative_to(ROOT)] = PART.sub(_part, text)
+    return found
+
+
+def used() -> list[str]:
+    """The names of the parts that stand in some page."""
+    return [name for page in pages() for _, name, _ in PART.findall(page.read_text(encoding="utf-8"))]
+
+
+def _part(found: re.Match[str]) -> str:
+    lines = PARTS[found[2]]()
+    return found[1] + "".join(f"{line}\n" for line in lines) + found[3]
+
+
+def main(write: bool) -> int:
+    """Write the files, or say which differ; the exit code is how many do."""
+    differ = 0
+    for path, content in made().items():
+        place = ROOT / path
+        if place.is_file() and place.read_text(encoding="utf-8") == content:
+            continue
+        differ += 1
+        print(f"{path} {'written' if write else 'differs'}")
+        if write:
+            place.write_text(content, encoding="utf-8")
+    return 0 if write else differ
