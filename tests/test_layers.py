@@ -174,7 +174,7 @@ def test_light_modules_stay_light(module, absent):
 
 
 def test_the_backend_names_no_model_family():
-    written = yaml.safe_load((ROOT / "tools" / "families.yaml").read_text())
+    written = yaml.safe_load((ROOT / "diffalign" / "models" / "families.yaml").read_text())
     families = {re.match(r"[a-z]+", name)[0] for name in written} - {
         "sd",
         "z",

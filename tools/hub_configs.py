@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
+from diffalign.models.families import table
+from diffalign.runtime.yaml_text import flow
 
 ROOT = Path(__file__).parents[1]
-FAMILIES = Path(__file__).parent / "families.yaml"
 RULES = {
     "awm": "{name: awm}",
     "branch_grpo": "{name: branch_grpo, splits: [0, 1, 2], window: [0, 3], step_weight: equal}",
@@ -58,7 +58,7 @@ seed: 0
 
 def families() -> dict[str, dict[str, Any]]:
     """The table, by the configs' name."""
-    return yaml.safe_load(FAMILIES.read_text(encoding="utf-8"))
+    return table()
 
 
 def configs() -> dict[Path, str]:
@@ -74,8 +74,9 @@ def text(name: str, rule: str, facts: dict[str, Any]) -> str:
     """One config."""
     usual = VIDEOS if "num_frames" in facts["call"] else IMAGES
     groups, size, micro_batch, lr = BY_RULE.get(rule, usual)
+    written = {key: flow(facts[key]) for key in ("call", "lora", "guidance")}
     return TEMPLATE.format(
-        **facts,
+        **{**facts, **written},
         name=name,
         rule=rule,
         rule_line=facts["rules"][rule] or RULES[rule],

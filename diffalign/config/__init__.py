@@ -1,6 +1,7 @@
 """The config: a typed schema, YAML plus `key=value`, all mistakes reported together before torch is imported."""
 
 from diffalign.config.checks import validate as validate
+from diffalign.config.decided import told as told
 from diffalign.config.files import find as find
 from diffalign.config.files import folders as folders
 from diffalign.config.files import load as load

@@ -10,9 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from diffalign.config.decided import decide, undecided
 from diffalign.config.messages import mistakes as told
 from diffalign.config.messages import near, renamed
 from diffalign.config.schema import LARGEST, Config
+from diffalign.config.short import written_out
 from diffalign.errors import UserError, shown
 from diffalign.models.calls import FIXED, GIVEN
 from diffalign.models.notes import LORA, Notes, choices, foreign, lora_folder
@@ -27,13 +29,20 @@ from diffalign.runtime.files import HUB_ID, is_file, is_folder
 from diffalign.shapes import models
 
 
-def validate(raw: dict[str, Any], problems: list[str] | None = None, book: Book | None = None) -> Config:
-    """A config from plain data; `problems` were found before, `book` holds its prompts if they were read.
+def validate(
+    raw: dict[str, Any],
+    problems: list[str] | None = None,
+    book: Book | None = None,
+    decided: dict[str, Any] | None = None,
+) -> Config:
+    """A config from plain data; `problems` were found before, `book` holds its prompts if they were read, `decided` is what its model
+    decided before.
 
     Raises:
         UserError: with every mistake found.
     """
-    mistakes, raw = list(problems or []), renamed(raw)
+    mistakes, raw = list(problems or []), written_out(renamed(raw))
+    decided = {**(decided or {}), **_decide(raw, mistakes)}
     rule = raw.get("rule")
     before = len(mistakes)
     settings = _check_rule(rule, mistakes)
@@ -55,7 +64,21 @@ def validate(raw: dict[str, Any], problems: list[str] | None = None, book: Book 
     mistakes += _check_names(config, book)
     if mistakes:
         raise UserError(*mistakes)
+    config._decided = decided
     return config
+
+
+def _decide(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """What the model decides, written into raw settings."""
+    found: dict[str, Any] = {}
+    model = raw.get("model")
+    if isinstance(model, str) and not _check_model(model):
+        try:
+            found = decide(raw)
+        except UserError as error:
+            problems += error.problems
+    undecided(raw)
+    return found
 
 
 def _check_rule(rule: Any, problems: list[str]) -> BaseModel | None:

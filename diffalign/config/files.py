@@ -9,6 +9,7 @@ from typing import Any
 from diffalign.config.checks import validate
 from diffalign.config.places import placed
 from diffalign.config.schema import Config
+from diffalign.config.short import MEANT, written_out
 from diffalign.errors import UserError, one_line
 from diffalign.runtime.files import is_file
 from diffalign.runtime.yaml_text import parse
@@ -86,6 +87,7 @@ def _read(name: str) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         raise UserError(f"config: {path} holds {what}, expected keys and values")
     if strange := [key for key in raw if not isinstance(key, str)]:
         raise UserError(f"config: {path}: keys must be words, got {', '.join(map(repr, strange))}")
+    raw = written_out(raw)
     raw.setdefault("run_dir", f"runs/{path.parent.name}/{path.stem}")
     return raw, *placed(raw, path.parent)
 
@@ -95,6 +97,12 @@ def _override(raw: dict[str, Any], text: str, changed: dict[str, Any]) -> str | 
     name, equals, value = text.partition("=")
     if not equals or not all(name.split(".")):
         return f"override: got {text!r}, expected key=value"
+    try:
+        given = parse(value, f"override: {name}")
+    except UserError as error:
+        return error.problems[0]  # beside the other mistakes
+    if name == "prompts" and isinstance(given, str):  # the rest of the section stays
+        name = f"prompts.{MEANT['prompts']}"
     *sections, last = name.split(".")
     place = raw
     for section in sections:
@@ -103,17 +111,14 @@ def _override(raw: dict[str, Any], text: str, changed: dict[str, Any]) -> str | 
         place = place[section]
         if not isinstance(place, dict):
             return f"override: {name}: {section} is not a section"
-    try:
-        given = parse(value, f"override: {name}")
-    except UserError as error:
-        return error.problems[0]  # beside the other mistakes
     # On the command line a path is the shell's.
-    alone: dict[str, Any] = {}
-    inner = alone
-    for section in sections:
-        inner = inner.setdefault(section, {})
-    inner[last] = given
+    alone: dict[str, Any] = {last: given}
+    for section in reversed(sections):
+        alone = {section: alone}
+    alone = written_out(alone)
     _, problems = placed(alone, None)
-    place[last] = inner[last]
+    for section in sections:
+        alone = alone[section]
+    place[last] = alone[last]
     changed[name] = None
     return problems[0] if problems else None

@@ -34,7 +34,7 @@ class MemorySection(Settings):
 
     checkpoint: Literal["auto", "none", "blocks", "spans", "both"] = Field(
         "none",
-        description="run again for the gradient, not kept; auto: blocks, over several steps both",
+        description="run again for the gradient, not kept; auto: blocks, over steps both; embedded, unnamed: none",
     )
     quantize: Quantize = Field(
         "none",

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffalign.config.decided import AUTO, KEYS
 from diffalign.config.schema import Config
 from diffalign.errors import UserError
 from diffalign.processes import PROCESSES
@@ -21,6 +22,7 @@ from diffalign.shapes import models
 FILE = "schema.json"  # beside the folders of configs
 BESIDE = ".diffalign.schema.json"  # beside a user's config, wherever that is
 TITLE = "a config of diffalign"
+TEXT = {"type": "string"}
 _OURS = ("title", "resume", "allowed")  # titles are the keys again; the others are read by `marks` and `legend`
 
 
@@ -29,8 +31,8 @@ def line(schema: str) -> str:
     return f"# yaml-language-server: $schema={schema}\n"
 
 
-def schema() -> dict[str, Any]:
-    """Of a whole config file: what can be said of its keys one by one; what must go together is checked when it is read."""
+def in_full() -> dict[str, dict[str, Any]]:
+    """The keys of a config that is written out, with the names that come from tables."""
     keys = properties(Config)
     keys["rule"] = _rule()
     keys["model"]["examples"] = models.names()
@@ -38,10 +40,31 @@ def schema() -> dict[str, Any]:
         name: {"type": "number", "description": entry.about} for name, entry in catalog.builtin().items()
     }
     keys["eval_rewards"]["items"] = {"type": "string", "examples": list(catalog.builtin())}
-    keys["sampler"]["properties"]["process"]["enum"] = list(PROCESSES)
     keys["prompts"]["properties"]["source"]["examples"] = list(SETS)
-    for key in (keys["precision"], keys["memory"]["properties"]["judge_precision"]):
-        key["enum"] = [*PRECISIONS, *(short for short, name in SHORT.items() if name in PRECISIONS)]
+    precisions = [*PRECISIONS, *(short for short, name in SHORT.items() if name in PRECISIONS)]
+    for section, name, words in (
+        (keys["sampler"]["properties"], "process", list(PROCESSES)),
+        (keys, "precision", precisions),
+        (keys["memory"]["properties"], "judge_precision", precisions),
+    ):
+        decided = [AUTO] if section[name].get("default") == AUTO else []
+        section[name] = {k: v for k, v in section[name].items() if k != "anyOf"} | {"enum": [*decided, *words]}
+    return keys
+
+
+def schema() -> dict[str, Any]:
+    """Of a whole config file: what can be said of its keys one by one; what must go together is checked when it is read."""
+    keys = in_full()
+    trackers = keys["output"]["properties"]["trackers"]
+    # Short forms, see `config.short`. What is said of mappings or lists says nothing of a text.
+    for of, kinds, more in (
+        (keys["rule"], ["object", "string"], {"if": {"type": "string"}, "then": {"enum": list(RULES)}}),
+        (keys["prompts"], ["object", "string"], {}),
+        (keys["rewards"], ["object", "string", "array"], {"items": TEXT, "minItems": 1, "uniqueItems": True}),
+        (keys["eval_rewards"], ["array", "string"], {}),
+        (trackers, ["array", "string"], {"if": {"type": "string"}, "then": trackers["items"]}),
+    ):
+        of.update({"type": kinds, **more})
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": TITLE,
@@ -77,7 +100,23 @@ def write_beside(place: Path) -> None:
 def properties(model: Any) -> dict[str, dict[str, Any]]:
     """The keys of a section's class or of a rule's settings, as a JSON schema says them, sections within written out."""
     found = model.model_json_schema()
-    return _inlined(found["properties"], found.get("$defs", {}))
+    keys: dict[str, dict[str, Any]] = _inlined(found["properties"], found.get("$defs", {}))
+    for section, _, name in (key.rpartition(".") for key in (*KEYS, "memory.checkpoint") if model is Config):
+        of = keys[section]["properties"] if section else keys
+        of[name] = _by_model(of[name])
+    return keys
+
+
+def _by_model(of: dict[str, Any]) -> dict[str, Any]:
+    """A key that the model decides unless it is named."""
+    if of.get("default") == AUTO or AUTO in of.get("enum", ()):  # it knows the word
+        return {**of, "default": AUTO}
+    if "anyOf" in of:
+        return {**of, "anyOf": [{"const": AUTO}, *of["anyOf"]], "default": AUTO}
+    if of["type"] == "string":  # what it may be comes from a table
+        return {**of, **({"enum": [AUTO, *of["enum"]]} if "enum" in of else {}), "default": AUTO}
+    word = {"if": TEXT, "then": {"const": AUTO}}  # so that a wrong number is said to be one
+    return {**of, "type": [of["type"], "string"], **word, "default": AUTO}
 
 
 def summary(thing: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from diffalign.config.json_schema import properties, schema
+from diffalign.config.json_schema import in_full, properties
 from diffalign.config.schema import Config
 from diffalign.rules import RULES
 
@@ -36,7 +36,7 @@ def written(value: Any) -> str:
 
 def every() -> Iterator[Key]:
     """Every key of a config but those of its rule, in the schema's order; sections are no keys."""
-    raw, whole = properties(Config), schema()["properties"]
+    raw, whole = properties(Config), in_full()
     for name, of in raw.items():
         if name == "rule":
             yield _key("rule.name", {"description": "how it learns", "enum": list(RULES)})
@@ -92,6 +92,9 @@ def allowed(of: dict[str, Any]) -> str:
     if "anyOf" in of:
         return " or ".join(allowed(part) for part in of["anyOf"])
     kind = of.get("type")
+    if isinstance(kind, list):
+        parts = [of["then"] if name == "string" else {**of, "type": name} for name in reversed(kind)]
+        return " or ".join(map(allowed, parts))
     if kind in ("integer", "number"):
         return _range(of)
     if kind == "array":

@@ -214,8 +214,9 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def given(config: Config) -> list[str]:
-    """The keys that the user named, dotted; the others have their defaults."""
-    return _leaves(config.model_dump(mode="json", exclude_unset=True))
+    """The keys that the user named, dotted; the others have their defaults, or what the model decides."""
+    named = _leaves(config.model_dump(mode="json", exclude_unset=True))
+    return [key for key in named if not any(key == own or key.startswith(f"{own}.") for own in config.decided)]
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> list[str]:

@@ -103,8 +103,7 @@ class OptimizerConfig(Settings):
     )
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
-        description="samples per forward pass, in sampling and training alike. auto: 16, or the next smaller divisor of an update's "
-        "samples; on a CUDA device as many as fit and pay, timed when the run begins",
+        description="samples per forward pass; auto: timed on a card, elsewhere 16 or the next divisor below",
         json_schema_extra=FREE,
     )
 
@@ -220,7 +219,7 @@ class Config(Settings):
     )
     speed: Speed = Field(
         "auto",
-        description="on CUDA: plain, recorded (same bits, more memory), compiled (other bits); auto: plain or recorded",
+        description="on CUDA: plain, recorded (same bits, more memory), compiled (other bits); auto: by the clock",
         json_schema_extra=ASKED,
     )
     deterministic: Literal["auto"] | bool = Field(
@@ -266,4 +265,10 @@ class Config(Settings):
         assert self._book is not None, "a config is made by config.load or config.validate"
         return self._book
 
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What its model decided of it, by dotted key."""
+        return dict(self._decided)
+
     _book: Book | None = PrivateAttr(None)
+    _decided: dict[str, Any] = PrivateAttr(default_factory=dict)

@@ -64,13 +64,15 @@ def with_kept(config: configs.Config, kept: Mapping[str, Any]) -> configs.Config
     if all(_at(settings, key) == value for key, value in kept.items()):
         return config
     raw = config.model_dump(mode="json", exclude_unset=True)
+    book = None if any(key.startswith(READ) for key in kept) else config.book
+    decided = {key: value for key, value in config.decided.items() if key not in kept}
     for key, value in kept.items():
         *sections, last = key.split(".")
         place = raw
         for section in sections:
             place = place.setdefault(section, {})
         place[last] = value
-    return configs.validate(raw, book=None if any(key.startswith(READ) for key in kept) else config.book)
+    return configs.validate(raw, book=book, decided=decided)
 
 
 def _at(settings: dict[str, Any], key: str) -> Any:

@@ -142,6 +142,8 @@ class Session:
         for key, value in folder.taken.kept.items():
             if key not in DECIDED:
                 reporter.say(f"{key}: {value!r}, as the run began; this version's default is another")
+        for line in configs.told(config):
+            reporter.say(line)
         batch = self.trainer.draw(0).select(range(self.policy.micro_batch))
         parts.introduce(config, made, batch, reporter.say)
         self.budget, self.spent, self.last = Budget(updates=config.updates), Spent(), Spent()

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from diffalign import config as configs
 from diffalign.cli import app
 from diffalign.config import json_schema
+from diffalign.config.decided import undecided
 from diffalign.config.schema import Config
+from diffalign.config.short import written_out
 from diffalign.errors import UserError
 from diffalign.planning import starter
 from diffalign.rules import RULES
@@ -23,6 +25,7 @@ VALIDATOR = jsonschema.Draft7Validator(SCHEMA)
 LEAST = {"model": "shapes-sd3", "rule": {"name": "awm"}, "rewards": {"soft_colour": 1.0}, "run_dir": "x"}
 # An editor marks numbers as text ("3"), and 0 and 1 for false and true; the config takes those.
 POOL = [
+    "auto",
     None,
     True,
     -1,
@@ -73,6 +76,10 @@ def changed(key: tuple[str, ...], value: object) -> dict:
 
 def taken(raw: dict) -> bool:
     """Whether the config's own types take it; which names there are is checked later, from the same tables."""
+    raw = written_out(raw)
+    if isinstance(raw.get("sampler"), dict):
+        raw = {**raw, "sampler": dict(raw["sampler"])}
+    undecided(raw)
     try:
         Config(**raw)
         rule = raw["rule"]
