@@ -34,15 +34,17 @@ def app() -> None:
     """Align image and video diffusion models with a reward. The update rule is one word in the config."""
 
 
-def _settings(config: str, overrides: tuple[str, ...], vram: float | None) -> tuple[configs.Config, Any]:
-    """A config, fitted into memory where that is asked for, and what was counted of its model for that."""
+def _settings(
+    config: str, overrides: tuple[str, ...], vram: float | None, ready: bool = True
+) -> tuple[configs.Config, Any]:
+    """A config, fitted into memory where that is asked for, and what was counted of its model for that; ready: its packages are there."""
     if vram is None:
-        return configs.load(config, overrides), None
-    from diffalign.planning import vram as cards
+        return configs.load(config, overrides, ready), None
+    from diffalign.planning import vram as fitting
 
-    settings, fit = cards.fitted(config, overrides, vram)
+    settings, fit = fitting.fitted(config, overrides, vram, ready)
     if launcher.leads():
-        show(cards.verdict(vram, fit))
+        show(fitting.verdict(vram, fit))
     return settings, fit.facts
 
 
@@ -124,7 +126,7 @@ def evaluate(targets: tuple[str, ...], suite: str, out: Path, **asked: Any) -> N
 @app.command()
 @A_CONFIG
 @click.option("--preview", type=Place(dir_okay=False, path_type=Path), help="A picture of samples; loads weights.")
-@click.option("--card", help="Bound on a card's peak: a100, h200, ...")
+@click.option("--card", help="By name, such as 4090: its memory for --vram, and a bound of time on its peak.")
 @VRAM
 def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: str | None, vram: float | None) -> None:
     """Say what one update of CONFIG does and costs, and with --vram first whether it fits; loads no weights."""
@@ -134,10 +136,16 @@ def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: st
 
         show(previews.write(settings, preview))
         return
-    settings, known = _settings(config, overrides, vram)
-    from diffalign.planning import cost
+    from diffalign.planning import cards
 
-    show(cost.count(settings, known).lines(*cost.bound(card)))
+    named = None if card is None else cards.find(card)
+    settings = configs.load(config, overrides, ready=False)  # a mistake is told before torch is imported
+    from diffalign.planning import architectures, cost
+
+    if named is not None and vram is None and architectures.name_of(settings.model) is not None:
+        vram = named.memory
+    settings, known = _settings(config, overrides, vram, ready=False)
+    show(cost.count(settings, known).lines(cost.bound(settings, named), told=known is not None))
 
 
 @app.command()

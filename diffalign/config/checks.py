@@ -34,9 +34,10 @@ def validate(
     problems: list[str] | None = None,
     book: Book | None = None,
     decided: dict[str, Any] | None = None,
+    ready: bool = True,
 ) -> Config:
     """A config from plain data; `problems` were found before, `book` holds its prompts if they were read, `decided` is what its model
-    decided before.
+    decided before; ready: the packages that it needs are to be there.
 
     Raises:
         UserError: with every mistake found.
@@ -62,6 +63,7 @@ def validate(
         if whole and hasattr(settings, "problems"):  # with keys left out, what it says about them is not so
             mistakes += settings.problems(config.sampler.steps)
     mistakes += _check_names(config, book)
+    mistakes += _check_packages(config) if ready else []
     if mistakes:
         raise UserError(*mistakes)
     config._decided = decided
@@ -154,6 +156,14 @@ def _check_names(config: Config, book: Book | None) -> list[str]:
         problems.append(
             f"memory.shard: got blocks with memory.quantize {config.memory.quantize}; allowed is one of the two"
         )
+    if config.rewards and not any(config.rewards.values()):
+        problems.append(f"rewards: got only zero weights {config.rewards}, allowed is at least one other")
+    return problems
+
+
+def _check_packages(config: Config) -> list[str]:
+    """What is to be installed."""
+    problems = []
     if config.attention == "xformers" and (mend := missing("xformers")):
         problems.append(f"attention: xformers is not installed; {mend}, or allowed is native")
     problems += [
@@ -161,8 +171,10 @@ def _check_names(config: Config, book: Book | None) -> list[str]:
         for name in config.output.trackers
         if (mend := missing(name))
     ]
-    if config.rewards and not any(config.rewards.values()):
-        problems.append(f"rewards: got only zero weights {config.rewards}, allowed is at least one other")
+    for section, names in (("rewards", list(config.rewards)), ("eval_rewards", config.eval_rewards)):
+        for name in names:
+            with suppress(LookupError):  # said before
+                problems += [f"{section}: {name} needs {lacks}"] if (lacks := catalog.find(name).missing) else []
     return problems
 
 

@@ -64,7 +64,7 @@ def _open(raw: dict[str, Any], key: str) -> bool:
 def told(config: Config) -> list[str]:
     """What a user is told of it."""
     shown = {key: value for key, value in config.decided.items() if key in KEYS}
-    if not shown:
+    if not shown or (models.path(config.model) and shown.keys() == {"precision"}):
         return []
     words = ", ".join(f"{key.rpartition('.')[2]} {_word(value)}" for key, value in shown.items())
     return [f"auto, by {families.usual(config.model, config.revision).source}: {words}"]

@@ -37,8 +37,9 @@ def find(name: str) -> Path:
     raise UserError(f"config: no file {name!r}; {hint}")
 
 
-def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a config, apply `key=value` overrides and check everything that can be checked without torch.
+def load(name: str, overrides: list[str] | tuple[str, ...] = (), ready: bool = True) -> Config:
+    """Read a config, apply `key=value` overrides and check everything that can be checked without torch. ready: also that the packages
+    that it needs are installed.
 
     Raises:
         UserError: with every mistake found.
@@ -48,7 +49,7 @@ def load(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     problems += [problem for override in overrides if (problem := _override(raw, override, changed))]
     lost = {key: said for key, said in lost.items() if key not in changed}
     try:
-        return validate(raw, problems)
+        return validate(raw, problems, ready=ready)
     except UserError as error:
         raise UserError(*(_with_places(problem, lost) for problem in error.problems)) from None
 

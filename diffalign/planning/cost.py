@@ -20,6 +20,7 @@ from diffalign.errors import UserError, one_line
 from diffalign.models import lora as adapters
 from diffalign.models.untrained import random_pipeline
 from diffalign.planning import architectures, remarks
+from diffalign.planning.cards import Card
 from diffalign.planning.demand import Demand, demand
 from diffalign.planning.facts import Facts, facts, parameters_of, toy
 from diffalign.processes import Levels
@@ -28,10 +29,11 @@ from diffalign.rewards.scorer import Scorer
 from diffalign.rules import Rule
 from diffalign.runs import parts as build
 from diffalign.runtime.randomness import Purpose, numpy_generator
+from diffalign.runtime.words import duration, folded
 from diffalign.shapes import models
 from diffalign.training.fitting import fit
 from diffalign.training.trainer import Trainer
-from diffalign.types import Media, Plan, Prompts, Schedule
+from diffalign.types import Media, Plan, Prompts, Schedule, Term
 
 
 @dataclass(frozen=True)
@@ -49,29 +51,70 @@ class Cost:
     flops: float
     decode_flops: float
     notes: tuple[str, ...]
+    updates: int
     demand: Demand | None = None  # memory, where it is known
 
-    def lines(self, rate: float, source: str) -> list[str]:
-        """A report; `rate` in FLOP/s, and where it is from."""
+    def lines(self, bound: Bound | None, told: bool = False) -> list[str]:
+        """A report, what it takes first; `bound`: what to hold its time against, None: nothing is known; told: whether it fits was said."""
         noisy = [k for k, on in enumerate(self.plan.noise) if on and self.schedule.std[k] > 0]
-        total = self.flops + self.decode_flops
-        lines = [f"note        {note}" for note in self.notes]
-        lines += [
-            f"sampler     {self.schedule.steps} steps to level {self.plan.stop}, noise on steps {noisy or 'none'}",
-            "std         " + " ".join(f"{self.schedule.std[k]:.3f}" for k in noisy),
-        ]
-        for number, terms in enumerate(self.plan.updates, 1):
-            lines.append(f"step {number}      {', '.join(map(str, terms))}")
+        std = [f"{self.schedule.std[k]:.3f}" for k in noisy]
         return [
-            *lines,
-            f"samples     {self.samples}",
+            self._time(bound),
+            *(self.demand.lines(told) if self.demand else ()),
+            *(f"note        {note}" for note in self.notes),
+            f"sampler     {self.schedule.steps} steps to level {self.plan.stop}, noise on steps {folded(noisy)}",
+            *([f"std         {' '.join(std)}"] if std else []),
+            *_steps(self.plan),
+            f"samples     {self.samples} an update",
             f"rows        {self.rows_forward} forward, of them {self.rows_backward} with backward",
             f"stored      {self.stored_bytes / 2**20:.1f} MiB of trajectories",
-            *(self.demand.lines() if self.demand else ()),
             f"parameters  {self.parameters / 1e6:.2f} M in the denoiser, {self.trained / 1e6:.3f} M trained",
             f"flops       {_big(self.flops)} network, {_big(self.decode_flops)} decoding, per update",
-            f"bound       {total / rate:.2f} s an update at {_big(rate)}FLOP/s ({source})",
         ]
+
+    def _time(self, bound: Bound | None) -> str:
+        total = self.flops + self.decode_flops
+        if bound is None:
+            return f"time        not known without a card: --card 4090; {_big(total)}FLOP an update"
+        once = total / bound.rate
+        whole = f"{self.updates} updates {duration(once * self.updates)}, evaluations not counted"
+        return f"time        an update takes at least {duration(once)} on {bound.where}; {whole}"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A rate of products, FLOP/s, and on what, in words."""
+
+    rate: float
+    where: str
+
+
+def _steps(plan: Plan) -> list[str]:
+    """The optimiser steps, a line each; those that are alike are one line, and so are terms that differ in their step alone."""
+    said: list[tuple[str, list[int]]] = []
+    for number, terms in enumerate(plan.updates, 1):
+        alike: list[list[Term]] = []
+        for term in terms:
+            last = alike[-1][-1] if alike else None
+            moved = last and replace(last, start=term.start, stop=term.stop) == term and term.start == last.stop
+            if moved and last and last.stop - last.start == term.stop - term.start == 1 and term.steps is None:
+                alike[-1].append(term)
+            else:
+                alike.append([term])
+        text = ", ".join(
+            str(run[0])
+            if len(run) == 1
+            else f"{run[0].through} of each of the steps {run[0].start} to {run[-1].start} x {run[0].weight:.3g}"
+            for run in alike
+        )
+        if said and said[-1][0] == text:
+            said[-1][1].append(number)
+        else:
+            said.append((text, [number]))
+    return [
+        f"step {folded(numbers):7}{text}" if len(numbers) == 1 else f"steps {folded(numbers)}: {text}"
+        for text, numbers in said
+    ]
 
 
 @dataclass(frozen=True)
@@ -176,6 +219,7 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
         network.decode * leaves * ((plan.stop == schedule.steps) + 2 * plan.perturbed)
         + network.trained_decode * leaves * plan.pathwise,
         tuple(notes),
+        config.updates,
     )
 
 
@@ -234,21 +278,16 @@ def _network(policy: DiffusersPolicy, parameters: int, trained: int) -> Network:
     )
 
 
-# Dense bfloat16 peaks in FLOP/s from the vendor's data sheets; large products reach some 60 to 80 % of them.
-CARDS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "l40s": 362e12, "rtx4090": 165e12}
-
-
-def bound(card: str | None) -> tuple[float, str]:
-    """A rate to hold an update against, and where it is from: a named card's peak, or what this machine does.
-
-    Raises:
-        UserError: for a card that is not in `CARDS`.
-    """
-    if card is None:
-        return matrix_rate(), "a 1024 x 1024 product on this machine, measured now"
-    if card not in CARDS:
-        raise UserError(f"--card: got {card!r}, allowed are {', '.join(CARDS)}")
-    return CARDS[card], f"the dense bfloat16 peak of the {card} by its data sheet"
+def bound(config: Config, card: Card | None) -> Bound | None:
+    """What to hold an update's time against: a named card's peak; or what this machine does, if the model could run on it."""
+    if card is not None:
+        if card.rate is None:
+            return None
+        return Bound(card.rate, f"a {card.name} ({_big(card.rate)}FLOP/s by its data sheet)")
+    if not models.path(config.model) and not torch.cuda.is_available():
+        return None
+    rate = matrix_rate()
+    return Bound(rate, f"this machine ({_big(rate)}FLOP/s, a 1024 x 1024 product measured now)")
 
 
 def _big(value: float) -> str:

@@ -34,15 +34,21 @@ class Demand:
         """Bytes that the device must have."""
         return sum(self.phases[self.largest].values())
 
-    def lines(self) -> list[str]:
-        """A report."""
-        most = {name: taken for name, taken in self.phases[self.largest].items() if taken >= 0.05 * GIB}
+    def lines(self, told: bool = False) -> list[str]:
+        """A report; told: what the largest phase takes was said before."""
         others = [f"{phase} {sum(p.values()) / GIB:.1f}" for phase, p in self.phases.items() if phase != self.largest]
-        parts = ", ".join(f"{name} {taken / GIB:.1f}" for name, taken in most.items())
-        return [
-            f"memory      {self.total / GIB:.1f} GiB, counted, the most while {self.largest}: {parts}",
-            f"            {', '.join(others)}",
-        ]
+        most = f"{self.total / GIB:.1f} GiB, counted, not measured, the most while {self.largest}: {self.parts}"
+        return (
+            [f"memory      {', '.join(others)}"]
+            if told
+            else [f"memory      {most}", f"            {', '.join(others)}"]
+        )
+
+    @property
+    def parts(self) -> str:
+        """What the largest phase is made of, in GiB; what is less than 0.05 is left out."""
+        most = {name: taken / GIB for name, taken in self.phases[self.largest].items() if taken >= 0.05 * GIB}
+        return ", ".join(f"{name} {taken:.1f}" for name, taken in most.items())
 
 
 def demand(config: Config, facts: Facts) -> Demand:

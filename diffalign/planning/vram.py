@@ -47,13 +47,13 @@ class Fitted:
     facts: Facts
 
 
-def fitted(name: str, overrides: tuple[str, ...], vram: float) -> tuple[Config, Fitted]:
-    """A config with the cheapest settings that fit `vram` GiB, where it does not name others itself.
+def fitted(name: str, overrides: tuple[str, ...], vram: float, ready: bool = True) -> tuple[Config, Fitted]:
+    """A config with the cheapest settings that fit `vram` GiB, where it does not name others itself; ready: what it needs is installed.
 
     Raises:
         UserError: if nothing does, with the least that would; or the model's memory is not known beforehand.
     """
-    config = configs.load(name, overrides)
+    config = configs.load(name, overrides, ready)
     if architectures.name_of(config.model) is None:
         names = ", ".join(name.partition("/")[2] for name in architectures.known())
         raise UserError(
@@ -74,7 +74,7 @@ def fitted(name: str, overrides: tuple[str, ...], vram: float) -> tuple[Config, 
         if taken.total <= vram * GIB:
             kept = {**chosen, "memory.vram": vram, "memory.counted": round(taken.total / GIB, 1)}
             lines = [f"{key}={value}" for key, value in kept.items()]
-            fit = configs.load(name, [*overrides, *lines])
+            fit = configs.load(name, [*overrides, *lines], ready)
             differ = configs.differences(configs.settings(config), configs.settings(fit))
             return fit, Fitted({key: value for key, value in chosen.items() if key in differ}, taken, found)
     held = [key for rung in (*FREE, *DEAR) for key in rung if _fixed(config, named, key)]
@@ -148,7 +148,8 @@ def _with(config: Config, chosen: dict[str, Any]) -> Config:
 def verdict(vram: float, fit: Fitted) -> list[str]:
     """What `plan --vram` begins with."""
     told = ", ".join(f"{key}={value}" for key, value in fit.chosen.items()) or "as the config has it"
+    taken = fit.demand
     return [
-        f"fits        {vram:g} GiB: {fit.demand.total / GIB:.1f} GiB, counted, not measured, at the most, while {fit.demand.largest}",
+        f"fits        {vram:g} GiB: {taken.total / GIB:.1f}, counted, not measured, while {taken.largest} ({taken.parts})",
         f"with        {told}",
     ]

@@ -284,7 +284,5 @@ def problems(name: str, prompts: Iterable[dict[str, Any]]) -> tuple[list[str], s
         Path(place).exists() or HUB_ID.fullmatch(place) or place.startswith(("http://", "https://"))
     ):
         problems.append(f": {place} is not there; allowed is a file, a folder or a hub id")
-    if entry.missing:
-        problems.append(f" needs {entry.missing}")
     unfit = entry.unfit(prompts)
     return problems, f" {unfit}" if unfit else ""

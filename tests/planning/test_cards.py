@@ -1,0 +1,101 @@
+"""What `plan` says first, and cards by the names people use."""
+
+import dataclasses
+import math
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffalign.cli import app
+from diffalign.errors import UserError
+from diffalign.planning import cards, cost
+from diffalign.runtime.words import duration, folded
+from diffalign.types import Plan, Term
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *((name, "RTX 4090") for name in ("RTX 4090", "rtx4090", "4090", "NVIDIA GeForce RTX 4090", "rtx-4090")),
+        *((name, "A100") for name in ("a100", "A100-80GB", "NVIDIA A100-SXM4-80GB", "A100 SXM4 80GB")),
+        ("A100 40GB", "A100 40GB"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("nvidia h100 80GB", "H100"),
+        ("4070 ti super", "RTX 4070 Ti Super"),
+    ],
+)
+def test_cards_go_by_the_names_people_use(name, meant):
+    assert cards.find(name).name == meant
+
+
+def test_every_card_is_found_by_its_own_name_and_none_twice():
+    assert all(cards.find(card.name) is card for card in cards.CARDS.values())
+    assert all(card.memory > 0 and (card.rate is None or card.rate > 1e13) for card in cards.CARDS.values())
+
+
+def test_a_card_that_is_not_known_is_refused_in_one_line():
+    with pytest.raises(
+        UserError, match="^--card: got '4099'; did you mean RTX 4090; for any other: --vram with its memory$"
+    ):
+        cards.find("4099")
+
+
+def plan(*words):
+    done = CliRunner().invoke(app, ["plan", *words])
+    assert done.exit_code == 0, done.output
+    return done.output.splitlines()
+
+
+def test_plan_begins_with_whether_it_fits_and_how_long_it_takes():
+    first, chosen, time, *rest = plan("flow_grpo/sd35-medium", "--card", "4090", "updates=100")
+    assert (
+        first.startswith("fits        24 GiB: ") and "counted, not measured, while " in first and "(denoiser " in first
+    )
+    assert chosen.startswith("with        ")
+    assert " on a RTX 4090 (165.0 TFLOP/s by its data sheet); 100 updates " in time
+    assert rest[0].startswith("memory      ")
+    lines = plan("flow_grpo/sd35-medium")
+    assert lines[0].startswith("time        not known without a card: --card 4090; ")
+    assert lines[1].startswith("memory      ") and "counted, not measured" in lines[1]
+
+
+def test_plan_needs_no_reward_installed(monkeypatch):
+    monkeypatch.setattr("diffalign.rewards.catalog.missing", lambda module: f"pip install {module}")
+    done = CliRunner().invoke(app, ["config", "flow_grpo/sd35-medium"])
+    assert done.exit_code == 1 or "pickscore needs open_clip" in str(done.exception)
+    assert plan("flow_grpo/sd35-medium", "--vram", "24")[0].startswith("fits        24 GiB")
+
+
+def test_what_is_repeated_is_one_line():
+    each = tuple(Term(k, k + 1, "log_prob", 0.25) for k in range(4))
+    made = dataclasses.replace(Plan.deterministic(4), updates=(each, each, (Term(0, 4, "reward"),), each))
+    assert cost._steps(made) == [
+        "steps 1 to 2: log_prob of each of the steps 0 to 3 x 0.25",
+        "step 3      reward[0,4) x 1",
+        "step 4      log_prob of each of the steps 0 to 3 x 0.25",
+    ]
+    apart = (*each[:2], each[3], Term(0, 1, "log_prob", 0.5))
+    assert cost._steps(dataclasses.replace(made, updates=(apart,))) == [
+        "step 1      log_prob of each of the steps 0 to 1 x 0.25, log_prob[3,4) x 0.25, log_prob[0,1) x 0.5"
+    ]
+
+
+@given(st.lists(st.integers(0, 30), unique=True).map(sorted))
+def test_folded_numbers_are_the_numbers(numbers):
+    text = folded(numbers)
+    parts = [] if text == "none" else [part.split(" to ") for part in text.split(", ")]
+    assert [n for part in parts for n in range(int(part[0]), int(part[-1]) + 1)] == numbers
+
+
+@given(st.floats(0.05, 1e7))
+def test_a_duration_is_read_within_five_percent(seconds):
+    value, unit = duration(seconds).split(" ")
+    read = float(value) * {"s": 1, "min": 60, "h": 3600, "days": 86400}[unit]
+    assert math.isclose(read, seconds, rel_tol=0.05, abs_tol=0.05)
+
+
+def test_durations():
+    told = [duration(s) for s in (0.04, 9.94, 9.96, 99, 100, 600, 5969, 5971, 172_000, 180_000)]
+    assert told == ["0.0 s", "9.9 s", "10 s", "99 s", "1.7 min", "10 min", "99 min", "1.7 h", "47.8 h", "2.1 days"]
