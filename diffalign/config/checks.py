@@ -17,8 +17,9 @@ from diffalign.config.schema import LARGEST, Config
 from diffalign.config.short import written_out
 from diffalign.errors import UserError, shown
 from diffalign.models.calls import FIXED, GIVEN
-from diffalign.models.notes import LORA, Notes, choices, foreign, lora_folder
-from diffalign.models.places import given
+from diffalign.models.hub_files import HubPlace
+from diffalign.models.notes import LORA, Notes, choices
+from diffalign.models.places import PLACES, named, place_of
 from diffalign.processes import PROCESSES
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import Entry
@@ -182,23 +183,23 @@ def _check_start(config: Config) -> list[str]:
     """An adapter to go on from that is there, whole, and of the same model."""
     if config.lora.start is None:
         return []
-    folder = lora_folder(config.lora.start)
-    if folder is None and foreign(config.lora.start) is not None:
-        return []  # another tool's: what is in it is found out with the model
-    if folder is None:
+    folder = place_of(config.lora.start)
+    if folder is None and HubPlace.of(config.lora.start) is None:
         run, at, _ = config.lora.start.rpartition("@")
         there = f"; of that run: {choices(Path(run))}" if at and is_folder(Path(run)) else ""
-        return [
-            f"lora.start: got {shown(config.lora.start)}, no {LORA} there; allowed is a run's or adapter's folder, a .safetensors file, "
-            f"or peft's folder{there}"
-        ]
+        return [f"lora.start: got {shown(config.lora.start)}, no {LORA} there; allowed is {PLACES}{there}"]
+    return of_the_model("lora.start", folder, config.model)
+
+
+def of_the_model(key: str, place: Path | None, model: str) -> list[str]:
+    """Whether an adapter belongs to a model, as far as it says that; None, on the hub: what is in it is found out with the model."""
+    if place is None or not place.is_dir():
+        return []
     try:
-        base = Notes.read(folder).base_model or config.model
+        base = Notes.read(place).base_model
     except ValueError as error:
-        return [f"lora.start: {error}"]
-    return (
-        [] if base == config.model else [f"lora.start: {folder} belongs to {base}, the run's model is {config.model}"]
-    )
+        return [f"{key}: {error}"]
+    return [] if base in ("", model) else [f"{key}: {place} belongs to {base}, the run's model is {model}"]
 
 
 def _check_frozen(config: Config) -> list[str]:
@@ -206,16 +207,9 @@ def _check_frozen(config: Config) -> list[str]:
     problems: list[str] = []
     for text in config.lora.frozen:
         try:
-            place = given(text, "lora.frozen").folder
-            base = Notes.read(place).base_model if place.is_dir() else ""
+            problems += of_the_model("lora.frozen", place_of(named(text, "lora.frozen")[0]), config.model)
         except UserError as error:
             problems += error.problems
-            continue
-        except ValueError as error:
-            problems.append(f"lora.frozen: {error}")
-            continue
-        if base not in ("", config.model):
-            problems.append(f"lora.frozen: {place} belongs to {base}, the run's model is {config.model}")
     if len(set(config.lora.frozen)) < len(config.lora.frozen):
         problems.append(
             f"lora.frozen: got {shown(config.lora.frozen)}, one adapter twice; allowed is once, with another strength"

@@ -19,8 +19,8 @@ from torch import Tensor
 from diffalign.errors import UserError, one_line, shown
 from diffalign.models import file_notes, halves
 from diffalign.models.layer_names import COMFYUI, FORMATS, KOHYA, WIDER, Names, joined
-from diffalign.models.lora_normal import PEFT_CONFIG, Pair, dotted
-from diffalign.models.notes import LORA, PEFT_FILE, Notes, files_of, lora_settings, metadata
+from diffalign.models.lora_normal import Pair, dotted
+from diffalign.models.notes import LORA, PEFT_CONFIG, PEFT_FILE, Notes, files_of, lora_settings, metadata
 from diffalign.models.places import Adapter
 from diffalign.runtime.files import is_file, make_folder, share, write_text
 

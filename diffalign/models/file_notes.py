@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 import diffalign
+from diffalign.models.hub_files import HubPlace
 from diffalign.models.notes import Notes
-from diffalign.runtime.files import HUB_ID
+from diffalign.models.places import parted
 
 # Denoiser -> what it is called in modelspec.architecture, and in kohya's ss_base_model_version; which of several, `_kind` says.
 _NAMES = {
@@ -50,9 +51,10 @@ _IMPLEMENTATION = {
 
 def public(name: str) -> str:
     """A name that says nothing of this machine: of a path its last part."""
-    if "://" in name or (HUB_ID.fullmatch(name) and not Path(name).exists()):
+    if "://" in name or (HubPlace.of(parted(name)[0]) and not Path(name).exists()):
         return name
     before, at, place = name.rpartition("@")
+    before = Path(before).name  # RUN@130
     path, colon, attribute = place.rpartition(":") if ".py:" in place else (place, "", "")
     return f"{before}{at}{Path(path).name or path}{colon}{attribute}"
 
@@ -94,6 +96,7 @@ def of(
         "updates": str(notes.updates),
         "seed": str(notes.seed),
         "call": json.dumps(notes.call, sort_keys=True),
+        **({"start": public(notes.start)} if notes.start else {}),
         "frozen": json.dumps([f"{public(spec['place'])}:{spec['strength']:g}" for spec in notes.frozen]),
         "diffalign_version": diffalign.__version__,
     }

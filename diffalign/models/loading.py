@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 
 from diffalign.errors import UserError, one_line, shortened
+from diffalign.models import hub_files, quantizing, single_file, untrained
 from diffalign.models import lora as adapters
-from diffalign.models import quantizing, single_file, untrained
 from diffalign.runtime.device import settle
 from diffalign.runtime.files import fingerprint
 
@@ -59,23 +59,9 @@ def locate(model: str, revision: str | None = None) -> Place:
 
 def _refusal(model: str, revision: str | None, error: Exception) -> str:
     """What the user can do about a model that cannot be had."""
-    from huggingface_hub import errors
-
-    causes = [error, error.__cause__, error.__context__]
-    page = f"https://huggingface.co/{model}"
-
-    def is_a(*kinds: type) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if is_a(errors.GatedRepoError):
-        return f"{model!r} is gated: accept its terms at {page} and log in with `hf auth login`, or give a folder"
-    if is_a(errors.RevisionNotFoundError):
-        return f"{model!r} has no revision {revision!r}; its branches, tags and commits are at {page}"
-    if is_a(errors.RepositoryNotFoundError):
-        return f"{model!r} is not on the hub, or private: check {page}, log in with `hf auth login`, or give a folder"
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return (
+    return hub_files.refusal(model, revision, error) or (
         f"cannot fetch {model!r} from the hub ({type(error).__name__}); there is no folder of that name, and it is not in the hub's "
         f"cache ({HF_HUB_CACHE}) either: connect, or give the folder of a copy"
     )

@@ -18,9 +18,8 @@ from torch import Tensor
 from diffalign.errors import one_line, shown
 from diffalign.models import halves
 from diffalign.models.layer_names import WAN, fused
-from diffalign.models.notes import PEFT_FILE, lora_settings, metadata
+from diffalign.models.notes import PEFT_CONFIG, PEFT_FILE, lora_settings, metadata
 
-PEFT_CONFIG = "adapter_config.json"
 # Endings of names -> which part of a layer they are. The longest that fits counts.
 _PARTS = {
     **dict.fromkeys((".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight"), "down"),

@@ -24,7 +24,7 @@ def merge(pipe: Any, adapters: Sequence[Adapter]) -> int:
         try:
             found = lora_pairs.pairs(pipe, adapter.folder)
         except ValueError as error:
-            raise ValueError(f"{adapter.folder} does not fit: {error}") from error
+            raise ValueError(f"{adapter} does not fit: {error}") from error
         for component, pairs in found.items():
             for layer, pair in pairs.items():
                 up, down = pair.up.float().flatten(1), pair.down.float().flatten(1)

@@ -15,9 +15,11 @@ from diffalign.runtime.precision import PRECISIONS, QUANTIZE
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for an adapter's file
 PEFT_FILE = "adapter_model.safetensors"  # peft's
+PEFT_CONFIG = "adapter_config.json"  # beside that, with its strengths
 DDIM = "DDIMScheduler"  # in an adapter's notes: it was trained walking DDIM
-FORMAT = 4  # of the notes; a change of what they mean needs a new number. 1: without a number
+FORMAT = 5  # of the notes; a change of what they mean needs a new number. 1: without a number
 PLAIN_FORMAT = 3  # where nothing stands in them that readers of 3 do not know
+_SINCE = {"start": 5, "frozen": 4}  # notes that are left out where they are empty, and the first format that has them
 # Of peft's settings: those that say what the numbers mean. Others must be at what does nothing.
 # fmt: off
 _SETTINGS = {
@@ -36,7 +38,8 @@ class Notes:
     base_model, base_revision, base_weights, base_weights_digest: what it was trained on: a name, a commit of the hub, a single file and
     its fingerprint; denoisers: their classes; updates: how many it was trained for; call: arguments of the pipeline's call that give what
     training saw; quantize: how the base was quantised in training; scheduler: `DDIM` if it was walked;
-    frozen: adapters that were part of the base, each with place, strength and digest.
+    frozen: adapters that were part of the base, each with place, strength and digest; start: the place, with its commit on the hub, of
+    what it began with.
     """
 
     base_model: str = ""
@@ -54,14 +57,15 @@ class Notes:
     call: dict[str, Any] = field(default_factory=dict)
     scheduler: str = ""
     frozen: list[dict[str, Any]] = field(default_factory=list)
+    start: str = ""
 
     def written(self) -> dict[str, str]:
         """As metadata of a safetensors file: strings."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         strings = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in values.items()}
-        if not self.frozen:
-            del strings["frozen"]
-        return strings | {"notes_format": str(FORMAT if self.frozen else PLAIN_FORMAT)}
+        there = [name for name in _SINCE if getattr(self, name)]
+        strings = {k: v for k, v in strings.items() if k not in _SINCE or k in there}
+        return strings | {"notes_format": str(max((_SINCE[name] for name in there), default=PLAIN_FORMAT))}
 
     @classmethod
     def of(cls, metadata: dict[str, str]) -> Notes:
@@ -221,4 +225,5 @@ def choices(run: Path) -> str:
 
 def files_of(folder: Path) -> list[Path]:
     """An adapter's files: one, or one for each of two experts."""
-    return sorted(folder.glob(LORA.replace(".safetensors", "*.safetensors")))
+    stem = LORA.removesuffix(".safetensors")
+    return sorted(path for path in folder.glob(f"{stem}*.safetensors") if path.name[len(stem)] == ".")

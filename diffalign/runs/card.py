@@ -91,7 +91,8 @@ def notes(config: Config, parts: Parts, update: int) -> Notes:
         diffalign_version=diffalign.__version__,
         call=call_arguments(config),
         scheduler=DDIM if _is_ddim(config) else "",
-        frozen=[{"place": str(a.folder.absolute()), "strength": a.strength, "digest": a.digest} for a in parts.frozen],
+        frozen=[{"place": a.place, "strength": a.strength, "digest": a.digest} for a in parts.frozen],
+        start="" if parts.start is None else parts.start.place,
     )
 
 

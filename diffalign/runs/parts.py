@@ -13,11 +13,12 @@ import torch
 from diffalign.backends.diffusers import START, DiffusersPolicy, call_arguments
 from diffalign.backends.table import policy_class
 from diffalign.config import Config
+from diffalign.config.checks import of_the_model
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.models import compiling, decoding, encoders, loading, lora, lora_files, merging
 from diffalign.models.encodings import Kept
-from diffalign.models.notes import Notes, lora_folder
-from diffalign.models.places import Adapter, given, place_of
+from diffalign.models.notes import Notes
+from diffalign.models.places import Adapter, found, given
 from diffalign.processes import PROCESSES
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import find
@@ -43,6 +44,7 @@ class Parts:
     scorer: Scorer
     judges: Scorer
     frozen: tuple[Adapter, ...] = ()
+    start: Adapter | None = None
 
     @property
     def pipe(self) -> Any:
@@ -93,12 +95,13 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     """Load the pipeline, attach the LoRA, load the rewards; `say` hears what is waited for. kept: from `encode_first`."""
     sharded = config.memory.shard == "blocks"
     part: loading.Part = "rest" if kept is not None and kept.complete else "all"
+    start, frozen = _adapters(config)
     # A network that is to be shared out may not fit one device: it goes there part by part.
     pipe, place = _loaded(config, part, "cpu" if sharded else device(config))
     if config.attention not in ("auto", "native"):  # auto: where no run has decided it
         loading.attend(pipe, config.attention)
-    frozen = _freeze(config, pipe)
-    parameters = _lora(config, pipe)
+    _freeze(pipe, frozen)
+    parameters = _lora(config, pipe, start)
     if sharded:
         _shard(config, pipe, parameters)
     if compiled(config):
@@ -109,7 +112,7 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     training = {name: _narrowed(config, name, judges[name], say) for name in config.rewards}
     offload = config.memory.judges == "offloaded"
     scorers = Scorer(training, config.rewards, offload), Scorer(judges, offload=offload)
-    return Parts(place, policy(config, pipe, parameters, kept), *scorers, frozen)
+    return Parts(place, policy(config, pipe, parameters, kept), *scorers, frozen, start)
 
 
 def _reward(config: Config, name: str, say: Callable[[str], None]) -> Reward:
@@ -141,27 +144,35 @@ def _shard(config: Config, pipe: Any, parameters: dict[str, torch.Tensor]) -> No
             component.to(where)
 
 
-def _freeze(config: Config, pipe: Any) -> tuple[Adapter, ...]:
-    """Let frozen adapters become part of the base: its bits are then the reference's, and cost nothing."""
+def _adapters(config: Config) -> tuple[Adapter | None, tuple[Adapter, ...]]:
+    """What the run starts from, and what is frozen; fetched if it is on the hub, and then looked at as the config's check looks at what
+    is here."""
+    start = None if config.lora.start is None else found(config.lora.start, 1.0, "lora.start")
     frozen = tuple(given(text, "lora.frozen") for text in config.lora.frozen)
+    keys = {"lora.start": (start,), "lora.frozen": frozen}
+    for key, adapter in [(key, each) for key, several in keys.items() for each in several if each and each.commit]:
+        if problems := of_the_model(key, adapter.folder, config.model):
+            raise UserError(*problems)
+    return start, frozen
+
+
+def _freeze(pipe: Any, frozen: tuple[Adapter, ...]) -> None:
+    """Let frozen adapters become part of the base: its bits are then the reference's, and cost nothing."""
     try:
         merging.merge(pipe, frozen)
     except ValueError as error:
         raise UserError(f"lora.frozen: {error}") from error
-    return frozen
 
 
-def _lora(config: Config, pipe: Any) -> dict[str, torch.Tensor]:
+def _lora(config: Config, pipe: Any, start: Adapter | None) -> dict[str, torch.Tensor]:
     """Attach what is trained, with the effect of the adapter it starts from."""
     settings = config.lora
     parameters = lora.attach(pipe, settings.rank, settings.alpha, settings.targets, config.seed)
-    if settings.start is not None:
-        place = place_of(settings.start)
-        assert place is not None, "the config was checked"
+    if start is not None:
         try:
-            lora_files.go_on_from(pipe, place)
+            lora_files.go_on_from(pipe, start.folder)
         except ValueError as error:
-            raise UserError(f"lora.start: {place} does not fit: {error}") from error
+            raise UserError(f"lora.start: {start} does not fit: {error}") from error
     return parameters
 
 
@@ -248,7 +259,24 @@ def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str],
         say(f"{config.model} at commit {place.commit}")
     if place.file:
         say(f"from {config.weights}: {place.file}")
-    began = None if config.lora.start is None else lora_folder(config.lora.start)
+    _introduce_adapters(config, parts, say)
+    if narrow := [name for name, reward in parts.scorer.rewards.items() if isinstance(reward, Narrow)]:
+        part = parts.policy.rollout(batch, Plan.deterministic(parts.policy.schedule.steps))
+        with torch.no_grad():
+            media = parts.policy.decode(part, part.x[-1])
+        for name in narrow:
+            apart, spread = difference(parts.scorer.rewards[name], parts.judges.rewards[name], media, part.at(-1))
+            say(
+                f"{name} in bfloat16: scores of {len(batch)} pictures differ by up to {apart:.2g}; their std is {spread:.2g}"
+            )
+
+
+def _introduce_adapters(config: Config, parts: Parts, say: Callable[[str], None]) -> None:
+    """Say what a user should know of what the run begins with and on."""
+    for key, adapter in (("lora.start", parts.start), *(("lora.frozen", each) for each in parts.frozen)):
+        if adapter is not None and adapter.commit:
+            say(f"{key}: {adapter} on the hub")
+    began = parts.start.folder if parts.start is not None and parts.start.folder.is_dir() else None
     if began is not None and (was := Notes.read(began).quantize) not in ("", config.memory.quantize):
         say(
             f"lora.start was trained with memory.quantize {was}, this base has {config.memory.quantize}: it acts as the two differ"
@@ -260,13 +288,4 @@ def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str],
         for spec in lacking:
             say(
                 f"lora.start was trained on top of {spec['place']}:{spec['strength']:g}, which is not in lora.frozen here"
-            )
-    if narrow := [name for name, reward in parts.scorer.rewards.items() if isinstance(reward, Narrow)]:
-        part = parts.policy.rollout(batch, Plan.deterministic(parts.policy.schedule.steps))
-        with torch.no_grad():
-            media = parts.policy.decode(part, part.x[-1])
-        for name in narrow:
-            apart, spread = difference(parts.scorer.rewards[name], parts.judges.rewards[name], media, part.at(-1))
-            say(
-                f"{name} in bfloat16: scores of {len(batch)} pictures differ by up to {apart:.2g}; their std is {spread:.2g}"
             )

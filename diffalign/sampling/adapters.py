@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
+from diffalign.models import places
+from diffalign.models.hub_files import HubPlace
 from diffalign.models.notes import Notes, metadata
 from diffalign.models.places import Adapter
 
@@ -20,26 +23,25 @@ def notes(adapter: Adapter) -> Notes:
     try:
         return Notes.read(adapter.folder) if adapter.folder.is_dir() else Notes.of(metadata(adapter.folder))
     except ValueError as error:
-        raise UserError(
-            f"sample: {adapter.folder}: {error}" if adapter.folder.is_file() else f"sample: {error}"
-        ) from error
+        raise UserError(f"sample: {adapter}: {error}" if adapter.folder.is_file() else f"sample: {error}") from error
 
 
 def frozen(folder: Path, notes: Notes) -> tuple[Adapter, ...]:
-    """What an adapter was trained on top of, still there and the same.
+    """What an adapter was trained on top of, still there and the same; what is on the hub is fetched.
 
     Raises:
         UserError: if one is not.
     """
     found = []
     for spec in notes.frozen:
-        adapter = Adapter(Path(spec["place"]), float(spec["strength"]))
+        place = spec["place"]
+        here = Path(place).exists() or HubPlace.of(place) is None
+        adapter = Adapter(Path(place)) if here else places.found(place, 1.0, "sample")
         if not adapter.folder.exists():
-            raise UserError(f"sample: {folder} was trained on top of {adapter.folder}, which is not there; restore it")
+            raise UserError(f"sample: {folder} was trained on top of {adapter}, which is not there; restore it")
         if adapter.digest != spec["digest"]:
-            raise UserError(
-                f"sample: {folder} was trained on top of {adapter.folder}, which is another now; restore it"
-            )
+            raise UserError(f"sample: {folder} was trained on top of {adapter}, which is another now; restore it")
+        adapter = replace(adapter, strength=float(spec["strength"]))
         found.append(adapter)
     return tuple(found)
 
@@ -56,6 +58,6 @@ def put(pipe: Any, adapters: Sequence[Adapter], model: str) -> None:
         try:
             lora_files.load(pipe, adapter.folder, f"adapter_{number}")
         except ValueError as error:
-            raise UserError(f"sample: {adapter.folder} cannot be used on {model}: {error}") from error
+            raise UserError(f"sample: {adapter} cannot be used on {model}: {error}") from error
     if adapters:
         pipe.set_adapters([f"adapter_{k}" for k in range(len(adapters))], [a.strength for a in adapters])

@@ -48,7 +48,7 @@ class Source:
     @property
     def remark(self) -> str:
         """What the user should know of the pictures; empty if nothing."""
-        under = ", ".join(f"{a.folder}:{a.strength:g}" for a in self.frozen)
+        under = ", ".join(f"{a}:{a.strength:g}" for a in self.frozen)
         on = f"on top of {under}, as it was trained" if under else ""
         others = sorted(set(self.trained_on) - {self.quantize, ""})
         if not others:
@@ -71,7 +71,7 @@ def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Sou
         notes = adapters.notes(adapter)
         base = notes.base_model or source.model
         if base != source.model:
-            raise UserError(f"--adapter: {adapter.folder} belongs to {base}, the pictures come from {source.model}")
+            raise UserError(f"--adapter: {adapter} belongs to {base}, the pictures come from {source.model}")
         under = [each for each in adapters.frozen(adapter.folder, notes) if each not in source.frozen]
         source = replace(source, trained_on=(*source.trained_on, notes.quantize), frozen=(*source.frozen, *under))
     return replace(source, adapters=(*source.adapters, *others))

@@ -173,7 +173,7 @@ def test_the_command_says_what_it_wrote_and_what_a_lower_rank_lost(made, tmp_pat
     other, *_ = made("FLUX.1-dev")
     with pytest.raises(UserError, match="--adapter: they belong to .*allowed is one model's"):
         exporting.export([Adapter(place), Adapter(other)], out)
-    with pytest.raises(UserError, match="export: got .*nothing.*allowed is FOLDER"):
+    with pytest.raises(UserError, match="export: got .*nothing.*allowed is a run.s or adapter.s folder"):
         CliRunner().invoke(app, ["export", str(tmp_path / "nothing"), "--out", str(out)], catch_exceptions=False)
 
 
@@ -213,5 +213,5 @@ def test_a_folder_that_holds_something_is_not_written_into(tmp_path):
 
 def test_an_empty_strength_is_no_strength():
     place, *_ = adapter("SD 3.5 Medium")
-    with pytest.raises(UserError, match="allowed are FOLDER and FOLDER:STRENGTH, a number"):
+    with pytest.raises(UserError, match="allowed are PLACE and PLACE:STRENGTH, a number"):
         given(f"{place}:")

@@ -336,7 +336,5 @@ def test_sample_takes_a_file_and_says_what_it_cannot_take(tmp_path):
     save_file({**tensors, "lora_te_x.lora_down.weight": torch.ones(4, 4)}, hers)
     with pytest.raises(UserError, match="cannot be used on shapes-sd3: it has layers of a text encoder"):
         sources.pipeline(source)
-    with pytest.raises(
-        UserError, match="--adapter: got .*allowed is FOLDER or FOLDER:STRENGTH, or a .safetensors file"
-    ):
+    with pytest.raises(UserError, match="--adapter: got .*allowed is a run.s or adapter.s folder, a .safetensors file"):
         sources.resolve("shapes-sd3", more=[str(tmp_path / "nothing.safetensors")])

@@ -11,6 +11,8 @@ from tests.kit import ROOT
 
 # Changing these needs a new FORMAT: a later version must know what it reads.
 WRITTEN = {
+    5: "base_model base_revision base_weights base_weights_digest denoisers rule rewards seed updates precision quantize diffalign_version "
+    "call scheduler frozen start",
     4: "base_model base_revision base_weights base_weights_digest denoisers rule rewards seed updates precision quantize diffalign_version "
     "call scheduler frozen",
     3: "base_model base_revision base_weights base_weights_digest denoisers rule rewards seed updates precision quantize diffalign_version "
@@ -49,7 +51,7 @@ def test_a_file_of_another_tool_says_nothing(tmp_path):
     [
         ({"quantize": "int3"}, "its note quantize is 'int3', allowed are none, int8, nf4"),
         ({"precision": "float8"}, "its note precision is 'float8', allowed are float32, bfloat16"),
-        ({"notes_format": "5"}, "its notes have format 5, this version reads up to 4"),
+        ({"notes_format": "6"}, "its notes have format 6, this version reads up to 5"),
         ({"notes_format": "two"}, "its notes have format two"),
         ({"call": "{"}, "its note call is not JSON"),
         ({"call": "[]"}, "its note call is '\\[\\]', expected a dict"),

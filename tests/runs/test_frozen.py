@@ -179,7 +179,7 @@ def test_a_run_from_before_there_was_a_choice_keeps_the_base(speed):
         ("lora.frozen=[nowhere]", "lora.frozen: got 'nowhere', no pytorch_lora_weights.safetensors there"),
         ("lora.frozen=[SPEED, SPEED]", "one adapter twice; allowed is once, with another strength"),
         ("lora.start=SPEED@7", "lora.start: got .*of that run: .*run@2"),
-        ("lora.frozen=[SPEED:x]", "allowed are FOLDER and FOLDER:STRENGTH, a number to"),
+        ("lora.frozen=[SPEED:x]", "allowed are PLACE and PLACE:STRENGTH, a number to"),
         ("rule.reference=start", "rule.reference: got start without lora.start; allowed are auto and base"),
         ("rule.reference=base", "rule.reference: got base, has no effect without rule.kl"),
     ],
