@@ -44,13 +44,13 @@ def export(target: str, out: Path, form: str, dtype: str, rank: int | None, more
 
 
 @app.command()
-@TARGET
+@click.argument("target", metavar="RUN|ADAPTER[:STRENGTH]|MODEL")
 @click.option(
     "--out", type=Place(path_type=Path, file_okay=False), required=True, help="A new folder for the pipeline."
 )
 @MORE
 def merge(target: str, out: Path, more: tuple[str, ...]) -> None:
-    """Write an adapter's base model with the adapter in its weights: a pipeline folder."""
+    """Write a base model with adapters in its weights, a run's, or a model's that are given with --adapter: a pipeline folder."""
     from diffalign.sampling import merged
 
     show(merged.write(target, more, out))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 FORMATS = ("comfyui", "kohya", "diffusers", "peft")  # that adapters are exported in
@@ -124,6 +124,67 @@ KOHYA = {
 }
 # Outputs of a layer that may have no LoRA, over those of the one before it in the same row: FLUX's and HunyuanVideo's mlp_ratio.
 WIDER = {"proj_mlp": 4}
+
+
+_DOTTED = ("base_model.model.", "diffusion_model.", "", "transformer.", "unet.")
+_FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
+# What tools call text encoders in flat names, and which of a pipeline's components that is; the first that has the layer.
+_ENCODERS = {
+    "lora_te_": ("text_encoder",),
+    "lora_te1_": ("text_encoder",),
+    "lora_te2_": ("text_encoder_2",),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2"),
+}
+# Parts of transformers' names, and what old diffusers' attention processors made of them.
+_PROCESSORS = (("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"), ("out_proj", "to_out.0"))
+
+
+class Spelled:
+    """The layers of a pipeline's components by every name that tools have for them; a name may stand for several, whose outputs it has one
+    after another."""
+
+    def __init__(self, components: Mapping[str, Collection[str]]) -> None:
+        self._found: dict[str, tuple[str, tuple[str, ...]] | None] = {}
+        self.encoders = any(component.startswith("text_encoder") for component in components)
+        for component, layers in components.items():
+            if component.startswith("text_encoder"):
+                self._encoder(component, layers)
+            else:
+                self._denoiser(component, layers)
+
+    def _denoiser(self, component: str, layers: Collection[str]) -> None:
+        names = {layer: (layer,) for layer in layers}
+        for layer in layers:
+            names[Names("", renames=WAN)(layer)] = (layer,)
+        for name, several in (names | fused(layers)).items():
+            flat = {f"{prefix}{name.replace('.', '_')}" for prefix in _FLAT}
+            for full in {f"{prefix}{name}" for prefix in _DOTTED} | flat:
+                self._add(full, component, several)
+
+    def _encoder(self, component: str, layers: Collection[str]) -> None:
+        prefixes = [prefix for prefix, several in _ENCODERS.items() if component in several]
+        for layer in layers:
+            # transformers 5 calls them without, files with what came before.
+            for name in {layer, f"text_model.{layer}", layer.removeprefix("text_model.")}:
+                older = next(
+                    (name.removesuffix(new) + old for new, old in _PROCESSORS if name.endswith(f"self_attn.{new}")),
+                    name,
+                )
+                for full in {f"{component}.{name}", f"{component}.{older}"}:
+                    self._add(full, component, (layer,))
+                for prefix in prefixes:
+                    full = prefix + name.replace(".", "_")
+                    if full not in self._found or component == _ENCODERS[prefix][0]:
+                        self._found[full] = component, (layer,)
+
+    def _add(self, full: str, component: str, several: tuple[str, ...]) -> None:
+        # Two layers of one name in a file that has underscores for dots: neither can be told.
+        place = component, several
+        self._found[full] = place if self._found.get(full, place) == place else None
+
+    def layers(self, name: str) -> tuple[str, tuple[str, ...]] | None:
+        """The component, and diffusers' names of the layers, that a name stands for; None if there are none or they cannot be told."""
+        return self._found.get(name)
 
 
 def fused(layers: Collection[str]) -> dict[str, tuple[str, ...]]:

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from diffalign.errors import Fault, one_line, shortened
 from diffalign.models import halves
 from diffalign.models.lora import denoisers, quiet
-from diffalign.models.lora_normal import DORA, dotted
+from diffalign.models.lora_kinds import DORA
+from diffalign.models.lora_normal import dotted
 from diffalign.models.lora_pairs import Part, pairs, parts
 from diffalign.models.notes import FORMAT, LORA, check_settings, files_of, metadata
 from diffalign.runtime.files import share

@@ -100,7 +100,7 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     pipe, place = _loaded(config, part, "cpu" if sharded else device(config))
     if config.attention not in ("auto", "native"):  # auto: where no run has decided it
         loading.attend(pipe, config.attention)
-    _freeze(pipe, frozen)
+    _freeze(config, pipe, frozen)
     parameters = _lora(config, pipe, start)
     if sharded:
         _shard(config, pipe, parameters)
@@ -156,10 +156,14 @@ def _adapters(config: Config) -> tuple[Adapter | None, tuple[Adapter, ...]]:
     return start, frozen
 
 
-def _freeze(pipe: Any, frozen: tuple[Adapter, ...]) -> None:
+def _freeze(config: Config, pipe: Any, frozen: tuple[Adapter, ...]) -> None:
     """Let frozen adapters become part of the base: its bits are then the reference's, and cost nothing."""
     try:
-        merging.merge(pipe, frozen)
+        changed = merging.merge(pipe, frozen)
+        if config.prompts.cache is not None and (texts := set(changed) - lora.denoisers(pipe).keys()):
+            raise ValueError(
+                f"it has layers of the {min(texts)}, prompts.cache has texts encoded without; allowed is prompts.cache=null"
+            )
     except ValueError as error:
         raise UserError(f"lora.frozen: {error}") from error
 

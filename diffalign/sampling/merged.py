@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import Fault, UserError, one_line
-from diffalign.models.places import given
-from diffalign.runtime.files import make_folder
+from diffalign.models.places import given, parted, place_of
+from diffalign.runtime.files import home, make_folder
 from diffalign.sampling import sources
 
 
@@ -27,13 +27,12 @@ def write(target: str, more: Sequence[str], out: Path) -> list[str]:
 
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out: got {str(out)!r}, which holds something; name a new folder")
-    first = given(target, "merge")
-    source = sources.resolve(str(first.folder), first.strength, more)
+    source = _source(target, more)
     # As it was trained, unpacked: what is added to 8 or 4 bits would be rounded away.
     pipe, _ = loading.load(source.model, getattr(torch, source.precision), "cpu", source.revision, source.weights)
     adapters = (*source.frozen, *source.adapters)
     try:
-        count = merging.merge(pipe, adapters)
+        count = merging.merge(pipe, adapters).total()
     except ValueError as error:
         raise UserError(f"merge: {error}") from error
     aside = out.with_name(f".{out.name}.part")
@@ -64,15 +63,25 @@ def write(target: str, more: Sequence[str], out: Path) -> list[str]:
     return lines
 
 
+def _source(target: str, more: Sequence[str]) -> sources.Source:
+    """A run or adapter, and more; or a model and adapters, which one of the hub is where adapters are given with it."""
+    name, _ = parted(home(target))
+    if more and place_of(name) is None:
+        return sources.resolve(target, 1.0, more)
+    first = given(target, "merge")
+    return sources.resolve(str(first.folder), first.strength, more)
+
+
 def _compare(pipe: Any, folder: Path, precision: str) -> None:
     """Hold what was written against what is in memory."""
     import torch
 
     from diffalign.models import loading
-    from diffalign.models.lora import denoisers
 
     back, _ = loading.load(str(folder), getattr(torch, precision))
-    for name, module in denoisers(pipe).items():
-        own, read = module.state_dict(), denoisers(back)[name].state_dict()
+    for name, module in pipe.components.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        own, read = module.state_dict(), getattr(back, name).state_dict()
         if own.keys() != read.keys() or not all(torch.equal(own[key], read[key]) for key in own):
             raise Fault(f"{folder / name} reads back differently from what was written")

@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from diffalign import config as configs
 from diffalign.errors import UserError
 from diffalign.models import loading, lora, lora_files
-from diffalign.models.layer_names import WAN
-from diffalign.models.lora_normal import fused
+from diffalign.models.layer_names import WAN, fused
 from diffalign.runs import parts, session
 from diffalign.sampling import sources
 from tests.kit.helpers import tiny_config
@@ -197,10 +196,10 @@ def test_old_attention_processors(tmp_path):
 REFUSED = {
     "dora_scale": "it is a DoRA",
     "lora_magnitude_vector.weight": "it is a DoRA",
-    "hada_w1_a": "it is a LoHa",
-    "lokr_w1": "it is a LoKr",
+    "hada_w1_a": "its parts are down, hada_w1_a, up, which is no kind that is known here",
+    "lokr_w1": "its parts are down, lokr_w1, up, which is no kind",
     "lora_mid.weight": "it is a LoCon in CP form",
-    "lora_B.bias": "it is biases or whole differences",
+    "lora_B.bias": "it has biases besides its LoRA",
     "something": "is no part of a LoRA",
 }
 
