@@ -62,3 +62,20 @@ def test_evidence_is_what_the_header_says():
     assert tables.evidence("# Not run to its end. GPU: not run.") == "not to its end"
     assert next(line for line in tables.presets() if "ddpo/shapes-sd3" in line).endswith("not to its end |")
     assert re.search(r"flow_grpo/shapes-sd3` .* to its end, 2026-11-27 \|", "\n".join(tables.presets()))
+
+
+def test_what_troubleshooting_quotes_is_said_by_the_code():
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```text\n(.*?)```", page, re.S) for line in block.splitlines()]
+    assert len(lines) > 15
+    assert [line for line in lines if not messages.is_said(line)] == []
+    assert not messages.is_said("the ratio was … and nobody says so")
+
+
+def test_every_page_is_in_the_index_of_the_site():
+    text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    listed = {
+        line.strip() for block in re.findall(r"```\{toctree\}\n(.*?)```", text, re.S) for line in block.splitlines()
+    }
+    pages = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in docs.pages()} - {"index"}
+    assert pages <= listed

@@ -117,7 +117,7 @@ def test_the_readme_is_short_and_leads_to_every_page():
         found |= {
             (page.parent / target).resolve() for page in found for target in links(page) if target.endswith(".md")
         }
-    assert {page for page in PAGES if page not in seen} == set()
+    assert set(PAGES) - seen == {ROOT / "docs" / "index.md"}  # the site's front page, which leads here
 
 
 def test_a_built_wheel_installed_elsewhere_trains(tmp_path):

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from diffalign.config import json_schema, marks
 from diffalign.rules import RULES
-from tools.docs import keys, messages, tables
+from tools.docs import families, keys, messages, metrics, tables
 
 ROOT = Path(__file__).parents[2]
 PART = re.compile(r"(<!-- made: (.+?) -->\n).*?(<!-- end -->)", re.S)
+FAMILY = (families.facts, families.cards, families.tried)
 PARTS: dict[str, Callable[[], list[str]]] = {
     "keys": keys.sections,
     **{f"keys of {name}": (lambda name=name: keys.of_rule(name)) for name in RULES},
@@ -24,6 +25,14 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "rewards": tables.rewards,
     "presets": tables.presets,
     "embedded pipelines": tables.embedded,
+    **{f"metrics of {part}": (lambda part=part: metrics.rows(part)) for part in metrics.PARTS},
+    "metrics measured": metrics.measured,
+    "metrics broken": metrics.broken,
+    **{
+        f"{part.__name__} of {page}": (lambda part=part, page=page: part(page))
+        for page in families.PAGES
+        for part in FAMILY
+    },
     "exit codes": messages.exit_codes,
     "faults": messages.faults,
     "mistakes": messages.mistakes,

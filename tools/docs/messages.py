@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from diffalign.errors import EXIT_CODES
@@ -27,6 +28,31 @@ def faults() -> list[str]:
 def mistakes() -> list[str]:
     """What is refused of the user's input."""
     return _listed(text for text in _all() if not text[0])
+
+
+def is_said(line: str) -> bool:
+    """Whether the source has a text that is this line, … standing for whatever differs."""
+    return any(_same(line, text) for text in _everything())
+
+
+@cache
+def _everything() -> tuple[str, ...]:
+    found: list[str] = []
+    for path in sorted((ROOT / "diffalign").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found += [" ".join(text.split()) for text in _texts(node)]
+    return tuple(found)
+
+
+def _same(line: str, text: str) -> bool:
+    """A quoted line's words in a text's, in order, the first at its beginning."""
+    at, words = 0, [part.strip() for part in line.split("…")]
+    for number, part in enumerate(words):
+        at = text.find(part, at)
+        if at < 0 or (number == 0 and part and at > 0 and text[:at].strip("…: ")):
+            return False
+        at += len(part)
+    return True
 
 
 def _listed(found: Iterator[tuple[bool, str, str]]) -> list[str]:
