@@ -60,10 +60,10 @@ def _listed(found: Iterator[tuple[bool, str, str]]) -> list[str]:
     for _, text, place in found:
         said.setdefault(text, []).append(place)
     rows = (
-        (f"`` {text} ``" if "`" in text else f"`{text}`", f"`{', '.join(dict.fromkeys(where))}`")
+        (" ".join(f"`{place}`" for place in dict.fromkeys(where)), f"`` {text} ``" if "`" in text else f"`{text}`")
         for text, where in said.items()
     )
-    return table(("message", "said by"), rows)
+    return table(("said by", "message"), rows)
 
 
 def _all() -> Iterator[tuple[bool, str, str]]:
