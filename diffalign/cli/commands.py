@@ -15,10 +15,11 @@ import click
 
 import diffalign
 from diffalign import config as configs
+from diffalign.cli.completion import A_CONFIG
 from diffalign.errors import LONGEST, CardFailed, Fault, Interrupted, UserError, shortened
 from diffalign.evaluation.task import SUITES
 from diffalign.runtime import launcher
-from diffalign.runtime.options import A_CALL, A_CONFIG, VRAM, Number, Place
+from diffalign.runtime.options import A_CALL, VRAM, Number, Place
 from diffalign.runtime.streams import forgive
 
 

@@ -10,8 +10,9 @@ import click
 
 from diffalign import config as configs
 from diffalign.cli.commands import app, show, train
+from diffalign.cli.completion import A_CONFIG
 from diffalign.runtime.files import write_text
-from diffalign.runtime.options import A_CONFIG, VRAM, Place
+from diffalign.runtime.options import VRAM, Place
 
 
 @app.command()

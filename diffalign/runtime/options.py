@@ -44,7 +44,6 @@ VRAM = click.option(
     metavar="GiB",
     help="Use memory in the cheapest way that fits a card of so many GiB.",
 )
-A_CONFIG = options(click.argument("config"), click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."))
 A_CALL = options(
     click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True),
     click.option("--steps", type=click.IntRange(1, 1000), help="Sampling steps [default: as trained]."),
