@@ -14,7 +14,7 @@ from diffalign.errors import UserError, shown
 from diffalign.planning import architectures
 from diffalign.rules import RULES
 from diffalign.runtime import yaml_text
-from diffalign.runtime.files import write_text
+from diffalign.runtime.files import is_folder, write_text
 from diffalign.shapes import models
 
 EMBEDDED = "shapes-sd3"
@@ -52,6 +52,8 @@ def write(
     """
     if place.exists():
         raise UserError(f"init: got {str(place)!r}, which is there; name a new file")
+    if not is_folder(place.absolute().parent):
+        raise UserError(f"init: got {str(place)!r}, there is no folder {str(place.parent)!r}; make it first")
     if rule is not None and rule not in RULES:
         raise UserError(f"--rule: got {shown(rule)}, allowed are {', '.join(sorted(RULES))}")
     name, raw = _nearest(model, rule)
@@ -72,7 +74,7 @@ def write(
         raw["eval_rewards"] = []  # the preset's, which these prompts do not suit
     json_schema.write_beside(place)
     write_text(place, _text(place, name, raw))
-    told = [f"{place}: from {name}", f"diffalign train {place}"]
+    told = [f"{place}: from {name}; {json_schema.BESIDE} beside it is for editors", f"diffalign train {place}"]
     if vram is None:
         return told
     from diffalign.planning import vram as cards

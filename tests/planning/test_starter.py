@@ -38,7 +38,10 @@ def test_it_trains_as_it_stands(tmp_path):
     more = ["--prompts", "mine.txt", "--reward", "jpeg_compressibility"]
     done = diffalign("init", "first.yaml", *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "diffalign train first.yaml"
+    assert done.stdout.splitlines() == [
+        "first.yaml: from flow_grpo/shapes-sd3; .diffalign.schema.json beside it is for editors",
+        "diffalign train first.yaml",
+    ]
     done = diffalign("train", "first.yaml", *tiny("flow_grpo"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "first" / "adapter").is_dir()
@@ -69,6 +72,12 @@ def test_what_does_not_go_together_leaves_no_file(options, said, tmp_path):
     with pytest.raises(UserError, match=said):
         CliRunner().invoke(app, ["init", str(tmp_path / "x.yaml"), *options], catch_exceptions=False)
     assert not (tmp_path / "x.yaml").exists()
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"init: got .*there is no folder .*gone.*; make it first"):
+        starter.write(tmp_path / "gone" / "x.yaml")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_of_the_users_is_replaced(tmp_path):

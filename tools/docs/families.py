@@ -56,7 +56,9 @@ def facts(page: str) -> list[str]:
 def cards(page: str) -> list[str]:
     """What `plan --vram` says of each card."""
     lines = [f"$ diffalign plan {PAGES[page]} --vram N"]
-    for said in _counted(page)["cards"].values():
+    counted = list(_counted(page)["cards"].values())
+    refused = [said for said in counted if len(said) == 1]
+    for said in (*refused[-1:], *(said for said in counted if len(said) > 1)):  # smaller cards are refused alike
         lines += said
     return ["```text", *lines, "```"]
 
