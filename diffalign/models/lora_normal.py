@@ -126,7 +126,7 @@ def _layers(tensors: Mapping[str, Tensor], spelled: Spelled, merged: bool) -> di
             raise ValueError(f"it has layers of a text encoder ({shown(key)}), which is not trained here; {MERGED}")
         if place is None and halves.ENCODERS.match(stem) and not spelled.encoders:
             raise ValueError(
-                f"it has layers of a text encoder ({shown(key)}), and none is loaded; where prompts.cache lets them go, allowed is prompts.cache=null"
+                f"it has layers of a text encoder ({shown(key)}), and none is loaded; where prompts.cache lets them go, allowed is null"
             )
         if place is None:
             whose = "this model" if merged else "this denoiser"

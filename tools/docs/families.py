@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from diffalign.runtime.yaml_text import flow
 from tools import hub_configs
 from tools.docs.markdown import table
 
@@ -35,7 +34,7 @@ def facts(page: str) -> list[str]:
     name = PAGES[page].partition("/")[2]
     family, counted = hub_configs.families()[name], _counted(page)
     licence, _, gate = family["terms"].rpartition(", " if ", " in family["terms"] else "; ")
-    call = yaml.safe_load(family["call"])
+    call = family["call"]
     size = f"{call['height']} x {call['width']}" + (f", {call['num_frames']} frames" if "num_frames" in call else "")
     gib = (counted["denoiser"] + counted["encoders"]) * 1e6 * 2 / 2**30
     denoiser, encoders = f"{counted['denoiser']:,.0f}", f"{counted['encoders']:,.0f}"
@@ -46,7 +45,7 @@ def facts(page: str) -> list[str]:
         "gated": "no" if "not gated" in gate else "yes: accept the terms on its page, then `hf auth login`",
         "size": f"{denoiser} M parameters in the denoiser, {encoders} M in text encoders: {gib:.1f} GiB in 16 bits",
         "published": family["published"].removesuffix("."),
-        "the preset": f"{size}, {family['steps']} steps, LoRA {family['lora'].strip('{}')}: {counted['trained']:.1f} M trained",
+        "the preset": f"{size}, {family['steps']} steps, LoRA {flow(family['lora']).strip('{}')}: {counted['trained']:.1f} M trained",
         "an update": f"{counted['samples']} samples, {work}",
         "presets": ", ".join(f"`{rule}/{name}`" for rule in family["rules"]),
     }
