@@ -60,6 +60,11 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, qu
     from diffalign.runs.folder import open_run
 
     settings, _ = _settings(config, overrides, vram)
+    if launcher.leads() and not quiet:  # torch takes seconds to import
+        click.echo(
+            f"{settings.rule['name']} on {settings.model}, {settings.updates} updates, {settings.run_dir}; loading",
+            err=True,
+        )
     folder = open_run(settings, fresh, change) if launcher.leads() else None  # refused before torch is imported
     from diffalign.runs import session
 
@@ -141,12 +146,12 @@ def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: st
 
     named = None if card is None else cards.find(card)
     settings = configs.load(config, overrides, ready=False)  # a mistake is told before torch is imported
-    from diffalign.planning import architectures, cost
+    from diffalign.planning import architectures, bounds, cost
 
     if named is not None and vram is None and architectures.name_of(settings.model) is not None:
         vram = named.memory
     settings, known = _settings(config, overrides, vram, ready=False)
-    show(cost.count(settings, known).lines(cost.bound(settings, named), told=known is not None))
+    show(cost.count(settings, known).lines(bounds.bound(settings, named), told=known is not None))
 
 
 @app.command()

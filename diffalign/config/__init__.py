@@ -11,6 +11,7 @@ from diffalign.config.marks import mark as mark
 from diffalign.config.messages import completed as completed
 from diffalign.config.messages import differences as differences
 from diffalign.config.messages import dump as dump
+from diffalign.config.messages import flat as flat
 from diffalign.config.messages import given as given
 from diffalign.config.messages import settings as settings
 from diffalign.config.messages import settings_for as settings_for

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from diffalign.config import adapters
 from diffalign.config.decided import decide, undecided
 from diffalign.config.messages import mistakes as told
 from diffalign.config.messages import near, renamed
@@ -17,16 +18,13 @@ from diffalign.config.schema import LARGEST, Config
 from diffalign.config.short import written_out
 from diffalign.errors import UserError, shown
 from diffalign.models.calls import FIXED, GIVEN
-from diffalign.models.hub_files import HubPlace
-from diffalign.models.notes import LORA, Notes, choices
-from diffalign.models.places import PLACES, named, place_of
 from diffalign.processes import PROCESSES
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import Entry
 from diffalign.rewards import catalog
 from diffalign.rules import RULES
 from diffalign.runtime.extras import missing
-from diffalign.runtime.files import HUB_ID, is_file, is_folder
+from diffalign.runtime.files import HUB_ID, is_file
 from diffalign.shapes import models
 
 
@@ -144,8 +142,8 @@ def _check_names(config: Config, book: Book | None) -> list[str]:
         problems += error.problems
     if config.weights is not None and not is_file(Path(config.weights)):
         problems.append(f"weights: got {shown(config.weights)}, no file there; allowed is a .safetensors or .ckpt file")
-    problems += _check_start(config)
-    problems += _check_frozen(config)
+    problems += adapters.start(config)
+    problems += adapters.frozen(config)
     problems += _check_rewards(config, prompts)
     if config.memory.encode_on == "cpu" and config.prompts.cache is None:
         problems.append("memory.encode_on: got cpu without prompts.cache, which it is for; set that to a folder")
@@ -176,50 +174,6 @@ def _check_packages(config: Config) -> list[str]:
         for name in names:
             with suppress(LookupError):  # said before
                 problems += [f"{section}: {name} needs {lacks}"] if (lacks := catalog.find(name).missing) else []
-    return problems
-
-
-def _check_start(config: Config) -> list[str]:
-    """An adapter to go on from that is there, whole, and of the same model."""
-    if config.lora.start is None:
-        return []
-    folder = place_of(config.lora.start)
-    if folder is None and HubPlace.of(config.lora.start) is None:
-        run, at, _ = config.lora.start.rpartition("@")
-        there = f"; of that run: {choices(Path(run))}" if at and is_folder(Path(run)) else ""
-        return [f"lora.start: got {shown(config.lora.start)}, no {LORA} there; allowed is {PLACES}{there}"]
-    return of_the_model("lora.start", folder, config.model)
-
-
-def of_the_model(key: str, place: Path | None, model: str) -> list[str]:
-    """Whether an adapter belongs to a model, as far as it says that; None, on the hub: what is in it is found out with the model."""
-    if place is None or not place.is_dir():
-        return []
-    try:
-        base = Notes.read(place).base_model
-    except ValueError as error:
-        return [f"{key}: {error}"]
-    return [] if base in ("", model) else [f"{key}: {place} belongs to {base}, the run's model is {model}"]
-
-
-def _check_frozen(config: Config) -> list[str]:
-    """Adapters that are there and of the same model, on a base that they can become part of."""
-    problems: list[str] = []
-    for text in config.lora.frozen:
-        try:
-            problems += of_the_model("lora.frozen", place_of(named(text, "lora.frozen")[0]), config.model)
-        except UserError as error:
-            problems += error.problems
-    if len(set(config.lora.frozen)) < len(config.lora.frozen):
-        problems.append(
-            f"lora.frozen: got {shown(config.lora.frozen)}, one adapter twice; allowed is once, with another strength"
-        )
-    if config.lora.frozen and config.memory.quantize != "none":
-        problems.append(
-            f"lora.frozen: what it adds to a base in {config.memory.quantize} would be rounded away; allowed is memory.quantize=none"
-        )
-    if config.rule.get("reference") == "start" and config.lora.start is None:
-        problems.append("rule.reference: got start without lora.start; allowed are auto and base")
     return problems
 
 

@@ -6,7 +6,7 @@ import copy
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -217,6 +217,15 @@ def given(config: Config) -> list[str]:
     """The keys that the user named, dotted; the others have their defaults, or what the model decides."""
     named = _leaves(config.model_dump(mode="json", exclude_unset=True))
     return [key for key in named if not any(key == own or key.startswith(f"{own}.") for own in config.decided)]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by dotted keys."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> list[str]:

@@ -90,7 +90,11 @@ class OptimizerConfig(Settings):
 
     model_config = ConfigDict(json_schema_extra=ASKED)
 
-    lr: float = Field(3e-4, gt=0, le=10, description="learning rate, the same for every update")
+    lr: float = Field(3e-4, gt=0, le=10, description="learning rate, the highest of its schedule")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="what lr does after the warm-up: stays, or falls to 0 at the last update"
+    )
+    warmup: int = Field(0, ge=0, le=10_000_000, description="updates over which lr grows from 0")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decays of Adam's two moments")
     weight_decay: float = Field(1e-4, ge=0, description="of LoRA's parameters, times lr")
     max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is shortened to this")
@@ -118,7 +122,7 @@ class EvaluationConfig(Settings):
         0.1,
         ge=0,
         lt=1,
-        description="share of prompts.source's file evaluated and not trained on; 0, or fewer than 6 prompts: all for both",
+        description="share of prompts.source's file evaluated and not trained on; 0: all for both, and so of few unless it is named",
     )
     tasks: list[Task] | None = Field(None, description="as prompts.tasks; null: those")
     split: Split = Field("test", description="of a named set")
@@ -148,7 +152,9 @@ class OutputConfig(Settings):
     keep: int = Field(2, ge=1, description="checkpoints kept")
     sample_every: int = Field(50, ge=1, description="updates between sample grids")
     samples: int = Field(24, ge=1, description="pictures in a grid")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="where metrics go besides metrics.jsonl")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="where metrics go besides metrics.jsonl"
+    )
 
 
 class ScoringConfig(Settings):

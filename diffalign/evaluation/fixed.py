@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from diffalign.errors import Unscored
 from diffalign.evaluation.results import Evaluation, Summary
-from diffalign.protocols import Policy
+from diffalign.protocols import Policy, Progress, silent
 from diffalign.report.pictures import strips
 from diffalign.rewards.base import to_uint8
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime import numbered
-from diffalign.types import Floats, Plan, Prompts, Rollout, Rows, chunks
+from diffalign.types import Floats, Plan, Prompts, Rollout, Rows, Scores, chunks
 
 
 @dataclass
@@ -107,11 +107,15 @@ def joined(
 
 
 @torch.no_grad()
-def scores(policy: Policy, scorer: Scorer, prompts: Prompts) -> dict[str, Floats]:
+def scores(policy: Policy, scorer: Scorer, prompts: Prompts, progress: Progress = silent) -> dict[str, Floats]:
     """Scores (n,) by reward of deterministic samples, in the order of the prompts."""
-    begun = []
+    begun: list[Callable[[], Scores]] = []
+    done = 0
+    progress("evaluating", 0, len(prompts))
     for part in _rollouts(policy, prompts):
         begun.append(scorer.begin(policy.decode(part, part.x[-1]), part.prompts))
+        done += len(part.prompts)
+        progress("evaluating", done, len(prompts))
     parts = [answer() for answer in begun]
     return {name: np.concatenate([np.empty(0), *(part.by_name[name] for part in parts)]) for name in scorer.rewards}
 

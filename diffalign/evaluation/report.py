@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image
 
 from diffalign import __version__
-from diffalign.evaluation import distances, intervals, samples
+from diffalign.evaluation import intervals, samples
 from diffalign.evaluation.intervals import Interval
 from diffalign.evaluation.samples import Drawn
 from diffalign.prompts.book import same_text
 from diffalign.report import pictures
 from diffalign.report.pictures import strips
+from diffalign.rewards import distances
 from diffalign.runtime.files import write_text
 from diffalign.sampling import sources
 

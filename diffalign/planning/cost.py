@@ -6,7 +6,6 @@ step of the pipeline's own code, built from its configs with random weights.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from diffalign.errors import UserError, one_line
 from diffalign.models import lora as adapters
 from diffalign.models.untrained import random_pipeline
 from diffalign.planning import architectures, remarks
-from diffalign.planning.cards import Card
+from diffalign.planning.bounds import Bound, big
 from diffalign.planning.demand import Demand, demand
 from diffalign.planning.facts import Facts, facts, parameters_of, toy
 from diffalign.processes import Levels
@@ -69,24 +68,16 @@ class Cost:
             f"rows        {self.rows_forward} forward, of them {self.rows_backward} with backward",
             f"stored      {self.stored_bytes / 2**20:.1f} MiB of trajectories",
             f"parameters  {self.parameters / 1e6:.2f} M in the denoiser, {self.trained / 1e6:.3f} M trained",
-            f"flops       {_big(self.flops)} network, {_big(self.decode_flops)} decoding, per update",
+            f"flops       {big(self.flops)} network, {big(self.decode_flops)} decoding, per update",
         ]
 
     def _time(self, bound: Bound | None) -> str:
         total = self.flops + self.decode_flops
         if bound is None:
-            return f"time        not known without a card: --card 4090; {_big(total)}FLOP an update"
+            return f"time        not known without a card: --card 4090; {big(total)}FLOP an update"
         once = total / bound.rate
         whole = f"{self.updates} updates {duration(once * self.updates)}, evaluations not counted"
         return f"time        an update takes at least {duration(once)} on {bound.where}; {whole}"
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A rate of products, FLOP/s, and on what, in words."""
-
-    rate: float
-    where: str
 
 
 def _steps(plan: Plan) -> list[str]:
@@ -276,32 +267,3 @@ def _network(policy: DiffusersPolicy, parameters: int, trained: int) -> Network:
         parameters,
         trained,
     )
-
-
-def bound(config: Config, card: Card | None) -> Bound | None:
-    """What to hold an update's time against: a named card's peak; or what this machine does, if the model could run on it."""
-    if card is not None:
-        if card.rate is None:
-            return None
-        return Bound(card.rate, f"a {card.name} ({_big(card.rate)}FLOP/s by its data sheet)")
-    if not models.path(config.model) and not torch.cuda.is_available():
-        return None
-    rate = matrix_rate()
-    return Bound(rate, f"this machine ({_big(rate)}FLOP/s, a 1024 x 1024 product measured now)")
-
-
-def _big(value: float) -> str:
-    """A number with G, T or P."""
-    unit, sign = next(((u, s) for u, s in ((1e15, "P"), (1e12, "T")) if value >= u), (1e9, "G"))
-    return f"{value / unit:.1f} {sign}"
-
-
-def matrix_rate(size: int = 1024, seconds: float = 0.5) -> float:
-    """FLOP/s of a float32 matrix product on this machine's default device."""
-    a = torch.randn(size, size, device="cuda" if torch.cuda.is_available() else "cpu")
-    a @ a
-    done, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        float((a @ a)[0, 0])
-        done += 1
-    return done * 2 * size**3 / (time.perf_counter() - started)

@@ -122,7 +122,9 @@ def _entries(training: Any, evaluation: Any) -> tuple[list[Entry], list[Entry], 
         raise UserError(*dict.fromkeys(problems))
     trained, judged = read_entries
     if evaluation.enabled and evaluation.source is None and not has_splits(training.source):
-        trained, judged = held_out(trained, evaluation.holdout, evaluation.least)
+        texts = {entry["prompt"] for entry in trained}
+        few = len(texts) < 2 * evaluation.least and "holdout" not in evaluation.model_fields_set
+        trained, judged = held_out(trained, 0.0 if few else evaluation.holdout, evaluation.least)
     most = min(evaluation.prompts or len(judged), len(judged))
     return trained, [judged[k * len(judged) // most] for k in range(most)], len(judged), _digest(judged)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffalign import config as configs
 from diffalign.config import Config
 from diffalign.errors import UserError
 from diffalign.models import quantizing
@@ -73,6 +74,19 @@ def check(config: Config, world: World) -> None:
             f"optimizer.micro_batch: got {micro}, with memory.shard each of {size} processes has {samples / size:g} of an update's samples "
             "and as many micro-batches as the others; allowed are divisors of that"
         )
+
+
+def agreed(config: Config, world: World) -> None:
+    """Hold the processes' configs against each other.
+
+    Raises:
+        UserError: in every process, if one has another config than the first.
+    """
+    gathered = world.gather((configs.settings(config), config.book.content))
+    for rank, (other, content) in enumerate(gathered):
+        if (other, content) != gathered[0]:
+            lines = [f"  {key}: {a!r} -> {b!r}" for key, (a, b) in configs.differences(gathered[0][0], other).items()]
+            raise UserError(f"process {rank} has another config than process 0", *(lines or ["  other prompts"]))
 
 
 def recorder(config: Config) -> Tools | None:

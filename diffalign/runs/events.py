@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from diffalign.types import Update
 
 if TYPE_CHECKING:  # the folder is opened before anything heavy is imported
+    import numpy as np
+    from numpy.typing import NDArray
+
     from diffalign.evaluation.results import Summary
 
 
@@ -38,6 +41,19 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A grid was drawn after `number` updates: pictures (n, H, W, 3) uint8 of fixed prompts and noises, and their captions.
+
+    drift: how far they are from those before training, root mean square of thumbnails; None where there are none.
+    """
+
+    number: int
+    images: NDArray[np.uint8]
+    captions: Sequence[str]
+    drift: float | None = None
+
+
+@dataclass(frozen=True)
 class Ended:
     """The run came to its end after `number` updates, in `seconds` since it was taken up."""
 
@@ -56,6 +72,7 @@ class Listener:
     def began(self, event: Began) -> None: ...
     def updated(self, event: Updated) -> None: ...
     def evaluated(self, event: Evaluated) -> None: ...
+    def drawn(self, event: Drawn) -> None: ...
     def ended(self, event: Ended) -> None: ...
 
 
@@ -76,6 +93,10 @@ class Listeners(Listener):
     def evaluated(self, event: Evaluated) -> None:
         for member in self.members:
             member.evaluated(event)
+
+    def drawn(self, event: Drawn) -> None:
+        for member in self.members:
+            member.drawn(event)
 
     def ended(self, event: Ended) -> None:
         for member in self.members:

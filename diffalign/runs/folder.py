@@ -14,11 +14,11 @@ import filelock
 from diffalign import config as configs
 from diffalign.errors import UserError, one_line
 from diffalign.models.notes import LORA
-from diffalign.runs.events import Evaluated, Listener, Updated
+from diffalign.runs.events import Drawn, Evaluated, Listener, Updated
 from diffalign.runs.logs import METRICS, SCORES, Logs, read_rows
 from diffalign.runs.resume import WAY_OUT, Taken, take_up
 from diffalign.runs.store import Store
-from diffalign.runtime import numbered
+from diffalign.runtime import keys, numbered
 from diffalign.runtime.files import write_text
 from diffalign.runtime.yaml_text import parse
 
@@ -80,6 +80,10 @@ class RunFolder(Listener):
 
     def evaluated(self, event: Evaluated) -> None:
         self.logs.append({"update": event.number, **event.summary.row()})
+
+    def drawn(self, event: Drawn) -> None:
+        if event.drift is not None:
+            self.logs.append({"update": event.number, keys.DRIFT: event.drift})
 
     def rewind(self, update: int, signed: dict[str, str]) -> None:
         """Drop rows, evaluations and samples of more than `update` updates: they will be made again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,13 +23,16 @@ from diffalign.protocols import TrainablePolicy
 from diffalign.report import figures
 from diffalign.report.drawing import lacking
 from diffalign.report.pictures import grid
+from diffalign.rewards import distances
 from diffalign.runs.card import notes, write_adapter
+from diffalign.runs.events import Drawn
 from diffalign.runs.folder import RunFolder
 from diffalign.runs.parts import Parts
 from diffalign.runtime import keys, numbered
 from diffalign.runtime.files import whole
 from diffalign.runtime.memory import fitting
 
+WAIT = 30.0  # seconds between curves while a run goes on: they take about half a second
 GALLERY = 4  # pictures on an adapter's page
 AVERAGES = "ema"  # the shadow that is evaluated and saved where the config asks for averaged weights
 
@@ -66,6 +70,7 @@ class Outputs:
     judged: FixedSet
     say: Callable[[str], None]
     history: list[dict[str, Any]] = field(default_factory=list)
+    drawn: float = field(default_factory=time.perf_counter)  # when curves were, last
 
     @property
     def title(self) -> str:
@@ -86,7 +91,7 @@ class Outputs:
         with published(self.config, self.parts.policy):
             return fitting(self.parts.policy, lambda: fixed.pictures(self.parts.policy, shown), self.say)
 
-    def samples(self, update: int, images: NDArray[np.uint8] | None = None) -> None:
+    def samples(self, update: int, images: NDArray[np.uint8] | None = None) -> Drawn:
         """A grid of samples, and their pixels, after some updates; `images`: if they were drawn already."""
         images = self.pictures() if images is None else images
         (self.folder / "samples").mkdir(exist_ok=True)
@@ -94,6 +99,18 @@ class Outputs:
             grid(images).save(file, "PNG")
         with whole(self._sample(update, "npz")) as file:
             np.savez_compressed(file, images=images)
+        captions = [self.judged.prompts.text[k] for k in self.judged.shown(self.config.output.samples)]
+        return Drawn(update, images, captions, self._drift(update, images))
+
+    def _drift(self, update: int, images: NDArray[np.uint8]) -> float | None:
+        """How far samples are from those before training; None where these are not there, or not the same ones."""
+        first = self._sample(0, "npz")
+        if not update or self.judged.since or not first.is_file():
+            return None
+        before = stored(first)
+        if before.shape != images.shape:
+            return None
+        return float(distances.drift(*(distances.thumbnails(each[:, None]) for each in (images, before))).mean())
 
     def adapter(self, name: str, update: int, summary: Summary) -> None:
         """The adapter after some updates, as a folder of the run, with a card that says what its evaluation found."""
@@ -130,8 +147,14 @@ class Outputs:
         if self.config.evaluation.every and self.config.evaluation.enabled:
             self.best(update)
 
+    def watch(self) -> None:
+        """Draw the curves anew, unless that was done a moment ago."""
+        if time.perf_counter() - self.drawn >= WAIT:
+            self.curves()
+
     def curves(self) -> None:
         """The run so far, from its log."""
+        self.drawn = time.perf_counter()
         rewards: dict[str, list[tuple[int, float]]] = defaultdict(list)
         evaluations: dict[str, figures.Points] = defaultdict(list)
         for row in self.folder.logs.rows():

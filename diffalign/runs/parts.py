@@ -13,26 +13,26 @@ import torch
 from diffalign.backends.diffusers import START, DiffusersPolicy, call_arguments
 from diffalign.backends.table import policy_class
 from diffalign.config import Config
-from diffalign.config.checks import of_the_model
+from diffalign.config.adapters import of_the_model
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.models import compiling, decoding, encoders, loading, lora, lora_files, merging
 from diffalign.models.encodings import Kept
-from diffalign.models.notes import Notes
 from diffalign.models.places import Adapter, found, given
 from diffalign.processes import PROCESSES
+from diffalign.protocols import Progress, silent
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import find
 from diffalign.rewards.load import load as load_reward
-from diffalign.rewards.narrow import Narrow, difference
+from diffalign.rewards.narrow import Narrow
 from diffalign.rewards.scorer import Scorer
-from diffalign.runs.devices import compiled, device, promise, recorder
+from diffalign.runs.devices import compiled, device, recorder
 from diffalign.runtime import sharding
 from diffalign.runtime.distributed import World
 from diffalign.runtime.memory import release
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.fitting import fit
+from diffalign.training.rates import factor
 from diffalign.training.trainer import Trainer
-from diffalign.types import Plan, Prompts
 
 
 @dataclass
@@ -213,7 +213,9 @@ def policy(
         raise Fault(f"{type(pipe).__name__} cannot sample with these settings: {one_line(error)}") from error
 
 
-def trainer(config: Config, parts: Parts, world: World, say: Callable[[str], None]) -> Trainer:
+def trainer(
+    config: Config, parts: Parts, world: World, say: Callable[[str], None], progress: Progress = silent
+) -> Trainer:
     """What updates the parts, its rule fitted into memory if it asks for that.
 
     Raises:
@@ -240,6 +242,8 @@ def trainer(config: Config, parts: Parts, world: World, say: Callable[[str], Non
         world=world,
         max_invalid=config.scoring.max_invalid,
         notify=say,
+        progress=progress,
+        rate=lambda update: optimizer.lr * factor(optimizer.schedule, update, optimizer.warmup, config.updates),
     )
     batch = made.draw(0).select(range(parts.policy.micro_batch))
     fitted = fit(made.rule, parts.policy, parts.scorer, batch)
@@ -247,49 +251,3 @@ def trainer(config: Config, parts: Parts, world: World, say: Callable[[str], Non
     if fitted:
         say(f"fitted into memory: {', '.join(map(str, plan.updates[0]))}")
     return made
-
-
-def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str], None]) -> None:
-    """Say what a user should know of what was loaded; `batch`: samples to try it on."""
-    place = parts.place
-    for line in [*parts.policy.remarks, *promise(config)]:
-        say(line)
-    parts.policy.notify = say
-    if config.evaluation.enabled and config.book.shared:
-        say("evaluating on prompts that are trained on: scores do not say what is true of others")
-    if config.evaluation.enabled and len(config.book.evaluation) < config.book.held_out:
-        say(f"evaluating {config.book.extent} as evaluation.prompts says; null: all")
-    if place.commit is not None:
-        say(f"{config.model} at commit {place.commit}")
-    if place.file:
-        say(f"from {config.weights}: {place.file}")
-    _introduce_adapters(config, parts, say)
-    if narrow := [name for name, reward in parts.scorer.rewards.items() if isinstance(reward, Narrow)]:
-        part = parts.policy.rollout(batch, Plan.deterministic(parts.policy.schedule.steps))
-        with torch.no_grad():
-            media = parts.policy.decode(part, part.x[-1])
-        for name in narrow:
-            apart, spread = difference(parts.scorer.rewards[name], parts.judges.rewards[name], media, part.at(-1))
-            say(
-                f"{name} in bfloat16: scores of {len(batch)} pictures differ by up to {apart:.2g}; their std is {spread:.2g}"
-            )
-
-
-def _introduce_adapters(config: Config, parts: Parts, say: Callable[[str], None]) -> None:
-    """Say what a user should know of what the run begins with and on."""
-    for key, adapter in (("lora.start", parts.start), *(("lora.frozen", each) for each in parts.frozen)):
-        if adapter is not None and adapter.commit:
-            say(f"{key}: {adapter} on the hub")
-    began = parts.start.folder if parts.start is not None and parts.start.folder.is_dir() else None
-    if began is not None and (was := Notes.read(began).quantize) not in ("", config.memory.quantize):
-        say(
-            f"lora.start was trained with memory.quantize {was}, this base has {config.memory.quantize}: it acts as the two differ"
-        )
-    if config.lora.frozen:
-        say(f"on top of {', '.join(config.lora.frozen)}, part of the base in this run")
-    if began is not None:
-        lacking = [spec for spec in Notes.read(began).frozen if spec["digest"] not in {a.digest for a in parts.frozen}]
-        for spec in lacking:
-            say(
-                f"lora.start was trained on top of {spec['place']}:{spec['strength']:g}, which is not in lora.frozen here"
-            )

@@ -12,7 +12,7 @@ import torch
 
 from diffalign import config as configs
 from diffalign.config import Config
-from diffalign.errors import Fault, Interrupted, Unscored, UserError
+from diffalign.errors import Fault, Interrupted, Unscored
 from diffalign.evaluation import fixed
 from diffalign.evaluation.fixed import FixedSet
 from diffalign.evaluation.results import Summary
@@ -21,6 +21,7 @@ from diffalign.runs import choosing, devices, digests, parts
 from diffalign.runs.budget import Budget, Spent
 from diffalign.runs.events import Began, Ended, Evaluated, Listeners, Updated
 from diffalign.runs.folder import RunFolder, open_run
+from diffalign.runs.introducing import introduce
 from diffalign.runs.outputs import AVERAGES, Outputs, published
 from diffalign.runs.progress import Reporter
 from diffalign.runs.reach import Reach
@@ -54,7 +55,7 @@ def train(
     reporter = Reporter(quiet or not world.leads)
     held = folder or RunFolder(Path(config.run_dir))
     try:
-        agreed(config, world)
+        devices.agreed(config, world)
         opens = folder is None and world.leads
         held = world.together(lambda: open_run(config, fresh, change) if opens else None) or held
         held.taken = taken = world.lead(lambda: held.taken)
@@ -82,19 +83,6 @@ def train(
         world.leave()
 
 
-def agreed(config: Config, world: World) -> None:
-    """Hold the processes' configs against each other.
-
-    Raises:
-        UserError: in every process, if one has another config than the first.
-    """
-    gathered = world.gather((configs.settings(config), config.book.content))
-    for rank, (other, content) in enumerate(gathered):
-        if (other, content) != gathered[0]:
-            lines = [f"  {key}: {a!r} -> {b!r}" for key, (a, b) in configs.differences(gathered[0][0], other).items()]
-            raise UserError(f"process {rank} has another config than process 0", *(lines or ["  other prompts"]))
-
-
 def adapter_file(config: Config) -> Path:
     """Where a finished run's adapter is."""
     return Path(config.run_dir) / "adapter" / LORA
@@ -102,7 +90,10 @@ def adapter_file(config: Config) -> Path:
 
 def listeners(config: Config, folder: RunFolder, reporter: Reporter) -> Listeners:
     """Who hears what happens in a run, in this order."""
-    return Listeners([reporter, Trackers(config.output.trackers, folder / "trackers"), folder])
+    settings = dict(configs.flat(configs.settings(config)))
+    return Listeners(
+        [reporter, Trackers(config.output.trackers, folder / "trackers", folder.path.name, settings), folder]
+    )
 
 
 class Session:
@@ -114,13 +105,16 @@ class Session:
         self.folder, self.reporter, self.world = folder, reporter, world
         devices.check(config, world)
         config = choosing.attention(config, world, reporter.say)
+        if config.prompts.cache is not None:
+            reporter.doing("encoding prompts")
         kept = parts.encode_first(config, world, reporter.say)
+        reporter.doing(f"loading {config.model}")
         self.parts = made = world.together(lambda: parts.build(config, reporter.say, kept))
         self.policy = made.policy
         self.config = config = choosing.timed(config, made.policy, world, reporter.say)
         self.averages = {} if config.optimizer.ema is None else {AVERAGES: config.optimizer.ema}
         self.policy.add_shadows(self.averages)
-        self.trainer = parts.trainer(config, made, world, reporter.say)
+        self.trainer = parts.trainer(config, made, world, reporter.say, reporter.doing)
         evaluation = config.evaluation
         judged = FixedSet(
             config.book.fixed(evaluation.images_per_prompt, evaluation.seed),
@@ -142,10 +136,8 @@ class Session:
         for key, value in folder.taken.kept.items():
             if key not in DECIDED:
                 reporter.say(f"{key}: {value!r}, as the run began; this version's default is another")
-        for line in configs.told(config):
-            reporter.say(line)
         batch = self.trainer.draw(0).select(range(self.policy.micro_batch))
-        parts.introduce(config, made, batch, reporter.say)
+        introduce(config, made, batch, reporter.say)
         self.budget, self.spent, self.last = Budget(updates=config.updates), Spent(), Spent()
         self.held: float | None = None  # GiB, once they were told
         self.skipped = self.nonfinite = self.unscored = 0  # updates; gradients and updates in a row
@@ -158,6 +150,7 @@ class Session:
 
     def save(self) -> None:
         """Keep everything that the run needs to go on."""
+        self.reporter.doing("saving")
         self.points.save(self.spent, self.skipped)
 
     # -- the run
@@ -185,6 +178,7 @@ class Session:
         return summary
 
     def _update(self) -> Update:
+        self.reporter.begin(self.done, self.config.updates)
         update = self.trainer.update(self.done)
         self.policy.follow(self.averages)
         self.last = Spent.on(update)
@@ -219,6 +213,7 @@ class Session:
         # After grids and evaluation: a checkpoint says that everything up to it was done.
         if self.done % output.checkpoint_every == 0 or self._due or last:
             self.save()
+            self.outputs.watch()
 
     @property
     def _due(self) -> bool:
@@ -234,8 +229,10 @@ class Session:
 
     def _samples(self) -> None:
         """A grid, written by the first process; where all hold the network together, all draw it."""
+        self.reporter.doing("drawing samples")
         sharded = self.config.memory.shard == "blocks"
-        self.outputs.samples(self.done, self.world.together(self.own_outputs.pictures) if sharded else None)
+        drawn = self.outputs.samples(self.done, self.world.together(self.own_outputs.pictures) if sharded else None)
+        self.listeners.drawn(drawn)
 
     def _evaluate(self) -> Summary:
         """Sample the fixed set, every process its share, and judge it."""
@@ -246,7 +243,7 @@ class Session:
         rows = self.world.rows(len(prompts), self.trainer.dealt)
 
         def own() -> dict[str, Floats]:
-            work = functools.partial(fixed.scores, policy, self.fixed.scorer, prompts.select(rows))
+            work = functools.partial(fixed.scores, policy, self.fixed.scorer, prompts.select(rows), self.reporter.doing)
             with published(self.config, policy):
                 found = fitting(policy, work, self.reporter.say)
                 if self.config.memory.shard == "blocks":

@@ -34,6 +34,7 @@ PARTS = {
     "pyarrow": Part("pyarrow", "prompts"),
     "tensorboard": Part("tensorboard", "trackers"),
     "wandb": Part("wandb", "trackers"),
+    "trackio": Part("trackio", "trackio"),
 }
 
 

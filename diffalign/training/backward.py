@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import Fault
-from diffalign.protocols import TrainablePolicy
+from diffalign.protocols import Progress, TrainablePolicy, silent
 from diffalign.rewards.scorer import Scorer, Tally
 from diffalign.rules import Rule
 from diffalign.training.scoring import select_credit
@@ -43,6 +43,7 @@ class Backward:
     policy: TrainablePolicy
     scorer: Scorer
     term_norms: bool = False
+    progress: Progress = silent
     tally: Tally = field(default_factory=Tally)
     gap: float = 0.0  # how far a first pass was from its rollout at most, so far
 
@@ -68,11 +69,13 @@ class Backward:
         self.tally = Tally()
         noted: list[tuple[str | Span, float, Tensor]] = []  # name, share of the samples, value: read when all is done
         gaps: list[tuple[Tensor, Term, float | None]] = []
-        for rows in chunks(len(rollout.prompts), self.policy.micro_batch):
+        parts = list(chunks(len(rollout.prompts), self.policy.micro_batch))
+        for at, rows in enumerate(parts):
             part = rollout.select(rows)
             part_credit = None if credit is None else select_credit(credit, rollout.tree, rows)
             share = len(rows) / total
-            for term in terms:
+            for place, term in enumerate(terms):
+                self.progress("training", at * len(terms) + place, len(parts) * len(terms))
                 gap, clip, logged = self._term(term, part, part_credit, share)
                 noted += [(name, share, value) for name, value in logged.items()]
                 if first and gap is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from diffalign.protocols import TrainablePolicy
+from diffalign.protocols import Progress, TrainablePolicy, silent
+from diffalign.rewards import distances
 from diffalign.rewards.base import check_media
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime import keys
@@ -54,12 +54,24 @@ class Sampling:
     policy: TrainablePolicy
     scorer: Scorer
     log_probs: bool = False
+    progress: Progress = silent
+    looks: list[Floats] = field(default_factory=list)  # thumbnails of what was decoded last, by micro-batch
 
     def run(self, prompts: Prompts, plan: Plan, clock: Clock) -> tuple[Rollout, Scores | None]:
         """Sample and, if that goes to the end, score: rewards in the background work while the next micro-batch is sampled."""
         begun: list[Callable[[], Scores]] = []
+        self.looks = []
         whole = plan.stop == self.policy.schedule.steps
-        each = functools.partial(self._begin, begun, clock) if whole else None
+        count, parts = 0, -(-len(prompts) // self.policy.micro_batch)
+
+        def each(part: Rollout) -> None:
+            nonlocal count
+            count += 1
+            self.progress("sampling", count, parts)
+            if whole:
+                self._begin(begun, clock, part)
+
+        self.progress("sampling", 0, parts)
         before = dict(clock.seconds)
         with clock("sample"):
             rollout = self.policy.rollout(prompts, plan, each)
@@ -77,11 +89,13 @@ class Sampling:
         """Decode a micro-batch and begin to score it."""
         with clock("decode"), torch.no_grad():
             media = check_media(self.policy.decode(part, part.x[-1]))
+            self.looks.append(distances.small(media.pixels))
         with clock("reward"):
             begun.append(self.scorer.begin(media, part.at(-1)))
 
     def _joined(self, rollout: Rollout, begun: list[Callable[[], Scores]], clock: Clock) -> Scores:
         """Wait for the scores of a rollout's micro-batches."""
+        self.progress("scoring", 0, 0)
         with clock("reward"):
             parts = [answer() for answer in begun]
             self.scorer.rest()
@@ -93,6 +107,12 @@ class Sampling:
             self.scorer.weights,
             [_edges(rollout, step) for step in steps] or None,
         )
+
+
+def diversity(looks: Sequence[Floats], group: Integers) -> tuple[float, int]:
+    """How far samples are from others of their group (see `distances.diversity`): sum, and of how many; those alone in it are left out."""
+    apart = distances.diversity(np.concatenate(looks), group)
+    return float(np.nansum(apart)), int(np.isfinite(apart).sum())
 
 
 def select_credit(credit: Credit, tree: Tree, rows: Rows) -> Credit:

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from diffalign.errors import Unscored
-from diffalign.protocols import TrainablePolicy
+from diffalign.protocols import Progress, TrainablePolicy, silent
 from diffalign.rewards.scorer import Scorer, Tally
 from diffalign.rules import Rule
 from diffalign.runtime import keys
@@ -22,7 +22,7 @@ from diffalign.runtime.distributed import ALONE, World
 from diffalign.runtime.memory import fitting
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.backward import Backward, Logged
-from diffalign.training.scoring import Clock, Sampling, describe, joined_scores, select_credit
+from diffalign.training.scoring import Clock, Metrics, Sampling, describe, diversity, joined_scores, select_credit
 from diffalign.types import Credit, Plan, Prompts, Rollout, Scores, Span, Term, Tree, Update
 
 
@@ -47,6 +47,8 @@ class Trainer:
         world: the processes that share the work; each samples its own micro-batches, as large as the policy's are now.
         max_invalid: share of an update's samples that may be without a score.
         notify: told what a user should know.
+        rate: update -> the learning rate of that update; None: it stays the optimizer's own.
+        progress: told of every micro-batch.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class Trainer:
         world: World = ALONE,
         max_invalid: float = 1.0,
         notify: Callable[[str], None] = print,
+        rate: Callable[[int], float] | None = None,
+        progress: Progress = silent,
     ) -> None:
         self.rule, self.policy, self.scorer, self.optimizer, self.draw = rule, policy, scorer, optimizer, draw
         self.max_grad_norm, self.seed, self.max_invalid, self.notify = max_grad_norm, seed, max_invalid, notify
-        self.world, self.dealt = world, policy.micro_batch
-        self.sampling = Sampling(policy, scorer, rule.needs.log_probs)
-        self.backward = Backward(rule, policy, scorer, term_norms or rule.needs.term_norms)
+        self.world, self.dealt, self.rate = world, policy.micro_batch, rate
+        self.sampling = Sampling(policy, scorer, rule.needs.log_probs, progress)
+        self.backward = Backward(rule, policy, scorer, term_norms or rule.needs.term_norms, progress)
         self.compared = False  # whether it was said how far a compiled first pass is from its rollout
         self.whole = True  # the parameters are those after some update, not those within one
         policy.add_shadows(rule.decays(0))
@@ -81,6 +85,9 @@ class Trainer:
         """
         clock = Clock.of(self.policy)
         self.whole = True
+        if self.rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(index)
         started, forward, backward = time.perf_counter(), self.policy.rows_forward, self.policy.rows_backward
         sampled = self._sample(index, clock)
         update = sampled.update
@@ -102,7 +109,8 @@ class Trainer:
         nfe = dict(
             zip(("nfe", "nfe_backward"), (float(sum(column)) for column in zip(*rows, strict=True)), strict=True)
         )
-        return replace(update, metrics={**update.metrics, **seconds, **nfe})
+        rate = {keys.RATE: float(self.optimizer.param_groups[0]["lr"])}
+        return replace(update, metrics={**update.metrics, **rate, **seconds, **nfe})
 
     def reaches(self) -> bool:
         """Whether the adapter changes a prediction, as it is sampled with; before the first step it does not."""
@@ -138,12 +146,14 @@ class Trainer:
         if 1 - scores.valid.mean() > self.max_invalid or not scores.valid.any():
             raise Unscored(f"update {index + 1}: samples without a score, {self.scorer.unscored(scores.by_name)}")
         credit = self.rule.credit(tree, scores, prompts)
+        own_groups = rollout.prompts.group[rollout.tree.leaf_root]
+        apart = self.world.gather(diversity(self.sampling.looks, own_groups))
         update = Update(
             scored=int(scores.valid.sum()),
             unscored=int((~scores.valid).sum()),
             flat=not self.rule.needs.anchored and _flat(plan, credit),
             judged=(prompts.select(tree.leaf_root), scores),
-            metrics=describe(scores, prompts.group[tree.leaf_root]),
+            metrics=describe(scores, prompts.group[tree.leaf_root]) | _diversity(apart),
         )
         return Sampled(rollout, credit and select_credit(credit, tree, rows), len(prompts), update)
 
@@ -209,6 +219,12 @@ class Trainer:
         self.whole = False
         self.optimizer.step()
         return norm
+
+
+def _diversity(parts: Sequence[tuple[float, int]]) -> Metrics:
+    """The mean of what processes found; nothing where no sample has another of its group."""
+    count = sum(part[1] for part in parts)
+    return {keys.DIVERSITY: sum(part[0] for part in parts) / count} if count else {}
 
 
 def _flat(plan: Plan, credit: Credit | None) -> bool:

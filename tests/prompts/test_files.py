@@ -8,6 +8,7 @@ import time
 import pytest
 from hypothesis import strategies as st
 
+from diffalign import config
 from diffalign.errors import UserError
 from diffalign.prompts import book
 from diffalign.prompts.files import READERS, read
@@ -118,3 +119,13 @@ def test_at_least_eight_are_held_out_where_enough_are_left():
         assert len(judged) == (held or count), count
         assert len(trained) == (count - held), count
     assert len(book.held_out([{"prompt": str(k)} for k in range(40)], 0.0, 8)[1]) == 40
+
+
+def test_of_few_prompts_all_are_trained_on_unless_a_share_is_named(tmp_path):
+    file = tmp_path / "ten.txt"
+    file.write_text("".join(f"thing {k}\n" for k in range(10)))
+    own = ["prompts.tasks=[]", f"prompts.source={file}", "rewards={jpeg_compressibility: 1.0}", "eval_rewards=[]"]
+    made = config.load("flow_grpo/shapes-sd3", own).book
+    assert len(made.training) == len(made.evaluation) == 10 and made.shared
+    named = config.load("flow_grpo/shapes-sd3", [*own, "evaluation.holdout=0.3"]).book
+    assert (len(named.training), len(named.evaluation), named.shared) == (7, 3, False)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffalign.evaluation import distances as s
+from diffalign.rewards import distances as s
 
 
 def test_thumbnails_keep_means_of_blocks():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from diffalign.types import Floats, Integers
 
@@ -21,15 +22,21 @@ def thumbnails(frames: NDArray[np.uint8]) -> Floats:
     return (sums / area / 255).reshape(n, -1)
 
 
+def small(pixels: Tensor) -> Floats:
+    """The same of samples (n, F, 3, H, W) in [0, 1], where they are."""
+    n, _, _, h, w = pixels.shape
+    means = adaptive_avg_pool2d(pixels.detach().flatten(0, 1).float(), (min(h, THUMBNAIL), min(w, THUMBNAIL)))
+    return means.reshape(n, -1).double().cpu().numpy()
+
+
 def diversity(pictures: Floats, prompt: Integers) -> Floats:
     """(n,) each sample's mean distance (root mean square) to the others of its prompt, NaN where it is alone."""
-    distances, counts = np.zeros(len(pictures)), np.zeros(len(pictures))
+    found = np.full(len(pictures), np.nan)
     for name in np.unique(prompt):
-        for a, b in combinations(np.flatnonzero(prompt == name), 2):
-            apart = np.sqrt(np.mean((pictures[a] - pictures[b]) ** 2))
-            distances[[a, b]] += apart
-            counts[[a, b]] += 1
-    return np.divide(distances, counts, out=np.full(len(pictures), np.nan), where=counts > 0)
+        own = np.flatnonzero(prompt == name)
+        if len(own) > 1:  # a sample is at 0 from itself
+            found[own] = cdist(pictures[own], pictures[own]).sum(1) / (len(own) - 1) / np.sqrt(pictures.shape[1])
+    return found
 
 
 def drift(pictures: Floats, base: Floats) -> Floats:
