@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 
 TOTAL, VALID, COUNT = "reward/total", "reward/valid", "eval/n"
-RATE, DIVERSITY, DRIFT = "lr", "diversity", "drift"
+RATE, DIVERSITY, DRIFT = "lr", "pictures/diversity", "pictures/drift"
 _FIXED = {"total", "valid"}
 ENDINGS = ("_gain_lo", "_gain_hi", "_gain", "_lo", "_hi")  # of an evaluation's keys: longer ones first
 

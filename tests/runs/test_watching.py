@@ -90,8 +90,8 @@ def test_rates_diversity_and_drift_are_logged(run):
     updates = [row for row in rows if "lr" in row]
     lr = configs.load(NAME).optimizer.lr
     assert [row["lr"] for row in updates] == pytest.approx([lr / 3, lr * 2 / 3, lr, lr / 2])
-    assert all(0 < row["diversity"] < 1 for row in updates)
-    drift = {row["update"]: row["drift"] for row in rows if "drift" in row}
+    assert all(0 < row["pictures/diversity"] < 1 for row in updates)
+    drift = {row["update"]: row["pictures/drift"] for row in rows if "pictures/drift" in row}
     assert sorted(drift) == [2, 4]
     images = {k: np.load(run[0] / f"samples/update_{k:06}.npz")["images"].astype(float) / 255 for k in (0, 4)}
     blocks = [each.reshape(4, 16, 4, 16, 4, 3).mean((2, 4)) for each in images.values()]  # 64 x 64 pixels to 16 x 16
@@ -108,7 +108,7 @@ def test_a_tracker_gets_pictures_and_the_config(run):
 
     (place,) = {path.parent for path in (run[0] / "trackers").rglob("events*")}
     events = EventAccumulator(str(place), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
-    assert {"lr", "diversity", "drift", "reward/total"} <= set(events.Tags()["scalars"])
+    assert {"lr", "pictures/diversity", "pictures/drift", "reward/total"} <= set(events.Tags()["scalars"])
     assert {event.step for event in events.Images("samples")} == {0, 2, 4}
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "optimizer.warmup: 2" in text and "rule.name: flow_grpo" in text
@@ -138,7 +138,7 @@ def test_other_trackers_get_a_run_of_its_own_name_that_goes_on(monkeypatch, tmp_
         given["project"] == "diffalign" and given["resume"] == "allow" and given["config"] == {"seed": 3}
         for given in opened
     )
-    assert (1, {"lr": 0.1}) in logged and (1, {"drift": 0.5}) in logged
+    assert (1, {"lr": 0.1}) in logged and (1, {"pictures/drift": 0.5}) in logged
     assert (1, {"samples/0": ((4, 4, 3), "a"), "samples/1": ((4, 4, 3), "b")}) in logged
 
 
