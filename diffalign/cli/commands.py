@@ -60,12 +60,12 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, qu
     from diffalign.runs.folder import open_run
 
     settings, _ = _settings(config, overrides, vram)
+    folder = open_run(settings, fresh, change) if launcher.leads() else None  # refused before torch is imported
     if launcher.leads() and not quiet:  # torch takes seconds to import
         click.echo(
             f"{settings.rule['name']} on {settings.model}, {settings.updates} updates, {settings.run_dir}; loading",
             err=True,
         )
-    folder = open_run(settings, fresh, change) if launcher.leads() else None  # refused before torch is imported
     from diffalign.runs import session
 
     summary = session.train(settings, fresh=fresh, change=change, quiet=quiet, folder=folder)
@@ -184,28 +184,6 @@ def stages(config: str, overrides: tuple[str, ...], out: str, **asked: Any) -> N
 
     written = stage_writer.write(configs.load(config, overrides).book.entries, Path(out), say=click.echo, **asked)
     show([f"{out}: {written} asked for; use prompts.stages={out}"])
-
-
-@app.group(invoke_without_command=True)
-@click.pass_context
-def rewards(context: click.Context) -> None:
-    """List the rewards, or check one."""
-    if context.invoked_subcommand is None:
-        from diffalign.rewards import catalog
-
-        show(entry.line for entry in catalog.builtin().values())
-
-
-@rewards.command()
-@click.argument("name")
-def check(name: str) -> None:
-    """Score built-in pictures with NAME and say whether it tells them apart."""
-    from diffalign.rewards import catalog
-
-    catalog.known(name, "rewards")  # refused before torch is imported
-    from diffalign.rewards.check import check as check_reward
-
-    show(check_reward(name))
 
 
 @app.command("serve-reward")

@@ -124,9 +124,14 @@ def summary(thing: Any) -> str:
     return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
 
 
+def rules() -> dict[str, str]:
+    """The update rules, each with its first sentence."""
+    return {name: summary(rule) for name, rule in RULES.items()}
+
+
 def _rule() -> dict[str, Any]:
     """The name decides which keys there are."""
-    name = {"enum": list(RULES), "description": "; ".join(f"{n}: {summary(rule)}" for n, rule in RULES.items())}
+    name = {"enum": list(RULES), "description": "; ".join(f"{n}: {said}" for n, said in rules().items())}
     cases = []
     for own, rule in RULES.items():
         keys = {"name": {"const": own}, **properties(rule.Settings)}

@@ -63,17 +63,6 @@ class Entry:
         mend = missing(self.extra) if self.extra else ""
         return f"{self.extra}; {mend}" if mend else ""
 
-    @property
-    def line(self) -> str:
-        """What a list of rewards says of it."""
-        kind = "differentiable" if self.differentiable else "black box"
-        facts = [f"range {self.range}"] if self.range else []
-        if self.weights:
-            size = f", {self.memory:g} GiB" if self.memory else ""
-            facts.append(f"weights {self.weights} ({self.licence}{size}), or {self.name}@PLACE")
-        facts += [f"needs {self.missing}"] if self.missing else []
-        return "; ".join([f"{self.name:24} {self.modality:6} {kind:15} {self.about}", *facts])
-
     def unfit(self, prompts: Iterable[dict[str, Any]]) -> str:
         """What prompts' metadata lack that this reward needs, or have in another form; empty if they fit."""
         for prompt in prompts:
