@@ -98,6 +98,11 @@ class Policy(Protocol):
     def along(self, draw: int, steps: Collection[int]) -> Tensor: ...
 
 
+START = (
+    "start"  # the copy of what a run began with, or of the last reset: `Policy.reference` is that where there is one
+)
+
+
 class TrainablePolicy(Policy, Protocol):
     """What the trainer needs besides."""
 

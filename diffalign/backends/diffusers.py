@@ -21,9 +21,8 @@ from diffalign.models.checkpointing import by_blocks
 from diffalign.models.encodings import Kept
 from diffalign.models.graphs import Graphs, Tools
 from diffalign.processes import Process
+from diffalign.protocols import START
 from diffalign.types import Media, Prompts, Rollout
-
-START = "start"  # the slow copy that a run began with, and is pulled to if it is there
 
 
 def call_arguments(steps: int, guidance_scale: float | None, call: dict[str, Any] | None) -> dict[str, Any]:

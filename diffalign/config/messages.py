@@ -189,8 +189,8 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(rule, dict) and rule.get("name") in RULES:
         settings = RULES[rule["name"]].Settings
         defaults = {k: f.default for k, f in settings.model_fields.items()}
-        if "reference" in defaults and whole["lora"].get("start") is not None:
-            defaults["reference"] = "base"
+        if whole["lora"].get("start") is not None and rule.get("kl", defaults.get("kl")):
+            defaults["reference"] = "base"  # there was no other
         whole["rule"] = _merged(defaults, rule)
     return json.loads(json.dumps(whole))
 
@@ -210,7 +210,11 @@ def _merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 def settings(config: Config) -> dict[str, Any]:
     """All of a config as plain data, its rule's defaults too."""
-    return completed(config.model_dump(mode="json"))
+    values = config.model_dump(mode="json")
+    rule = config.make_rule().settings.model_dump(mode="json")  # type: ignore[attr-defined]
+    if "reference" in rule:  # completing is for what was written before there was a choice
+        values["rule"] = {"reference": rule["reference"], **values["rule"]}
+    return completed(values)
 
 
 def given(config: Config) -> list[str]:

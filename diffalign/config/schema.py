@@ -258,7 +258,7 @@ class Config(Settings):
         return self.memory.checkpoint
 
     @property
-    def reference(self) -> Literal["base", "start"]:
+    def reference(self) -> Literal["base", "start", "moving"]:
         """What a divergence pulls to, decided."""
         asked = self.rule.get("reference", "auto")
         if asked == "auto":

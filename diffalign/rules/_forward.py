@@ -17,7 +17,7 @@ from diffalign import ops
 from diffalign.errors import UserError
 from diffalign.protocols import Policy
 from diffalign.rules._merging import MergeSettings, merged
-from diffalign.rules._rule import REFERENCE, Rule
+from diffalign.rules._rule import ReferenceSettings, Rule
 from diffalign.runtime.randomness import Purpose, normal
 from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class ForwardSettings(MergeSettings):
+class ForwardSettings(ReferenceSettings, MergeSettings):
     """Keys of rules that noise finished samples."""
 
     times: int = Field(3, ge=1, description="noise levels a sample is noised to, per optimiser step")
@@ -33,16 +33,16 @@ class ForwardSettings(MergeSettings):
     scale: Literal["group", "batch", "none"] = Field("batch", description="what advantages are divided by")
     advantage_limit: float = Field(5.0, gt=0, description="advantages are clipped to +- this, and divided by it")
     kl: float = Field(0.0, ge=0, description="weight of mean (v - v_reference)^2")
-    reference: Literal["auto", "base", "start"] = Field("auto", description=REFERENCE)
     noise: bool = Field(False, description="sample with the process's noise; false: deterministically")
     inner_updates: int = Field(1, ge=1, description="optimiser steps per rollout")
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
         most = steps - (not self.first_level)
-        return (
+        few = (
             [] if self.times <= most else [f"rule.times: got {self.times}, allowed is up to the noise levels ({most})"]
         )
+        return [*super().problems(steps), *few]
 
 
 def plan(schedule: Schedule, settings: ForwardSettings, rng: np.random.Generator, sampled_by: str = "") -> Plan:

@@ -13,7 +13,7 @@ from diffalign import ops
 from diffalign.errors import UserError
 from diffalign.protocols import Needs, Policy, Transition
 from diffalign.rules._merging import MergeSettings, merged
-from diffalign.rules._rule import REFERENCE, Rule, RuleSettings
+from diffalign.rules._rule import ReferenceSettings, Rule, RuleSettings
 from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
 if TYPE_CHECKING:
@@ -69,12 +69,11 @@ class PolicyGradientSettings(MergeSettings):
         return first + moved, first + moved + self.window_steps
 
 
-class SurrogateSettings(PolicyGradientSettings):
+class SurrogateSettings(ReferenceSettings, PolicyGradientSettings):
     """Keys of rules with a clipped surrogate and a divergence from the base model."""
 
     clip: float = Field(1e-4, gt=0, description=CLIP)
     kl: float = Field(0.0, ge=0, description="weight of the divergence from the base model")
-    reference: Literal["auto", "base", "start"] = Field("auto", description=REFERENCE)
     kl_space: Literal["prediction", "mean"] = Field(
         "prediction", description="prediction: mean (v - v_reference)^2; mean: that of the steps' Gaussians, per dim"
     )
@@ -82,7 +81,7 @@ class SurrogateSettings(PolicyGradientSettings):
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
         problems = super().problems(steps)
-        return problems if self.kl > 0 else [*problems, *self.idle(("kl_space", "reference"), "rule.kl")]
+        return problems if self.kl > 0 else [*problems, *self.idle(("kl_space",), "rule.kl")]
 
 
 class Risk(RuleSettings):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from diffalign.protocols import GraphBytes, Loss, Needs, Policy, RewardFunction
 from diffalign.runtime.settings import Settings
@@ -12,9 +14,6 @@ from diffalign.types import Credit, Plan, Prompts, Rollout, Schedule, Scores, Te
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-REFERENCE = "what kl pulls to: base: the bare model; start: lora.start; auto: that where there is one"
 
 
 class RuleSettings(Settings):
@@ -28,6 +27,40 @@ class RuleSettings(Settings):
         """A problem for every key that was changed though nothing uses it."""
         changed = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
         return [f"rule.{name}: got {getattr(self, name)}, has no effect without {without}" for name in changed]
+
+
+class ReferenceSettings(RuleSettings):
+    """Keys of rules with a divergence: what it pulls to. `kl`, its weight, is a rule's own."""
+
+    kl: float
+    reference: Literal["auto", "base", "start", "moving"] = Field(
+        "auto",
+        description="what kl pulls to: base, the model without what is trained; start, with lora.start; auto: that where there is one; "
+        "moving: the trained model as it was at the last reset",
+    )
+    reference_every: int | None = Field(None, ge=1, description="updates after which a moving reference is reset")
+    reference_limit: float | None = Field(
+        None, ge=0, description="mean kl of an update above which a moving reference is reset"
+    )
+
+    def problems(self, steps: int) -> list[str]:
+        """What is wrong with these settings for a sampler of `steps` steps."""
+        moved = ("reference_every", "reference_limit")
+        if self.kl == 0:
+            return [*super().problems(steps), *self.idle(("reference", *moved), "rule.kl")]
+        if self.reference != "moving":
+            return [*super().problems(steps), *self.idle(moved, "rule.reference: moving")]
+        never = [
+            "rule.reference: got moving, which neither rule.reference_every nor rule.reference_limit resets; allowed with one or both"
+        ]
+        return [*super().problems(steps), *(never if self.reference_every is self.reference_limit is None else [])]
+
+    def resets(self, done: int, kl: float | None) -> bool:
+        """Whether a moving reference is reset after `done` updates, the last of which had a mean kl."""
+        if self.reference != "moving":
+            return False
+        due = self.reference_every is not None and done % self.reference_every == 0
+        return due or (self.reference_limit is not None and kl is not None and kl > self.reference_limit)
 
 
 class Rule(ABC):
@@ -68,6 +101,10 @@ class Rule(ABC):
 
     def fit(self, measured: GraphBytes, steps: int) -> None:
         """Choose how much graph to hold at once, before the first plan of a run of `steps` steps; where `needs.graph_bytes`."""
+
+    def resets(self, update: int, kl: float | None) -> bool:
+        """Whether what a divergence pulls to becomes the present model after update number `update`, whose mean divergence is given."""
+        return isinstance(self.settings, ReferenceSettings) and self.settings.resets(update + 1, kl)
 
     def after_update(self, update: Update) -> None:
         """Learn from what an update did."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffalign.backends.diffusers import START, DiffusersPolicy, call_arguments
+from diffalign.backends.diffusers import DiffusersPolicy, call_arguments
 from diffalign.backends.table import policy_class
 from diffalign.config import Config
 from diffalign.config.adapters import of_the_model
@@ -19,7 +19,7 @@ from diffalign.models import compiling, decoding, encoders, loading, lora, lora_
 from diffalign.models.encodings import Kept
 from diffalign.models.places import Adapter, found, given
 from diffalign.processes import PROCESSES
-from diffalign.protocols import Progress, silent
+from diffalign.protocols import START, Progress, silent
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import find
 from diffalign.rewards.load import load as load_reward
@@ -224,7 +224,7 @@ def trainer(
     optimizer = config.optimizer
     if config.memory.shard == "blocks":
         parts.policy.adapts = False
-    if config.make_rule().needs.reference and config.reference == START:
+    if config.make_rule().needs.reference and config.reference != "base":
         parts.policy.add_shadows([START])
     made = Trainer(
         config.make_rule(),

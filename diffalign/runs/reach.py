@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffalign.errors import Fault
+from diffalign.runtime import keys
 from diffalign.training.trainer import Trainer
 from diffalign.types import Update
 
@@ -25,7 +26,8 @@ class Reach:
         Raises:
             Fault: if ten updates changed nothing.
         """
-        if self.reached or update.steps == update.nonfinite:
+        # After a reset of the reference the two are equal.
+        if self.reached or update.steps == update.nonfinite or keys.RESET in update.metrics:
             return
         self.tries += 1
         self.reached = any(self.trainer.world.gather(self.trainer.reaches()))

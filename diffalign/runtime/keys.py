@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 TOTAL, VALID, COUNT = "reward/total", "reward/valid", "eval/n"
 RATE, DIVERSITY, DRIFT = "lr", "pictures/diversity", "pictures/drift"
+RESET = "reference_reset"  # of an update after which the reference became the present model
 _FIXED = {"total", "valid"}
 ENDINGS = ("_gain_lo", "_gain_hi", "_gain", "_lo", "_hi")  # of an evaluation's keys: longer ones first
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from diffalign.errors import Unscored
-from diffalign.protocols import Progress, TrainablePolicy, silent
+from diffalign.protocols import START, Progress, TrainablePolicy, silent
 from diffalign.rewards.scorer import Scorer, Tally
 from diffalign.rules import Rule
 from diffalign.runtime import keys
@@ -100,6 +100,8 @@ class Trainer:
         self.world.check_equal(self.policy.parameters, f"update {index + 1}")
         self.policy.follow(self.rule.decays(index))
         self.rule.after_update(update)
+        if START in self.policy.shadows:
+            update = self._reset(index, update)
         if said := self.rule.remark(update):
             self.notify(f"update {index + 1}: {said}")
         self.whole = True
@@ -111,6 +113,13 @@ class Trainer:
         )
         rate = {keys.RATE: float(self.optimizer.param_groups[0]["lr"])}
         return replace(update, metrics={**update.metrics, **rate, **seconds, **nfe})
+
+    def _reset(self, index: int, update: Update) -> Update:
+        """Let the reference be the present model if the rule says so, and note that."""
+        if not self.rule.resets(index, update.metrics.get("kl")):
+            return update
+        self.policy.follow({START: 0.0})
+        return replace(update, metrics={**update.metrics, keys.RESET: 1.0})
 
     def reaches(self) -> bool:
         """Whether the adapter changes a prediction, as it is sampled with; before the first step it does not."""
