@@ -225,14 +225,24 @@ def go_on_from_file(pipe: Any, path: Path) -> None:
     own = dict(layers(getattr(pipe, component)))
     if more := given.keys() - own.keys():
         raise ValueError(f"it has layer {min(more)}, which is not among lora.targets")
+    # Before anything is taken, and of all layers: ranks differ in files.
+    _check_rank(max(pair.rank for pair in given.values()), next(iter(own.values())))
     for layer, pair in given.items():
         _take(own[layer], pair.down, pair.up, pair.scale)
 
 
+def _check_rank(rank: int, trained: Any) -> None:
+    own = len(trained.lora_A["default"].weight)
+    if rank > own:
+        raise ValueError(
+            f"its rank is {rank}, lora.rank is {own}; allowed is lora.rank={rank} or more, lora.frozen, or, of an adapter of ours, what "
+            f"`diffalign export PLACE --rank {own} --format diffusers` makes of it"
+        )
+
+
 def _take(layer: Any, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
     to_a, to_b = (half["default"].weight for half in (layer.lora_A, layer.lora_B))
-    if len(a) > len(to_a):
-        raise ValueError(f"its rank is {len(a)}, lora.rank is {len(to_a)}; allowed is {len(a)} or more")
+    _check_rank(len(a), layer)
     if a.shape[1:] != to_a.shape[1:] or len(b) != len(to_b):
         raise ValueError(
             f"a layer's halves are {tuple(a.shape)} and {tuple(b.shape)}, this model's are of another size"

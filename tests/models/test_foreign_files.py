@@ -199,6 +199,10 @@ def test_every_place_of_a_run_stands_for_an_adapter(copied):
     assert lora_folder(f"{copied}@7") is None
     with pytest.raises(UserError, match=f"allowed are {copied}@2, {copied}@3"):
         sources.resolve(f"{copied}@7")
+    assert lora_folder(f"{copied}@best") is None
+    shutil.copytree(copied / "adapter", copied / "best")
+    assert lora_folder(f"{copied}@best") == copied / "best"
+    assert sources.resolve(f"{copied}@best").adapters[0].folder == copied / "best"
     rewritten(copied / "adapter", lambda notes: {**notes, "updates": "1"})  # of an earlier end
     assert lora_folder(copied) == copied / "checkpoints/update_000003"
     shutil.rmtree(copied / "adapter")

@@ -60,7 +60,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     saved("SD 1.5", tmp_path)
     pipe = build("SD 1.5")
     adapters.attach(pipe, 2, 2.0, None, 0)
-    with pytest.raises(ValueError, match="its rank is 4, lora.rank is 2; allowed is 4 or more"):
+    with pytest.raises(ValueError, match="its rank is 4, lora.rank is 2; allowed is lora.rank=4 or more"):
         lora_files.go_on_from(pipe, tmp_path)
     assert pipe.get_list_adapters() == {"unet": ["default"]}
     pipe = build("SD 1.5")
