@@ -46,7 +46,10 @@ def export(target: str, out: Path, form: str, dtype: str, rank: int | None, more
 @app.command()
 @click.argument("target", metavar="RUN|ADAPTER[:STRENGTH]|MODEL")
 @click.option(
-    "--out", type=Place(path_type=Path, file_okay=False), required=True, help="A new folder for the pipeline."
+    "--out",
+    type=Place(path_type=Path),
+    required=True,
+    help="A new folder for the pipeline; or a .safetensors file, where the base's weights came from one.",
 )
 @MORE
 def merge(target: str, out: Path, more: tuple[str, ...]) -> None:

@@ -25,31 +25,39 @@ def write(target: str, more: Sequence[str], out: Path) -> list[str]:
     from diffalign.models import loading, merging
     from diffalign.models.lora import quiet
 
-    if out.exists() and any(out.iterdir()):
+    single = out.suffix == ".safetensors"
+    if out.exists() and (single or not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: got {str(out)!r}, which holds something; name a new folder")
     source = _source(target, more)
+    if single and Path(source.weights or "").suffix != ".safetensors":
+        raise UserError(
+            f"--out: got {str(out)!r}, {source.model} is no single file, and diffusers writes none; allowed is a folder, or an adapter "
+            "that was trained with `weights`, a .safetensors file"
+        )
     # As it was trained, unpacked: what is added to 8 or 4 bits would be rounded away.
     pipe, _ = loading.load(source.model, getattr(torch, source.precision), "cpu", source.revision, source.weights)
     adapters = (*source.frozen, *source.adapters)
-    try:
-        count = merging.merge(pipe, adapters).total()
-    except ValueError as error:
-        raise UserError(f"merge: {error}") from error
-    aside = out.with_name(f".{out.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = out.with_name(f".part.{out.name}")
+    _remove(aside)
     make_folder(out.parent, "--out")
     try:
-        aside.mkdir()
-        with quiet():
-            pipe.save_pretrained(aside)
-        _compare(pipe, aside, source.precision)
+        if single:
+            merging.merge_file(pipe, adapters, Path(str(source.weights)), aside)
+        count = merging.merge(pipe, adapters).total()
+        if not single:
+            aside.mkdir()
+            with quiet():
+                pipe.save_pretrained(aside)
+        _compare(pipe, aside, source, single)
         if out.exists():
             out.rmdir()
         aside.replace(out)
+    except ValueError as error:
+        raise UserError(f"merge: {error}") from error
     except OSError as error:
         raise Fault(f"{out}: cannot be written ({one_line(error)})") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
     told = ", ".join(f"{key}={value}" for key, value in source.call.items())
     lines = [f"{out}: {source.model} with {len(adapters)} adapter{'s' * (len(adapters) > 1)} in {count} layers"]
     if told:
@@ -72,16 +80,31 @@ def _source(target: str, more: Sequence[str]) -> sources.Source:
     return sources.resolve(str(first.folder), first.strength, more)
 
 
-def _compare(pipe: Any, folder: Path, precision: str) -> None:
-    """Hold what was written against what is in memory."""
+def _remove(place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    place.unlink(missing_ok=True)
+
+
+def _compare(pipe: Any, written: Path, source: sources.Source, single: bool) -> None:
+    """Hold what was written against what is in memory: equal, or in a file of less precision rounded to that."""
     import torch
 
     from diffalign.models import loading
 
-    back, _ = loading.load(str(folder), getattr(torch, precision))
+    dtype = getattr(torch, source.precision)
+    if single:
+        back, _ = loading.load(source.model, dtype, "cpu", source.revision, str(written))
+    else:
+        back, _ = loading.load(str(written), dtype)
     for name, module in pipe.components.items():
         if not isinstance(module, torch.nn.Module):
             continue
         own, read = module.state_dict(), getattr(back, name).state_dict()
-        if own.keys() != read.keys() or not all(torch.equal(own[key], read[key]) for key in own):
-            raise Fault(f"{folder / name} reads back differently from what was written")
+        near = 2.0**-8 if single else 0.0  # half a unit of bfloat16's last place, once in the file and once in memory
+        if own.keys() != read.keys() or not all(_close(own[key], read[key], near) for key in own):
+            raise Fault(f"{written}: the {name} reads back differently from what was written")
+
+
+def _close(one: Any, two: Any, near: float) -> bool:
+    apart, most = (one.float() - two.float()).abs(), near * one.float().abs()
+    return bool((apart <= most + near * 1e-3 * one.float().abs().max()).all()) if one.numel() else True
