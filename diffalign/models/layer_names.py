@@ -156,6 +156,7 @@ class Spelled:
         names = {layer: (layer,) for layer in layers}
         for layer in layers:
             names[Names("", renames=WAN)(layer)] = (layer,)
+        names |= {theirs: (layer,) for theirs, layer in unet_blocks(layers).items()}
         for name, several in (names | fused(layers)).items():
             flat = {f"{prefix}{name.replace('.', '_')}" for prefix in _FLAT}
             for full in {f"{prefix}{name}" for prefix in _DOTTED} | flat:
@@ -185,6 +186,54 @@ class Spelled:
     def layers(self, name: str) -> tuple[str, tuple[str, ...]] | None:
         """The component, and diffusers' names of the layers, that a name stands for; None if there are none or they cannot be told."""
         return self._found.get(name)
+
+
+# Parts of a residual block and of a U-Net: diffusers' names -> the authors'.
+_UNET_PARTS = (
+    *(("conv1", "in_layers.2"), ("conv2", "out_layers.3"), ("time_emb_proj", "emb_layers.1")),
+    ("conv_shortcut", "skip_connection"),
+)
+_UNET = {
+    **{"conv_in": "input_blocks.0.0", "conv_out": "out.2"},
+    **{f"time_embedding.linear_{k}": f"time_embed.{2 * k - 2}" for k in (1, 2)},
+    **{f"add_embedding.linear_{k}": f"label_emb.0.{2 * k - 2}" for k in (1, 2)},
+}
+
+
+def unet_blocks(layers: Collection[str]) -> dict[str, str]:
+    """The authors' names of a U-Net's layers, which count blocks through -> diffusers', which count them within each resolution.
+
+    A resolution has its residual blocks, each with the transformer after it, and one block more that halves it; on the way up what doubles
+    it is in the last of them.
+    """
+    down, up = (
+        len({name.split(".")[3] for name in layers if name.startswith(f"{way}_blocks.0.resnets.")})
+        for way in ("down", "up")
+    )
+    found = {_UNET[layer]: layer for layer in layers if layer in _UNET}
+    for layer in layers:
+        match = re.fullmatch(
+            r"(down|up|mid)_block(?:s\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", layer
+        )
+        if match is None:
+            continue
+        way, block, kind, number, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+        if kind == "resnets":
+            rest = dict(_UNET_PARTS).get(rest, rest)
+        place = 1 if kind == "attentions" else 0
+        if way == "mid":
+            name = f"middle_block.{1 if place else 2 * number}.{rest}"
+        elif way == "down":
+            last = kind == "downsamplers"
+            name = (
+                f"input_blocks.{1 + (down + 1) * block + (down if last else number)}.{place}.{'op' if last else rest}"
+            )
+        else:
+            last = kind == "upsamplers"
+            there = any(other.startswith(f"up_blocks.{block}.attentions.") for other in layers)
+            name = f"output_blocks.{up * block + (up - 1 if last else number)}.{1 + there if last else place}.{rest}"
+        found[name] = layer
+    return found
 
 
 def fused(layers: Collection[str]) -> dict[str, tuple[str, ...]]:

@@ -36,6 +36,8 @@ _PARTS = {
 # What nothing here has a place for: said by its name.
 _OTHERS = ((re.compile(r"\.(lora_B(\.default)?\.bias|diff_b)$"), "biases besides its LoRA"),)
 _DENOISER = "denoiser"
+# XLabs' FLUX: 1 is the picture's stream, 2 the text's.
+_XLABS = re.compile(r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora([12])\.(down|up)\.weight")
 MERGED = "lora.frozen and `merge` take it"
 
 
@@ -166,6 +168,8 @@ def _split(key: str) -> tuple[str, str]:
     for pattern, what in _OTHERS:
         if pattern.search(key):
             raise ValueError(f"it has {what} ({shown(key)}), which are not taken")
+    if xlabs := _XLABS.fullmatch(key):
+        return f"{xlabs[1]}.{'img' if xlabs[3] == '1' else 'txt'}_attn.{xlabs[2]}", xlabs[4]
     endings = [ending for ending in _PARTS if key.endswith(ending)]
     if not endings:
         raise ValueError(f"{shown(key)} is no part of a LoRA")
