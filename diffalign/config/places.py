@@ -29,20 +29,21 @@ def placed(raw: dict[str, Any], beside: Path | None) -> tuple[dict[str, str], li
     lost: dict[str, str] = {}
     problems: list[str] = []
 
-    def found(key: str, name: str) -> str:
+    def found(key: str, given: str) -> str:
+        name = given
         after = ""
-        before, at, path = name.rpartition("@") if "@" in name and "://" not in name else ("", "", name)
-        if key == "lora.start" and at and not _exists(Path(name)):  # RUN@130
-            before, path, after, at = "", before, f"@{path}", ""
-        source, colon, attribute = path.rpartition(":") if ".py:" in path else (path, "", "")
         if key == "lora.frozen":
-            source, attribute = parted(path)
-            colon = ":" if attribute else ""
+            name, strength = parted(name)
+            after = f":{strength}" if strength else ""
+        before, at, path = name.rpartition("@") if "@" in name and "://" not in name else ("", "", name)
+        if key in ("lora.start", "lora.frozen") and at and not _exists(Path(name)):  # RUN@130
+            before, path, after, at = "", before, f"@{path}{after}", ""
+        source, colon, attribute = path.rpartition(":") if ".py:" in path else (path, "", "")
         try:
             whole = home(source)
         except UserError as error:
             problems.append(f"{key}: {error}")
-            return name
+            return given
         if beside is not None and not Path(whole).is_absolute() and not _known(source):
             if _exists(beside / whole):
                 whole = os.path.join(beside, whole)

@@ -20,7 +20,7 @@ from diffalign.errors import Fault, one_line, shortened
 from diffalign.models import halves
 from diffalign.models.lora import denoisers, quiet
 from diffalign.models.lora_kinds import DORA
-from diffalign.models.lora_normal import dotted
+from diffalign.models.lora_normal import MERGED, dotted
 from diffalign.models.lora_pairs import Part, pairs, parts
 from diffalign.models.notes import FORMAT, LORA, check_settings, files_of, metadata
 from diffalign.runtime.files import share
@@ -172,7 +172,7 @@ def go_on_from(pipe: Any, folder: Path) -> None:
             if more := given.keys() - own.keys():
                 raise ValueError(f"it has layer {min(more)}, which is not among lora.targets")
             if any(getattr(layer, "use_dora", {}).get("start") for layer in given.values()):
-                raise ValueError(f"it is {DORA}")
+                raise ValueError(f"it is {DORA}; {MERGED}")
             if any(getattr(layer, "lora_bias", {}).get("start") for layer in given.values()):
                 raise ValueError("it has biases, which the trained LoRA has no place for")
             for layer in given.values():

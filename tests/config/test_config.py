@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from diffalign import config
+from diffalign.config.places import placed
 from diffalign.errors import UserError
 from diffalign.processes import PROCESSES
 from diffalign.prompts import book
@@ -273,3 +274,15 @@ def test_copies_of_a_prompt_are_one_prompt_when_samples_are_compared():
     drawn = book.fixed(entries, 2, 0)
     assert drawn.group.tolist() == [0, 0, 1, 1, 0, 0]
     assert len(set(drawn.seed.tolist())) == 6
+
+
+@pytest.mark.parametrize("key", ["start", "frozen"])
+def test_a_runs_checkpoint_beside_the_config_is_found(key, tmp_path):
+    """RUN@130 and RUN@best with a strength too; what is no folder here is left as it is, for the hub."""
+    (tmp_path / "run").mkdir()
+    places = ["run@130", "run@best", "owner/name@main", *(["run@130:0.5", "run:-1"] if key == "frozen" else [])]
+    for place in places:
+        raw = {"lora": {key: [place] if key == "frozen" else place}}
+        placed(raw, tmp_path)
+        found = raw["lora"][key][0] if key == "frozen" else raw["lora"][key]
+        assert found == (place if place.startswith("owner") else f"{tmp_path}/{place}")

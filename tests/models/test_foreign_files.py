@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from diffalign import config
 from diffalign.errors import UserError
 from diffalign.evaluation import suite
-from diffalign.models import loading, lora, lora_files
+from diffalign.models import loading, lora, lora_files, merging
 from diffalign.models.notes import LORA, Notes, lora_folder
+from diffalign.models.places import Adapter
 from diffalign.runs import session
 from diffalign.sampling import sources
 from tests.kit.generators import COUNTS, PLAIN, broken, promised, tried
@@ -170,6 +171,13 @@ def test_what_a_lora_has_no_place_for_is_no_start(kind, said, tmp_path):
     seeds = {"generator": None, "output_type": "np", **CALL}
     want, got = (p(["a"], **{**seeds, "generator": torch.Generator().manual_seed(0)})[0] for p in (pipe, plain))
     assert abs(want - got).max() < 1e-3
+    bare, _ = loading.load("shapes-sd3")
+    if kind == "lora_bias":
+        with pytest.raises(ValueError, match="a LoRA with biases: its settings say lora_bias"):
+            merging.merge(bare, [Adapter(tmp_path)])
+        return
+    merging.merge(bare, [Adapter(tmp_path)])
+    assert abs(want - bare(["a"], **{**seeds, "generator": torch.Generator().manual_seed(0)})[0]).max() < 1e-3
 
 
 @pytest.mark.parametrize("extra", ["", "_extra"])
