@@ -1,10 +1,11 @@
-"""`python -m tools.lora_readers --sd-scripts DIR [--commit HASH] [--write]`: our kohya files, read by kohya's own code.
+"""`python -m tools.lora_readers kohya-ss/sd-scripts DIR [--commit HASH] [--write]`: our files, read by other tools' own code.
 
-DIR is a checkout of kohya-ss/sd-scripts, whose packages are installed (einops, toml). FLUX.1 and Stable Diffusion 3: small models of
-theirs with random weights take a file of ours as their networks merge it; both states, before and after, go through diffusers'
-converter of checkpoints, and every layer must have changed by exactly what the file's pairs say. Nothing of the way there is ours but the
-file. U-Nets: every name must be one that their networks have, on full-size models without weights. --write keeps what was found, with the
-commit and the files' hashes, in tools/lora_readers.json.
+DIR is a checkout, whose packages are installed (sd-scripts: einops, toml). sd-scripts: small models of theirs of FLUX.1 and Stable
+Diffusion 3.5, with random weights, take a kohya file of ours as their networks merge it; both states, before and after, go through
+diffusers' converter of checkpoints, and every layer must have changed by exactly what the file's pairs say: nothing on the way there is
+ours but the file. U-Nets: every name must be one that their networks have, on full-size models without weights.
+lllyasviel/stable-diffusion-webui-forge: its copy of ComfyUI's reader, and ComfyUI's tables of where diffusers' layers are. --write keeps
+what was found, with the commit and the files' hashes, in tools/lora_readers.json.
 """
 
 from __future__ import annotations
@@ -159,26 +160,135 @@ READINGS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def main(directory: Path, commit: str = "") -> dict[str, Any]:
-    """What sd-scripts makes of our files, and what of it was read."""
+# -- Forge's copy of ComfyUI's reader
+
+
+def patched(table: dict[str, Any], stub: Any, module: Any, form: str, names: Any) -> dict[str, Any]:
+    """What the reader makes of a file of ours: keys that it leaves over, and how far what it adds to any layer is from the file's pair, by
+    its own table of where a layer of diffusers' is among its weights."""
+    from packages_3rdparty.comfyui_lora_collection import lora  # type: ignore[import-not-found]
+
+    kind = type(module).__name__
+    pairs = pairs_for(names, module.state_dict())
+    tensors = exporting.FORM[form](kind, "transformer", pairs)
+    patches, left = lora.load_lora(tensors, lora.model_lora_keys_unet(stub, {})[1])
+    sums: dict[tuple[str, tuple[int, int] | None], torch.Tensor] = {}
+    for target, (_, (up, down, alpha, _, _)) in patches.items():
+        key, rows = (target, None) if isinstance(target, str) else (target[0], target[1][1:])
+        sums[key, rows] = up @ down * (1.0 if alpha is None else alpha / len(down))
+    apart = 0.0
+    for layer, pair in pairs.items():
+        target = table[f"{layer}.weight"]
+        key, rows = (target, None) if isinstance(target, str) else (target[0], target[1][1:])
+        if (whole := sums.get((key, None))) is not None:
+            found = whole if rows is None else whole[rows[0] : rows[0] + rows[1]]
+        else:
+            found = sums[key, rows]
+        wanted = pair.scale * pair.up @ pair.down
+        apart = max(apart, float((found - wanted).abs().max() / wanted.abs().max()))
+    return {"layers": len(pairs), "left over": sorted(left), "apart": float(f"{apart:.1g}")}
+
+
+def _stub(table: dict[str, Any], config: dict[str, Any], repository: str) -> Any:
+    keys = {target if isinstance(target, str) else target[0]: None for target in table.values()}
+    model = types.SimpleNamespace(state_dict=lambda: keys, diffusion_model=types.SimpleNamespace(config=config))
+    model.config = types.SimpleNamespace(huggingface_repo=repository)
+    return model
+
+
+def forge_flux(form: str) -> dict[str, Any]:
+    """FLUX.1."""
+    from diffusers import FluxTransformer2DModel
+    from packages_3rdparty.comfyui_lora_collection import utils  # type: ignore[import-not-found]
+
+    module = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=BLOCKS,
+        num_single_layers=BLOCKS,
+        attention_head_dim=WIDTH // 2,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=24,
+        axes_dims_rope=(16, 24, 24),
+    )
+    config = {"depth": BLOCKS, "depth_single_blocks": BLOCKS, "hidden_size": WIDTH}
+    table = utils.flux_to_diffusers(config, output_prefix="diffusion_model.")
+    return patched(table, _stub(table, config, "black-forest-labs/FLUX.1-dev"), module, form, FLUX)
+
+
+def forge_sd3(form: str) -> dict[str, Any]:
+    """Stable Diffusion 3 Medium."""
+    from diffusers import SD3Transformer2DModel
+    from packages_3rdparty.comfyui_lora_collection import utils  # type: ignore[import-not-found]
+
+    module = SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=BLOCKS,
+        attention_head_dim=64,
+        num_attention_heads=BLOCKS,
+        joint_attention_dim=24,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=24,
+    )
+    table = utils.mmdit_to_diffusers({"depth": BLOCKS}, output_prefix="diffusion_model.")
+    return patched(table, _stub(table, {"depth": BLOCKS}, "stable-diffusion-3"), module, form, SD3)
+
+
+def forge_sdxl() -> dict[str, Any]:
+    """The numbers of SDXL's blocks, as we read them."""
+    from packages_3rdparty.comfyui_lora_collection import utils  # type: ignore[import-not-found]
+
+    depths = {"transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10]}
+    config = {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth_middle": 10, **depths}
+    theirs = {
+        ours.removesuffix(".weight"): name.removesuffix(".weight")
+        for ours, name in utils.unet_to_diffusers(config).items()
+        # Their table is for all U-Nets: SDXL has no classes, and does not halve a third time.
+        if ours.endswith(".weight")
+        and "norm" not in ours
+        and not ours.startswith(("class_", "down_blocks.2.downsamplers"))
+    }
+    read = {ours: name for name, ours in unet_blocks(list(theirs)).items()}
+    wrong = sorted(layer for layer, name in theirs.items() if read.get(layer) != name)
+    return {"layers": len(theirs), "left over": wrong}
+
+
+FORGE: dict[str, Callable[[], dict[str, Any]]] = {
+    "FLUX.1, comfyui": lambda: forge_flux("comfyui"),
+    "FLUX.1, kohya": lambda: forge_flux("kohya"),
+    "SD 3, kohya": lambda: forge_sd3("kohya"),
+    "SDXL, block numbers": forge_sdxl,
+}
+COPY = "packages_3rdparty/comfyui_lora_collection/"
+REPOSITORIES = {
+    "kohya-ss/sd-scripts": (READINGS, FILES),
+    "lllyasviel/stable-diffusion-webui-forge": (FORGE, (f"{COPY}lora.py", f"{COPY}utils.py")),
+}
+
+
+def main(repository: str, directory: Path, commit: str = "") -> dict[str, Any]:
+    """What a repository's code makes of our files, and what of it was read."""
+    readings, files = REPOSITORIES[repository]
     sys.path.insert(0, str(directory.absolute()))
     try:
-        found = {name: reading() for name, reading in READINGS.items()}
+        found = {name: reading() for name, reading in readings.items()}
     finally:
         sys.path.remove(str(directory.absolute()))
     command = ["git", "-C", str(directory), "rev-parse", "HEAD"]
     commit = commit or subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    hashes = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in FILES}
-    return {"repository": "kohya-ss/sd-scripts", "commit": commit, "files": hashes, "found": found}
+    hashes = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in files}
+    return {"commit": commit, "files": hashes, "found": found}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tools.lora_readers", description=__doc__)
-    parser.add_argument("--sd-scripts", type=Path, required=True, metavar="DIR")
+    parser.add_argument("repository", choices=REPOSITORIES)
+    parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--commit", default="", help="of a copy without git")
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
-    result = main(asked.sd_scripts, asked.commit)
+    result = main(asked.repository, asked.directory, asked.commit)
     print(json.dumps(result, indent=1))
     if asked.write:
-        KEPT.write_text(json.dumps(result, indent=1) + "\n")
+        kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+        KEPT.write_text(json.dumps({**kept, asked.repository: result}, indent=1) + "\n")
