@@ -121,11 +121,4 @@ class TrainablePolicy(Policy, Protocol):
     def follow(self, decays: dict[str, float]) -> None: ...
 
 
-Progress = Callable[[str, int, int], None]  # (what is being done, how much of it is, of how much; 0 of 0: not known)
-
-
-def silent(what: str, done: int, of: int) -> None:
-    """A progress that nobody watches."""
-
-
 RewardFunction = Callable[[Media], "Tensor"]

@@ -93,6 +93,7 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, qu
 @click.option("--out", type=Place(file_okay=False), default="samples", show_default=True, help="Where to write.")
 def sample(target: str, strength: float, more: tuple[str, ...], arguments: tuple[str, ...], **asked: Any) -> None:
     """Write pictures or videos, a grid and an index page from a run, an adapter or a model."""
+    from diffalign.runtime.display import Display
     from diffalign.sampling import pictures, sources
 
     texts = pictures.captions(asked.pop("prompts"), asked.pop("file"))
@@ -102,7 +103,9 @@ def sample(target: str, strength: float, more: tuple[str, ...], arguments: tuple
         sources.check(source)
     if source.remark:
         click.echo(source.remark, err=True)
-    show(map(pictures.label, pictures.sample(source, texts, asked.pop("count"), **asked)))
+    with Display() as display:
+        drawn = pictures.sample(source, texts, asked.pop("count"), **asked, progress=display.doing)
+    show(map(pictures.label, drawn))
 
 
 @app.command()
@@ -125,8 +128,10 @@ def sample(target: str, strength: float, more: tuple[str, ...], arguments: tuple
 def evaluate(targets: tuple[str, ...], suite: str, out: Path, **asked: Any) -> None:
     """Judge models and adapters on a suite of prompts, all from the same noises, with intervals, grids and a page."""
     from diffalign.evaluation import suite as suites
+    from diffalign.runtime.display import Display
 
-    suites.evaluate(targets, suite, out, say=click.echo, **asked)
+    with Display(quiet=not launcher.leads()) as display:
+        suites.evaluate(targets, suite, out, say=display.result, progress=display.doing, **asked)
 
 
 @app.command()

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from diffalign.errors import Unscored
 from diffalign.evaluation.results import Evaluation, Summary
-from diffalign.protocols import Policy, Progress, silent
+from diffalign.protocols import Policy
 from diffalign.report.pictures import strips
 from diffalign.rewards.base import to_uint8
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime import numbered
+from diffalign.runtime.progress import Progress, silent
 from diffalign.types import Floats, Plan, Prompts, Rollout, Rows, Scores, chunks
 
 

@@ -16,6 +16,7 @@ from diffalign.prompts import files as prompt_files
 from diffalign.rewards import catalog, content
 from diffalign.rewards.base import Reward
 from diffalign.rewards.scorer import Scorer
+from diffalign.runtime.progress import Progress, silent
 from diffalign.types import Media, Prompts, chunks
 
 
@@ -28,13 +29,16 @@ def _scores(out: Path) -> Iterator[cache.ScoreCache]:
         kept.close()
 
 
-def scores(task: Task, folder: Path, rows: Sequence[int], scorer: Scorer) -> dict[str, np.ndarray]:
+def scores(
+    task: Task, folder: Path, rows: Sequence[int], scorer: Scorer, progress: Progress = silent
+) -> dict[str, np.ndarray]:
     """Scores of some samples by reward, from the cache where they are there."""
     found = {name: np.full(len(rows), np.nan) for name in scorer.rewards}
     with _scores(folder.parent) as kept:
         for part in chunks(len(rows), task.batch):
             frames = _stacked(folder, [rows[k] for k in part])
             entries = [task.entries[rows[k] // task.samples] for k in part]
+            progress(f"{folder.name}: judging", part[0], len(rows))
             for name, reward in scorer.rewards.items():
                 found[name][list(part)] = _scored(name, reward, frames, entries, kept)
     return found

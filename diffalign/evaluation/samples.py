@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from diffalign.errors import Fault, one_line
+from diffalign.runtime.progress import Progress
 from diffalign.sampling import sources
 from diffalign.types import chunks
 
@@ -90,7 +91,7 @@ def _note(folder: Path, row: int, name: str) -> float:
 
 
 def draw(
-    task: Task, model: sources.Source, folder: Path, rows: Sequence[int], missing: Set[int], say: Callable[[str], None]
+    task: Task, model: sources.Source, folder: Path, rows: Sequence[int], missing: Set[int], progress: Progress
 ) -> None:
     """Draw the missing ones of some rows by the plain pipeline, each among the rows that it was first drawn with: on some processors the
     last bits of a picture depend on how many are drawn at once.
@@ -102,11 +103,13 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     from diffalign.models import lora as adapters
 
+    progress(f"{folder.name}: loading", 0, 0)
     pipe = sources.pipeline(model)
     batches = [[rows[k] for k in part] for part in chunks(len(rows), task.batch)]
     wanted = [own for own in batches if not missing.isdisjoint(own)]
     done = 0
-    for number, own in enumerate(wanted):
+    for own in wanted:
+        progress(f"{folder.name}: drawing", done, len(missing))
         texts = [task.entries[row // task.samples]["prompt"] for row in own]
         seeds = [task.seed_of(row) for row in own]
         drifts: list[float | None] = [None] * len(own)
@@ -124,5 +127,3 @@ def draw(
             if row in missing:
                 write(np.round(frames * 255).astype(np.uint8), path(folder, row), apart_by, task.batch)
                 done += 1
-        if number % 10 == 9:
-            say(f"{folder.name}: {done} of {len(missing)} drawn")

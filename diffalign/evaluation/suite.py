@@ -28,6 +28,7 @@ from diffalign.runtime import json_text, numbered
 from diffalign.runtime.device import on_cards
 from diffalign.runtime.distributed import World
 from diffalign.runtime.files import make_folder, write_text
+from diffalign.runtime.progress import Progress, silent
 from diffalign.sampling import sources
 
 LABEL = re.compile(r"\d+-[A-Za-z0-9._-]*", re.ASCII)  # of a model's folder, as `labels` makes it
@@ -54,6 +55,7 @@ def evaluate(
     drift: bool = True,
     fresh: bool = False,
     say: Callable[[str], None] = print,
+    progress: Progress = silent,
 ) -> Path:
     """Judge models and adapters on a suite of prompts; returns the page to look at, which has `report.json` beside it.
 
@@ -69,7 +71,9 @@ def evaluate(
         UserError, Fault: see `run`.
     """
     task = task_of(suite, prompts, rewards, split, samples, seed, batch, drift)
-    return run(task, models_of(targets, arguments, steps, guidance, precision, quantize), Path(out), fresh, say)
+    return run(
+        task, models_of(targets, arguments, steps, guidance, precision, quantize), Path(out), fresh, say, progress
+    )
 
 
 def models_of(
@@ -91,7 +95,14 @@ def models_of(
     return models
 
 
-def run(task: Task, models: list[sources.Source], out: Path, fresh: bool, say: Callable[[str], None]) -> Path:
+def run(
+    task: Task,
+    models: list[sources.Source],
+    out: Path,
+    fresh: bool,
+    say: Callable[[str], None],
+    progress: Progress = silent,
+) -> Path:
     """Evaluate models on a task; returns the page to look at.
 
     Raises:
@@ -108,7 +119,9 @@ def run(task: Task, models: list[sources.Source], out: Path, fresh: bool, say: C
     try:
         world.lead(lambda: _open(task, models, out, fresh))
         scorer = world.together(lambda: _scorer(task, tell))
-        drawn = [_one(task, model, out / label, scorer, world, tell) for label, model in labels(models).items()]
+        drawn = [
+            _one(task, model, out / label, scorer, world, tell, progress) for label, model in labels(models).items()
+        ]
         page = world.lead(lambda: report.write(task, list(labels(models)), models, drawn, out))
         tell(str(page))
         world.lead(lambda: _complete(drawn, scorer))
@@ -224,6 +237,7 @@ def _one(
     scorer: Scorer,
     world: World,
     say: Callable[[str], None],
+    progress: Progress,
 ) -> Drawn | None:
     """Draw and judge one model's samples; what the first process gets, the others get nothing."""
     rows = world.rows(task.total, task.batch)
@@ -235,10 +249,10 @@ def _one(
     }
     say(f"{folder.name}: {task.total} samples, {sum(world.gather(len(missing)))} of them to draw")
     if missing:
-        world.together(lambda: samples.draw(task, model, folder, rows, missing, say))
+        world.together(lambda: samples.draw(task, model, folder, rows, missing, progress))
     else:
         world.together(lambda: None)
-    scores = world.gather((rows, world.together(lambda: judging.scores(task, folder, rows, scorer))))
+    scores = world.gather((rows, world.together(lambda: judging.scores(task, folder, rows, scorer, progress))))
     if not world.leads:
         return None
     whole = {name: np.full(task.total, np.nan) for name in scorer.rewards}

@@ -19,7 +19,7 @@ from diffalign.models import compiling, decoding, encoders, loading, lora, lora_
 from diffalign.models.encodings import Kept
 from diffalign.models.places import Adapter, found, given
 from diffalign.processes import PROCESSES
-from diffalign.protocols import START, Progress, silent
+from diffalign.protocols import START
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import find
 from diffalign.rewards.load import load as load_reward
@@ -29,6 +29,7 @@ from diffalign.runs.devices import compiled, device, recorder
 from diffalign.runtime import sharding
 from diffalign.runtime.distributed import World
 from diffalign.runtime.memory import release
+from diffalign.runtime.progress import Progress, silent
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.fitting import fit
 from diffalign.training.rates import factor

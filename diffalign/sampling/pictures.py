@@ -12,6 +12,7 @@ from diffalign.models.calls import films
 from diffalign.prompts.files import read
 from diffalign.runtime.extras import missing
 from diffalign.runtime.files import make_folder
+from diffalign.runtime.progress import Progress, silent
 from diffalign.sampling.sources import Source, call_of, check_negative, pipeline, resolve, shots
 
 PAGE = Path(__file__).parent / "page.html"
@@ -29,6 +30,7 @@ def sample(
     negative: str | None = None,
     base: bool = False,
     fps: int = 16,
+    progress: Progress = silent,
 ) -> list[Path]:
     """Write `n` pictures or videos a prompt, a grid and an index page; picture k of a prompt uses `manual_seed(seed + k)`.
 
@@ -37,6 +39,7 @@ def sample(
         negative: what guidance leads away from.
         base: also draw with the adapters off, from the same seeds, and show both.
         fps: frames per second of videos, which are mp4 files beside a picture of their middle frame.
+        progress: told of every batch.
 
     Returns:
         The pictures with adapters, then those without, `grid.png` and `index.html`.
@@ -50,15 +53,16 @@ def sample(
     if base and not source.adapters:
         raise UserError(f"--base: {source.model} is sampled without an adapter, there is nothing to compare")
     make_folder(out, "--out")
+    progress(f"loading {source.model}", 0, 0)
     pipe = pipeline(source)
     check_negative(pipe, call)
     if films(pipe) and (mend := missing("imageio")):
         raise UserError(f"sample: {type(pipe).__name__} makes videos, which need imageio; {mend}")
-    aligned = _draw(pipe, prompts, range(seed, seed + n), call, out, "", fps)
+    aligned = _draw(pipe, prompts, range(seed, seed + n), call, out, "", fps, progress)
     plain: list[Path] = []
     if base:
         pipe.disable_lora()
-        plain = _draw(pipe, prompts, range(seed, seed + n), call, out, "_base", fps)
+        plain = _draw(pipe, prompts, range(seed, seed + n), call, out, "_base", fps, progress)
     _grid(aligned, plain, n, out / "grid.png")
     _page(source, prompts, aligned, plain, n, call, out / "index.html")
     return [*aligned, *plain, out / "grid.png", out / "index.html"]
@@ -85,12 +89,21 @@ def label(path: Path) -> str:
 
 
 def _draw(
-    pipe: Any, prompts: Sequence[str], seeds: range, call: dict[str, Any], out: Path, ending: str, fps: int
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: range,
+    call: dict[str, Any],
+    out: Path,
+    ending: str,
+    fps: int,
+    progress: Progress,
 ) -> list[Path]:
-    paths = []
+    paths: list[Path] = []
+    what = "sampling the base" if ending else "sampling"
     batch = 1 if films(pipe) else BATCH
     for number, prompt in enumerate(prompts):
         for start in range(0, len(seeds), batch):
+            progress(what, len(paths), len(prompts) * len(seeds))
             some = seeds[start : start + batch]
             for s, shot in zip(some, shots(pipe, [prompt] * len(some), some, call), strict=True):
                 paths.append(_write(shot, out / f"{number:03d}_seed{s}{ending}.png", fps))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import Fault
-from diffalign.protocols import Progress, TrainablePolicy, silent
+from diffalign.protocols import TrainablePolicy
 from diffalign.rewards.scorer import Scorer, Tally
 from diffalign.rules import Rule
+from diffalign.runtime.progress import Progress, silent
 from diffalign.training.scoring import select_credit
 from diffalign.types import Credit, Rollout, Span, Term, chunks
 

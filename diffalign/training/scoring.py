@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from diffalign.protocols import Progress, TrainablePolicy, silent
+from diffalign.protocols import TrainablePolicy
 from diffalign.rewards import distances
 from diffalign.rewards.base import check_media
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime import keys
+from diffalign.runtime.progress import Progress, silent
 from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Rows, Scores, Tree, chunks
 
 Metrics = dict[str, float]

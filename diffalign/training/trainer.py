@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from diffalign.errors import Unscored
-from diffalign.protocols import START, Progress, TrainablePolicy, silent
+from diffalign.protocols import START, TrainablePolicy
 from diffalign.rewards.scorer import Scorer, Tally
 from diffalign.rules import Rule
 from diffalign.runtime import keys
 from diffalign.runtime.distributed import ALONE, World
 from diffalign.runtime.memory import fitting
+from diffalign.runtime.progress import Progress, silent
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.backward import Backward, Logged
 from diffalign.training.scoring import Clock, Metrics, Sampling, describe, diversity, joined_scores, select_credit

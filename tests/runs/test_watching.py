@@ -15,9 +15,10 @@ from diffalign.rewards import distances
 from diffalign.runs import outputs
 from diffalign.runs.events import Began, Drawn, Ended, Updated
 from diffalign.runs.folder import read_rows
-from diffalign.runs.progress import Pace, Pulse, Reporter
+from diffalign.runs.progress import Pace, Reporter
 from diffalign.runs.session import train
 from diffalign.runs.trackers import Trackers
+from diffalign.runtime.display import Pulse
 from diffalign.types import Update
 
 NAME = "flow_grpo/shapes-sd3"
