@@ -138,7 +138,7 @@ def kind_of(parts: Mapping[str, Tensor]) -> str:
         raise ValueError("it has one half of a LoRA only")
     kinds = [kind for kind, (needed, free) in KINDS.items() if own and set(needed) <= own <= {*needed, *free}]
     if not kinds:
-        raise ValueError(f"its parts are {', '.join(sorted(parts))}, which is no kind that is known here")
+        raise ValueError(f"its parts are {', '.join(sorted(parts)) or 'alpha'}, which is no kind that is known here")
     if kinds[0] == LOKR:
         for k in (1, 2):
             given = {name.removeprefix(f"lokr_w{k}") for name in own if name.startswith(f"lokr_w{k}")}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from diffalign import config as configs
 from diffalign.errors import Fault, UserError
 from diffalign.models import exporting
+from diffalign.models.file_notes import public
 from diffalign.models.hub_files import HubPlace
 from diffalign.models.notes import LORA, Notes
 from diffalign.models.places import Adapter, given, named
@@ -207,3 +208,18 @@ def test_pictures_and_merges_from_the_hub(run, hub, tmp_path):
         load_file(tmp_path / name / "transformer/diffusion_pytorch_model.safetensors") for name in ("theirs", "mine")
     )
     assert all((one[key] == two[key]).all() for key in one)
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("/home/me/run@130:0.5", "run@130:0.5"),
+        ("/home/me/x.safetensors:0.7", "x.safetensors:0.7"),
+        ("/home/me/run", "run"),
+        ("pickscore@/home/me/weights", "pickscore@weights"),
+        ("owner/name", "owner/name"),
+        ("owner/name/x.safetensors@abc:0.5", "owner/name/x.safetensors@abc:0.5"),
+    ],
+)
+def test_what_pages_call_a_place_says_nothing_of_this_machine(place, told):
+    assert public(place) == told
