@@ -21,6 +21,7 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "keys": keys.sections,
     **{f"keys of {name}": (lambda name=name: keys.of_rule(name)) for name in RULES},
     "marks": marks.table,
+    "decided": families.decided,
     "rules": tables.rules,
     "rewards": tables.rewards,
     "presets": tables.presets,

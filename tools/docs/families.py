@@ -52,6 +52,24 @@ def facts(page: str) -> list[str]:
     return table(("", ""), rows.items())
 
 
+def decided() -> list[str]:
+    """What `auto` becomes, family by family."""
+
+    def row(facts: dict[str, Any]) -> tuple[str, ...]:
+        guidance = "the pipeline's" if facts["guidance"] is None else f"{facts['guidance']:g}"
+        return (
+            f"`{facts['model']}`",
+            facts["process"],
+            str(facts["steps"]),
+            guidance,
+            flow(facts["call"]).strip("{}"),
+            "bfloat16",
+        )
+
+    head = ("models like", "process", "steps", "guidance", "pipeline_args", "precision")
+    return table(head, map(row, hub_configs.families().values()))
+
+
 def cards(page: str) -> list[str]:
     """What `plan --vram` says of each card."""
     lines = [f"$ diffalign plan {PAGES[page]} --vram N"]
