@@ -26,7 +26,7 @@ FLOORS = [
     {"training", "sampling"},
     {"evaluation"},
     {"runs"},
-    {"planning", "gradients", "doctor"},
+    {"planning", "comparing", "doctor"},
     {"cli"},
     {"__main__", "train", "sample"},
 ]

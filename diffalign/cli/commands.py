@@ -170,7 +170,7 @@ def gradients(words: tuple[str, ...], out: Path, batches: int, chain: bool) -> N
     Model, sampler, rewards and prompts are the first CONFIG's, changed by KEY=VALUE; of the others only the rule counts.
     CONFIG@KEY=VALUE changes a setting of a rule: rlr/shapes-sd3@depth=1@span=2.
     """
-    from diffalign.gradients import instrument
+    from diffalign.comparing.gradients import instrument
 
     measured = instrument.run(instrument.specifications(words), out, batches, chain, click.echo)
     show(instrument.table(measured, out))

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from diffalign.backends.toy import ToyPolicy, toy_reward
 from diffalign.cli import main
+from diffalign.comparing.gradients import instrument as gradients
+from diffalign.comparing.gradients.laboratory import FullBackpropagation, Laboratory
 from diffalign.errors import UserError
-from diffalign.gradients import instrument as gradients
-from diffalign.gradients.laboratory import FullBackpropagation, Laboratory
 from diffalign.runtime import memory
 from tests.kit.helpers import gradient, toy_prompts
 
@@ -194,7 +194,7 @@ def test_full_backpropagation_is_the_exact_gradient():
 
 
 def test_the_same_gradient_is_not_measured_twice():
-    from diffalign.gradients.instrument import specifications
+    from diffalign.comparing.gradients.instrument import specifications
 
     with pytest.raises(UserError, match="rlr/shapes-sd3: given twice"):
         specifications(("rlr/shapes-sd3", "rlr/shapes-sd3"))

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from diffalign.comparing.gradients.laboratory import Measured
 from diffalign.evaluation.intervals import Interval
-from diffalign.gradients.laboratory import Measured
 from diffalign.report import drawing
 from diffalign.report.drawing import figures, plain_ticks
 from diffalign.runtime.files import write_text

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from diffalign.gradients import statistics
-from diffalign.gradients.statistics import Products
+from diffalign.comparing.gradients import statistics
+from diffalign.comparing.gradients.statistics import Products
 
 REPEATS, COUNT, DIMS = 600, 24, 40
 SCALES = np.linspace(0.2, 2.0, DIMS)  # of the noise, by coordinate

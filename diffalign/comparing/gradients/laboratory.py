@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from diffalign.backends.toy import ToyPolicy, toy_reward
+from diffalign.comparing.gradients import statistics
 from diffalign.config import Config
-from diffalign.gradients import statistics
 from diffalign.prompts.book import Book
 from diffalign.protocols import Loss, Needs, Policy, RewardFunction, TrainablePolicy
 from diffalign.rewards.scorer import Scorer

@@ -14,7 +14,7 @@ from diffalign.evaluation.intervals import Interval
 from diffalign.runtime.files import make_folder
 
 if TYPE_CHECKING:
-    from diffalign.gradients.laboratory import Measured
+    from diffalign.comparing.gradients.laboratory import Measured
 
 RESULTS = "gradients.json"
 
@@ -85,8 +85,8 @@ def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Cal
 
     import torch
 
-    from diffalign.gradients import report
-    from diffalign.gradients.laboratory import Laboratory
+    from diffalign.comparing.gradients import report
+    from diffalign.comparing.gradients.laboratory import Laboratory
 
     base = next(iter(specs.values()))
     make_folder(out, "--out")
@@ -117,6 +117,6 @@ def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Cal
 
 def table(measured: list[Measured], out: Path) -> list[str]:
     """What was measured as lines, and where the figure is."""
-    from diffalign.gradients import report
+    from diffalign.comparing.gradients import report
 
     return [*report.table(measured), str(out / "gradients.png")]
