@@ -225,6 +225,10 @@ def _check_together(config: Config, settings: Any) -> list[str]:
         problems.append(
             f"prompts.groups: got {config.prompts.groups}, allowed are multiples of rule.risk.bundle ({needs.bundle})"
         )
+    if (config.budget.reward_calls or LARGEST) < (each := config.samples_per_update):
+        problems.append(
+            f"budget.reward_calls: got {config.budget.reward_calls}, an update scores {each}; allowed is that or more"
+        )
     problems += _not_free(sampler.pipeline_args)
     if needs.differentiable_reward:
         problems += _differentiable(config)

@@ -157,6 +157,20 @@ class OutputConfig(Settings):
     )
 
 
+class BudgetConfig(Settings):
+    """How far it trains besides `updates`: to the last whole update that is within all of them."""
+
+    model_config = ConfigDict(json_schema_extra=FREE)
+
+    rows: float | None = Field(
+        None, gt=0, description="of the network: forward, and twice those backward; null: no such limit"
+    )
+    reward_calls: int | None = Field(None, ge=1, description="samples scored in training; null: no such limit")
+    seconds: float | None = Field(
+        None, gt=0, description="of updates; evaluations are not counted; null: no such limit"
+    )
+
+
 class ScoringConfig(Settings):
     """How rewards are asked, and when too many samples go without a score."""
 
@@ -207,6 +221,7 @@ class Config(Settings):
     scoring: ScoringConfig = ScoringConfig()  # type: ignore[call-arg]
     output: OutputConfig = OutputConfig()  # type: ignore[call-arg]
     updates: int = Field(100, ge=1, le=10_000_000, description="how long it trains", json_schema_extra=FREE)
+    budget: BudgetConfig = BudgetConfig()  # type: ignore[call-arg]
     seed: int = Field(0, ge=0, lt=2**63, description="of every draw in training")
     run_dir: str = Field(
         min_length=1, description="the run's folder; left out: runs/FOLDER/NAME of the config", json_schema_extra=FREE

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from diffalign.runs.budget import Spent
 from diffalign.types import Update
 
 if TYPE_CHECKING:  # the folder is opened before anything heavy is imported
@@ -24,20 +25,23 @@ class Began:
 
 @dataclass(frozen=True)
 class Updated:
-    """An update is done, the `number`-th of `total`; row: what is logged of it."""
+    """An update is done, the `number`-th of `total`, as far as that can be told; row: what is logged of it; share: how much of its budget
+    the run has spent, where that is not a number of updates."""
 
     number: int
     total: int
     update: Update
     row: dict[str, float]
+    share: str = ""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation after `number` updates is done."""
+    """An evaluation after `number` updates is done; spent: what they took."""
 
     number: int
     summary: Summary
+    spent: Spent = field(default_factory=Spent)
 
 
 @dataclass(frozen=True)

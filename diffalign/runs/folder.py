@@ -14,6 +14,7 @@ import filelock
 from diffalign import config as configs
 from diffalign.errors import UserError, one_line
 from diffalign.models.notes import LORA
+from diffalign.runs.budget import Budget, Spent
 from diffalign.runs.events import Drawn, Evaluated, Listener, Updated
 from diffalign.runs.logs import METRICS, SCORES, Logs, read_rows
 from diffalign.runs.resume import WAY_OUT, Taken, take_up
@@ -79,7 +80,7 @@ class RunFolder(Listener):
         self.logs.append({"update": event.number, **event.row})
 
     def evaluated(self, event: Evaluated) -> None:
-        self.logs.append({"update": event.number, **event.summary.row()})
+        self.logs.append({"update": event.number, **event.summary.row(), **event.spent.row()})
 
     def drawn(self, event: Drawn) -> None:
         if event.drift is not None:
@@ -208,8 +209,8 @@ def _taken(path: Path, store: Store, config: configs.Config, change: bool) -> Ta
         _check_lost(path, old)
     if newest is None and old is None:
         _check_others(path)
-    if config.updates < (done := facts.get("update", 0)):
-        raise UserError(f"updates: got {config.updates}, {path} has done {done}; allowed is {done} or more, or --fresh")
+    if newest is not None:
+        Budget.of(config).check_spent(path, Spent(**facts["spent"]))
     if old is None:
         return Taken()
     # An earlier version wrote all settings down and not which of them were named: those that are not now, stay as they are.

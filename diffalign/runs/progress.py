@@ -56,9 +56,10 @@ class Reporter(Display, Listener):
         self._rewards.append(row.get(keys.TOTAL, float("nan")))
         recent = [value for value in self._rewards[-10:] if value == value]
         reward = f"{sum(recent) / len(recent):.3f}" if recent else "-"
+        share = f" ({event.share})" if event.share else ""
         left = self._pace.told(total - event.number)
         if self.draws:
-            note = f"reward {reward}"
+            note = f"reward {reward}{share}"
             self.bars().update(self._training, completed=event.number, total=total, note=note, left=left)
         elif not self._lines or event.number % max(1, total // LINES) == 0 or event.number == total:
             self._lines += 1
@@ -67,7 +68,7 @@ class Reporter(Display, Listener):
                 for key, value in row.items()
                 if key.startswith("seconds/") and key != "seconds/total"
             )
-            self.say(f"update {event.number}/{total}  reward {reward}  {left} ({phases})")
+            self.say(f"update {event.number}/{total}{share}  reward {reward}  {left} ({phases})")
         if self._pulse is not None:
             self._pulse.place, self._pulse.patience = "", SOON
         self._remark(event)

@@ -138,7 +138,7 @@ class Session:
                 reporter.say(f"{key}: {value!r}, as the run began; this version's default is another")
         batch = self.trainer.draw(0).select(range(self.policy.micro_batch))
         introduce(config, made, batch, reporter.say)
-        self.budget, self.spent, self.last = Budget(updates=config.updates), Spent(), Spent()
+        self.budget, self.spent = Budget.of(config), Spent()
         self.held: float | None = None  # GiB, once they were told
         self.skipped = self.nonfinite = self.unscored = 0  # updates; gradients and updates in a row
         self.stop, self.reach = Stop(), Reach(self.trainer)
@@ -166,7 +166,7 @@ class Session:
                 self._evaluate()
             else:
                 self._evaluate_if_due()  # a reward may have failed in it
-            while self.budget.allows(self.spent, self.last):
+            while self.budget.allows(self.spent):
                 update = self._update()
                 self._tidy()
                 self._stop_if_asked()
@@ -178,11 +178,12 @@ class Session:
         return summary
 
     def _update(self) -> Update:
-        self.reporter.begin(self.done, self.config.updates)
+        self.reporter.begin(self.done, self.budget.reach(self.spent)[0])
         update = self.trainer.update(self.done)
         self.policy.follow(self.averages)
-        self.last = Spent.on(update)
-        self.spent += self.last
+        self.spent += self.world.lead(lambda: Spent.on(update))  # by one clock
+        if self.done == 1:
+            self.budget.check_first(self.spent)
         self.skipped += bool(update.nonfinite)
         self.reach.check(update)
         self.nonfinite = self.nonfinite + update.nonfinite if update.nonfinite == update.steps else 0
@@ -196,7 +197,8 @@ class Session:
             self.reporter.say(
                 f"memory: {self.held:.1f} GiB were allocated at the most so far, {counted:.1f} counted with context"
             )
-        self.listeners.updated(Updated(self.done, self.config.updates, update, row))
+        total, share = self.budget.reach(self.spent)[0], self.budget.share(self.spent)
+        self.listeners.updated(Updated(self.done, total, update, row, share))
         if self.nonfinite >= NONFINITE_LIMIT:
             raise Fault(
                 f"update {self.done}: {NONFINITE_LIMIT} gradients in a row were not finite; look at the reward, or lower optimizer.lr"
@@ -206,7 +208,7 @@ class Session:
     def _tidy(self) -> None:
         """Grids, evaluations and checkpoints that are due."""
         output = self.config.output
-        last = not self.budget.allows(self.spent, self.last)
+        last = not self.budget.allows(self.spent)
         if not last and self.done % output.sample_every == 0:
             self._samples()
         self._evaluate_if_due()
@@ -222,7 +224,7 @@ class Session:
 
     def _evaluate_if_due(self) -> None:
         """An evaluation in between, with the adapter if it is the best so far, unless it was made."""
-        between = self.done < self.config.updates and self._due
+        between = self.budget.allows(self.spent) and self._due
         if self.config.evaluation.enabled and between and self.judged.summary(self.done) is None:
             self._evaluate()
             self.outputs.best(self.done)
@@ -253,7 +255,7 @@ class Session:
         scores = self.world.gather((rows, self.world.together(own)))
         self.fixed.scorer.rest()
         summary = self.judged.keep(scores, update)
-        self.listeners.evaluated(Evaluated(update, summary))
+        self.listeners.evaluated(Evaluated(update, summary, self.spent))
         return summary
 
     def _finish(self) -> Summary:

@@ -1,4 +1,5 @@
-"""Keys of what a run logs about rewards: `reward/NAME`, `invalid/NAME`, `eval/NAME` and its interval; made and read here alone.
+"""Keys of what a run logs about rewards, and of what it spent: `reward/NAME`, `invalid/NAME`, `eval/NAME` and its interval, `spent/KIND`;
+made and read here alone.
 
 A reward may have any name. One that would be read as something else stands in quotes: `reward/"total"`, `eval/"x_lo"`.
 """
@@ -11,6 +12,8 @@ from collections.abc import Iterable
 TOTAL, VALID, COUNT = "reward/total", "reward/valid", "eval/n"
 RATE, DIVERSITY, DRIFT = "lr", "pictures/diversity", "pictures/drift"
 RESET = "reference_reset"  # of an update after which the reference became the present model
+# What a run had taken up to an evaluation, by kind.
+SPENT = {kind: f"spent/{kind}" for kind in ("rows", "reward_calls", "seconds")}
 _FIXED = {"total", "valid"}
 ENDINGS = ("_gain_lo", "_gain_hi", "_gain", "_lo", "_hi")  # of an evaluation's keys: longer ones first
 

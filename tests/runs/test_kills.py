@@ -82,7 +82,7 @@ def left(folder: Path) -> dict[str, object]:
             found[name] = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
         elif name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+            found[name] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
         elif path.name in ("config.yaml", "state.json", "SHA256SUMS", "curves.png", "before_after.png"):
             found[name] = None  # names the folder, or hashes of what does
         else:
