@@ -160,23 +160,6 @@ def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: st
 
 
 @app.command()
-@click.argument("words", nargs=-1, required=True, metavar="CONFIG[@KEY=VALUE]... [KEY=VALUE]...")
-@click.option("--out", required=True, type=Place(file_okay=False, path_type=Path), help="Table, JSON and figure.")
-@click.option("--batches", type=click.IntRange(4, 100_000), default=32, show_default=True, help="Gradients a rule.")
-@click.option("--chain", is_flag=True, help="On the Gaussian chain, with the first CONFIG's sampler.")
-def gradients(words: tuple[str, ...], out: Path, batches: int, chain: bool) -> None:
-    """Bias, variance and cost of rules' gradients on one batch, against full backpropagation.
-
-    Model, sampler, rewards and prompts are the first CONFIG's, changed by KEY=VALUE; of the others only the rule counts.
-    CONFIG@KEY=VALUE changes a setting of a rule: rlr/shapes-sd3@depth=1@span=2.
-    """
-    from diffalign.comparing.gradients import instrument
-
-    measured = instrument.run(instrument.specifications(words), out, batches, chain, click.echo)
-    show(instrument.table(measured, out))
-
-
-@app.command()
 @A_CONFIG
 @click.option("--endpoint", required=True, help="OpenAI-compatible address, such as http://localhost:8000/v1.")
 @click.option("--model", required=True, help="The language model's name there.")

@@ -27,6 +27,11 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") in ("", "0")
 
 
+def child(threads: int) -> dict[str, str]:
+    """The environment of a process that shares this machine with others like it: so many threads, unless the user has said otherwise."""
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", **os.environ}
+
+
 def cache_folder() -> Path:
     """Where a user's programs keep what can be made again: `$XDG_CACHE_HOME`, or `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

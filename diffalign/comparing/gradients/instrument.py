@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign import config as configs
+from diffalign.comparing.words import apart, changes, twice
+from diffalign.comparing.words import labels as labels_of
 from diffalign.config import Config
 from diffalign.errors import UserError
 from diffalign.evaluation.intervals import Interval
@@ -25,16 +26,15 @@ def specifications(words: Sequence[str]) -> dict[str, Config]:
     Raises:
         UserError: with every mistake, each after the CONFIG it is in.
     """
-    overrides = [word for word in words if "=" in word.split("@")[0]]
-    names = [word for word in words if word not in overrides]
+    names, overrides = apart(words)
     if not names:
         raise UserError("gradients: no CONFIG given, only overrides")
-    first, *settings = names[0].split("@")
+    first, settings = changes(names[0])
     base = configs.load(first, [*overrides, *(f"rule.{setting}" for setting in settings)])
     specs: dict[str, Config] = {}
     problems: list[str] = []
     for name in names:
-        place, *settings = name.split("@")
+        place, settings = changes(name)
         try:
             rule = configs.rule_of(place, settings)
             specs[name] = configs.validate({**base.model_dump(), "rule": rule}, book=base.book)
@@ -47,8 +47,7 @@ def specifications(words: Sequence[str]) -> dict[str, Config]:
             )
     if not problems:
         labels = _labels(list(specs.values()))
-        problems = [f"{label}: given twice" for label in dict.fromkeys(labels) if labels.count(label) > 1]
-        problems += [f"{name}: given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+        problems = [f"{label}: given twice" for label in (*twice(labels), *twice(names))]
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return dict(zip(labels, specs.values(), strict=True))
@@ -62,14 +61,12 @@ def _differentiable(reward: str) -> bool:
 
 def _labels(configs: list[Config]) -> list[str]:
     """Each rule's name, and those settings that are not the default for every rule of that name."""
-    rules: list[Any] = [config.make_rule() for config in configs]
-    shown: dict[str, set[str]] = {rule.name: set() for rule in rules}
-    for rule in rules:
-        shown[rule.name] |= rule.settings.model_dump(exclude_defaults=True).keys()
-    return [
-        " ".join([rule.name, *(f"{k}={json.dumps(v)}" for k, v in values.items() if k in shown[rule.name])])
-        for rule, values in ((rule, rule.settings.model_dump(mode="json")) for rule in rules)
-    ]
+    settings: list[Any] = [config.make_rule().settings for config in configs]
+    return labels_of(
+        [config.rule["name"] for config in configs],
+        [each.model_dump(mode="json") for each in settings],
+        [set(each.model_dump(exclude_defaults=True)) for each in settings],
+    )
 
 
 def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Callable[[str], None]) -> list[Measured]:
