@@ -125,7 +125,10 @@ def test_labels_say_what_differs(found):
     [
         (["rlr/shapes-sd3@depth=11"], "rule.depth: got 11"),
         (["rlr/shapes-sd3@depht=1"], "rule.depht: unknown key; did you mean depth?"),
-        (["rlr/shapes-sd3", "flow_grpo/shapes-sd@3"], "flow_grpo/shapes-sd@3: config: no file 'flow_grpo/shapes-sd'"),
+        (
+            ["rlr/shapes-sd3", "flow_grpo/shapes-sd@3"],
+            "flow_grpo/shapes-sd@3: config: no file 'flow_grpo/shapes-sd@3'; did you mean flow_grpo/shapes-sd3?",
+        ),
         (["flow_grpo/shapes-sd3"], "full backpropagation needs differentiable ones, got shapes_geneval_partial"),
         (["seed=3"], "gradients: no CONFIG given, only overrides"),
     ],
