@@ -15,7 +15,7 @@ from diffalign.evaluation import intervals, samples
 from diffalign.evaluation.intervals import Interval
 from diffalign.evaluation.samples import Drawn
 from diffalign.prompts.book import same_text
-from diffalign.report import pictures
+from diffalign.report import pages, pictures
 from diffalign.report.pictures import strips
 from diffalign.rewards import distances
 from diffalign.runtime.files import write_text
@@ -153,8 +153,6 @@ def _grid(task: Task, drawn: Sequence[Drawn]) -> Image.Image:
 
 
 def _page(task: Task, report: dict[str, Any], labels: Sequence[str], drawn: Sequence[Drawn], path: Path) -> None:
-    from jinja2 import Environment
-
     def shown(interval: Any) -> str:
         if not isinstance(interval, dict):  # a base model has no gain
             return ""
@@ -173,10 +171,7 @@ def _page(task: Task, report: dict[str, Any], labels: Sequence[str], drawn: Sequ
         }
         for part in _shown(task)
     ]
-    engine = Environment(autoescape=True)
-    engine.filters["shown"] = shown
-    template = engine.from_string(PAGE.read_text(encoding="utf-8"))
-    write_text(path, template.render(report=report, groups=groups_shown, command="diffalign evaluate"))
+    write_text(path, pages.render(PAGE, {"shown": shown}, report=report, groups=groups_shown))
 
 
 def _scores(drawn: Drawn, row: int) -> str:

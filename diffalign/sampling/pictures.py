@@ -10,6 +10,7 @@ from typing import Any
 from diffalign.errors import UserError
 from diffalign.models.calls import films
 from diffalign.prompts.files import read
+from diffalign.report import pages
 from diffalign.runtime.extras import missing
 from diffalign.runtime.files import make_folder
 from diffalign.runtime.progress import Progress, silent
@@ -160,8 +161,6 @@ def _page(
     path: Path,
 ) -> None:
     """An index page of all pictures, with what made them."""
-    from jinja2 import Template
-
     groups = [
         {
             "prompt": prompt,
@@ -177,5 +176,4 @@ def _page(
         "adapters": ", ".join(f"{a.folder} at {a.strength:g}" for a in source.adapters) or "none",
         "call": " ".join(f"{key}={shlex.quote(str(value))}" for key, value in call.items() if key != "sigmas"),
     }
-    template = Template(PAGE.read_text(encoding="utf-8"), autoescape=True)
-    path.write_text(template.render(groups=groups, facts=facts, base=bool(plain)), encoding="utf-8")
+    path.write_text(pages.render(PAGE, groups=groups, facts=facts, base=bool(plain)), encoding="utf-8")
