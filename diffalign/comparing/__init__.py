@@ -68,12 +68,13 @@ def reported(comparison: Comparison, failed: Mapping[Unit, str] | None = None) -
     Raises:
         Fault: if no unit came to its end.
     """
-    from diffalign.comparing import files, results, wording
+    from diffalign.comparing import figures, files, page, results, wording
     from diffalign.comparing.comparison import Comparison
 
     found = results.collect(Comparison.read(comparison.place), failed)
-    files.write(found, comparison.place)
-    return wording.lines(found)
+    for part in (files, figures, page):
+        part.write(found, comparison.place)
+    return [*wording.lines(found), "", str(comparison.place / "index.html")]
 
 
 def complete(comparison: Comparison, failed: Mapping[Unit, str]) -> None:

@@ -52,9 +52,13 @@ class Found:
         """Those less the first evaluation's (n,)."""
         return self.after(judge) - self.evaluations[min(self.evaluations)].scores[judge]
 
+    def known(self, kind: str) -> list[int]:
+        """After which updates it was evaluated, and what had been spent of a kind is known."""
+        return [k for k in sorted(self.evaluations) if kind == "updates" or kind in self.spent.get(k, {})]
+
     def curve(self, judge: str, kind: str) -> tuple[list[float], list[float]]:
-        """What was spent up to each evaluation that it is known of, and the mean score."""
-        known = [k for k in sorted(self.evaluations) if kind == "updates" or kind in self.spent.get(k, {})]
+        """What was spent up to each of those, and the mean score."""
+        known = self.known(kind)
         scores = [float(np.nanmean(self.evaluations[k].scores[judge])) for k in known]
         return [float(k) if kind == "updates" else self.spent[k][kind] for k in known], scores
 

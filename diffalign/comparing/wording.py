@@ -32,8 +32,8 @@ def finding(results: Results) -> str:
             + "; others are not resolved."
         )
     single = any(pair.prompts is not None for pair in results.pairs if pair.judge == judge)
-    why = "with one seed of each, what another would give is not known" if single else f"with {seeds_said(results)}"
-    return f"No difference between methods is resolved on {judge}: {why}."
+    why = " of each: what another would give is not known" if single else ""
+    return f"No difference between methods is resolved on {judge} with {seeds_said(results)}{why}."
 
 
 def _gain(results: Results, judge: str) -> str:
@@ -97,6 +97,8 @@ def cost(found: Cost) -> str:
     """What a score cost."""
     if not found.reached:
         return f"never ({found.units} of {found.units} seeds do not reach it)"
+    if found.most == 0:
+        return "nothing: the model has it before training"
     text = "-" if found.median is None else number(found.median)
     if found.reached > 1 and found.least is not None and found.most is not None and found.least < found.most:
         text += f" [{number(found.least)} to {number(found.most)}]"
