@@ -17,10 +17,14 @@ MENDED = {"flow_grpo"}
 RUNS = sorted(path for path in OLD.glob("format_*/*") if path.is_dir())
 
 
+SINCE = {"lr", "pictures/diversity", "pictures/drift"}  # what is logged since
+
+
 def rows(path):
-    """What a run logged, but for what depends on the clock."""
+    """What a run logged, but for what depends on the clock, and what was not logged then."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "seconds" not in key} for row in found]
+    kept = [{key: value for key, value in row.items() if "seconds" not in key and key not in SINCE} for row in found]
+    return [row for row in kept if row.keys() > {"update"}]
 
 
 def keys_of(row):
