@@ -229,6 +229,11 @@ def _check_together(config: Config, settings: Any) -> list[str]:
         problems.append(
             f"budget.reward_calls: got {config.budget.reward_calls}, an update scores {each}; allowed is that or more"
         )
+    limits = [f"budget.{key}" for key, value in config.budget.model_dump().items() if value is not None]
+    if limits and config.optimizer.schedule != "constant":
+        problems.append(
+            f"optimizer.schedule: got {config.optimizer.schedule}, which ends with updates, and {limits[0]} ends before; allowed is constant"
+        )
     problems += _not_free(sampler.pipeline_args)
     if needs.differentiable_reward:
         problems += _differentiable(config)

@@ -186,6 +186,12 @@ def test_a_value_that_is_not_yaml_hides_no_other_mistake():
     assert "not YAML" in found[0]
 
 
+def test_a_schedule_that_a_budget_would_cut_is_refused():
+    (told,) = problems("budget.rows=9", "optimizer.schedule=linear")
+    assert told.startswith("optimizer.schedule: got linear, which ends with updates, and budget.rows ends before")
+    assert config.load(NAME, ["optimizer.schedule=cosine"]).optimizer.schedule == "cosine"
+
+
 def test_a_mistake_is_reported_once():
     assert len(problems("rule=3")) == 1
 
