@@ -232,7 +232,7 @@ def _check_together(config: Config, settings: Any) -> list[str]:
     limits = [f"budget.{key}" for key, value in config.budget.model_dump().items() if value is not None]
     if limits and config.optimizer.schedule != "constant":
         problems.append(
-            f"optimizer.schedule: got {config.optimizer.schedule}, which ends with updates, and {limits[0]} ends before; allowed is constant"
+            f"optimizer.schedule: got {config.optimizer.schedule}, which ends with updates, and {limits[0]} before; allowed is constant"
         )
     problems += _not_free(sampler.pipeline_args)
     if needs.differentiable_reward:

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, PrivateAttr
 
 from diffalign.config.hardware import Attention, Checkpoint, MemorySection, Speed
 from diffalign.config.kinds import ASKED, FREE, HELD, Decay, Precision
+from diffalign.config.limits import BudgetConfig, GuardConfig
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import SETS
 from diffalign.rules import RULES, Rule
@@ -157,20 +158,6 @@ class OutputConfig(Settings):
     )
 
 
-class BudgetConfig(Settings):
-    """How far it trains besides `updates`: to the last whole update that is within all of them."""
-
-    model_config = ConfigDict(json_schema_extra=FREE)
-
-    rows: float | None = Field(
-        None, gt=0, description="of the network: forward, and twice those backward; null: no such limit"
-    )
-    reward_calls: int | None = Field(None, ge=1, description="samples scored in training; null: no such limit")
-    seconds: float | None = Field(
-        None, gt=0, description="of updates; evaluations are not counted; null: no such limit"
-    )
-
-
 class ScoringConfig(Settings):
     """How rewards are asked, and when too many samples go without a score."""
 
@@ -218,6 +205,7 @@ class Config(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()  # type: ignore[call-arg]
     memory: MemorySection = MemorySection()  # type: ignore[call-arg]
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    guard: GuardConfig = GuardConfig()  # type: ignore[call-arg]
     scoring: ScoringConfig = ScoringConfig()  # type: ignore[call-arg]
     output: OutputConfig = OutputConfig()  # type: ignore[call-arg]
     updates: int = Field(100, ge=1, le=10_000_000, description="how long it trains", json_schema_extra=FREE)

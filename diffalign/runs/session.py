@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from diffalign import config as configs
 from diffalign.config import Config
 from diffalign.errors import Fault, Interrupted, Unscored
 from diffalign.evaluation import fixed
@@ -19,16 +18,17 @@ from diffalign.evaluation.results import Summary
 from diffalign.models.notes import LORA
 from diffalign.runs import choosing, devices, digests, parts
 from diffalign.runs.budget import Budget, Spent
-from diffalign.runs.events import Began, Ended, Evaluated, Listeners, Updated
+from diffalign.runs.events import Began, Ended, Evaluated, Updated
 from diffalign.runs.folder import RunFolder, open_run
+from diffalign.runs.guards import Guards
 from diffalign.runs.introducing import introduce
+from diffalign.runs.listeners import listeners
 from diffalign.runs.outputs import AVERAGES, Outputs, published
 from diffalign.runs.progress import Reporter
 from diffalign.runs.reach import Reach
 from diffalign.runs.resume import DECIDED, with_kept
 from diffalign.runs.savepoints import SavePoints
 from diffalign.runs.stop import Stop
-from diffalign.runs.trackers import Trackers
 from diffalign.runtime import keys
 from diffalign.runtime.device import undetermined
 from diffalign.runtime.distributed import ALONE, World
@@ -88,14 +88,6 @@ def adapter_file(config: Config) -> Path:
     return Path(config.run_dir) / "adapter" / LORA
 
 
-def listeners(config: Config, folder: RunFolder, reporter: Reporter) -> Listeners:
-    """Who hears what happens in a run, in this order."""
-    settings = dict(configs.flat(configs.settings(config)))
-    return Listeners(
-        [reporter, Trackers(config.output.trackers, folder / "trackers", folder.path.name, settings), folder]
-    )
-
-
 class Session:
     """A run: what to train, where it is kept, how far it is."""
 
@@ -132,7 +124,8 @@ class Session:
         self.outputs = world.led(outputs)
         began = world.lead(lambda: digests.of(made, config.book.digest(judged.prompts), config.book.rest))
         self.points = SavePoints(config, folder, self.trainer, judged, outputs, world, began, reporter.say, change)
-        self.listeners = world.led(listeners(config, folder, reporter))
+        self.guards = Guards(list(config.rewards), config.guard, reporter.say, folder.logs.rows)
+        self.listeners = world.led(listeners(config, folder, reporter, self.guards))
         for key, value in folder.taken.kept.items():
             if key not in DECIDED:
                 reporter.say(f"{key}: {value!r}, as the run began; this version's default is another")
@@ -157,7 +150,7 @@ class Session:
 
     def run(self) -> Summary:
         """Train as far as the budget goes, evaluate, and write the adapter; returns the final evaluation's summary."""
-        started = time.perf_counter()
+        started, world = time.perf_counter(), self.world
         self.spent, self.skipped = self.points.resume()
         self.listeners.began(Began(self.done))
         with self.stop.listening(), self._saved_if_unscored():
@@ -166,7 +159,7 @@ class Session:
                 self._evaluate()
             else:
                 self._evaluate_if_due()  # a reward may have failed in it
-            while self.budget.allows(self.spent):
+            while self.budget.allows(self.spent) and not world.lead(self.guards.end):
                 update = self._update()
                 self._tidy()
                 self._stop_if_asked()

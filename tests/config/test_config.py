@@ -188,7 +188,7 @@ def test_a_value_that_is_not_yaml_hides_no_other_mistake():
 
 def test_a_schedule_that_a_budget_would_cut_is_refused():
     (told,) = problems("budget.rows=9", "optimizer.schedule=linear")
-    assert told.startswith("optimizer.schedule: got linear, which ends with updates, and budget.rows ends before")
+    assert told.startswith("optimizer.schedule: got linear, which ends with updates, and budget.rows before")
     assert config.load(NAME, ["optimizer.schedule=cosine"]).optimizer.schedule == "cosine"
 
 

@@ -1,0 +1,162 @@
+"""Alarms: signs that a run is going wrong, looked for after every update and evaluation, each said once with what to try.
+
+A watch is a function of what was logged so far; another one is a function here and a place in `WATCHES`. Thresholds are from runs on the
+embedded pipelines, healthy ones and ones broken by a hundredfold learning rate (docs/metrics.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from diffalign.config.limits import GuardConfig
+from diffalign.evaluation.results import Summary
+from diffalign.runs.events import Began, Drawn, Evaluated, Listener, Updated
+from diffalign.runtime import keys
+
+Row = dict[str, float]
+FIRST = 2  # updates that later ones are compared with: the first is the base model's, a broken run's third can be gone already
+ALIKE, FLAT, CLIPPED = 0.6, 0.9, 0.9
+
+
+@dataclass
+class Seen:
+    """What a run logged so far: rows of updates, evaluations, drift of the last grid; `trained`: the rewards that it trains on;
+    `last`: over how many updates numbers are averaged."""
+
+    trained: frozenset[str]
+    last: int
+    rows: list[Row] = field(default_factory=list)
+    evaluations: list[Summary] = field(default_factory=list)
+    drift: float | None = None
+
+    def mean(self, key: str, rows: Sequence[Row]) -> float | None:
+        """Of a number over some rows; None where none of them has it."""
+        values = [row[key] for row in rows if key in row]
+        return sum(values) / len(values) if values else None
+
+    def then_and_now(self, key: str) -> tuple[float, float] | None:
+        """A number's mean over the first and the last updates; None while these overlap."""
+        if len(self.rows) < FIRST + self.last:
+            return None
+        pair = self.mean(key, self.rows[:FIRST]), self.mean(key, self.rows[-self.last :])
+        return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
+
+
+def collapsed(seen: Seen) -> str:
+    """Pictures of a prompt have become alike."""
+    pair = seen.then_and_now(keys.DIVERSITY)
+    if pair is None or pair[1] >= ALIKE * pair[0]:
+        return ""
+    return (
+        f"pictures of a prompt have become alike ({keys.DIVERSITY} {pair[0]:.2f} -> {pair[1]:.2f}): go back to an earlier checkpoint, "
+        "halve optimizer.lr, or raise rule.kl"
+    )
+
+
+def without_spread(seen: Seen) -> str:
+    """Groups have equal rewards."""
+    pair = seen.then_and_now("groups_flat")
+    if pair is None or pair[1] < FLAT:
+        return ""
+    return (
+        f"{100 * pair[1]:.0f} % of prompts have samples of equal reward, which teach nothing: a reward of finer steps, other prompts, "
+        "or, where pictures broke, half of optimizer.lr"
+    )
+
+
+def clipped(seen: Seen) -> str:
+    """Nearly every ratio is cut."""
+    pairs = [seen.then_and_now(key) for key in ("clip_low", "clip_high")]
+    now = sum(pair[1] for pair in pairs if pair is not None)
+    if now < CLIPPED:
+        return ""
+    return f"{100 * now:.0f} % of ratios are cut at rule.clip: halve optimizer.lr, or take fewer rule.inner_updates"
+
+
+def hacked(seen: Seen) -> str:
+    """A held-out reward has fallen while one that is trained on has risen."""
+    if not seen.evaluations:
+        return ""
+    gains = {name: judged.gain for name, judged in seen.evaluations[-1].rewards.items() if judged.gain is not None}
+    rose = [n for n, gain in gains.items() if n in seen.trained and gain.low is not None and gain.low > 0]
+    fell = [n for n, gain in gains.items() if n not in seen.trained and gain.high is not None and gain.high < 0]
+    if not (rose and fell):
+        return ""
+    return (
+        f"{rose[0]} rises and {fell[0]}, which is held out, falls: the reward is being tricked; look at samples/, stop earlier, raise "
+        "rule.kl, or add a second reward"
+    )
+
+
+def replaced(seen: Seen) -> str:
+    """Pictures are as far from those before training as pictures of a prompt are from one another."""
+    apart = seen.mean(keys.DIVERSITY, seen.rows[:FIRST])
+    if seen.drift is None or apart is None or seen.drift < apart:
+        return ""
+    return (
+        f"pictures are as far from those before training ({keys.DRIFT} {seen.drift:.2f}) as different pictures of a prompt were from one "
+        f"another ({apart:.2f}): look at samples/"
+    )
+
+
+WATCHES: dict[str, Callable[[Seen], str]] = {
+    "collapsed": collapsed,
+    "without_spread": without_spread,
+    "clipped": clipped,
+    "hacked": hacked,
+    "replaced": replaced,
+}
+
+
+class Guards(Listener):
+    """Hears a run and raises alarms.
+
+    trained: rewards that it trains on; say: told of each alarm once; logged: the rows that a run has logged, read when it is taken up.
+    """
+
+    def __init__(
+        self,
+        trained: Sequence[str],
+        settings: GuardConfig,
+        say: Callable[[str], None],
+        logged: Callable[[], list[Row]] = list,
+    ) -> None:
+        self.seen, self.stop, self.say, self.logged = (
+            Seen(frozenset(trained), settings.last),
+            settings.stop,
+            say,
+            logged,
+        )
+        self.raised: dict[str, int] = {}  # alarm -> after which update
+
+    def began(self, event: Began) -> None:
+        self.seen.rows = [row for row in self.logged() if keys.RATE in row]
+
+    def updated(self, event: Updated) -> None:
+        self.seen.rows.append(event.row)
+        self._look(event.number)
+
+    def evaluated(self, event: Evaluated) -> None:
+        self.seen.evaluations.append(event.summary)
+        self._look(event.number)
+
+    def drawn(self, event: Drawn) -> None:
+        self.seen.drift = event.drift
+        self._look(event.number)
+
+    def end(self) -> bool:
+        """Whether an alarm ends the run here."""
+        ends = self.stop and bool(self.raised)
+        if ends:
+            last = max(self.raised.values())
+            self.say(
+                f"guard.stop: the run ends after update {last}; where evaluation.every is above 0, best/ has the best adapter"
+            )
+        return ends
+
+    def _look(self, number: int) -> None:
+        for name, watch in WATCHES.items():
+            if name not in self.raised and (line := watch(self.seen)):
+                self.raised[name] = number
+                self.say(f"update {number}: {line}")
