@@ -36,6 +36,7 @@ SMALL = (
     "rewards={jpeg_compressibility: 1.0}",
     "output.samples=2",
     "output.checkpoint_every=1",
+    "optimizer.lr=0.02",
 )
 METHODS = ("flow_grpo/shapes-sd3@rule.window=null", "nft/shapes-sd3@rule.times=2")
 WORDS = (*METHODS, *SMALL)
@@ -93,6 +94,7 @@ def test_numbers_are_those_of_the_units_files(made):
         assert (method["updates"], method["reward_calls"]) == (2, 8)
     (pair,) = [pair for pair in found["pairs"] if pair["judge"] == GOLD]
     apart = [means["flow_grpo", seed][2] - means["nft", seed][2] for seed in (0, 1)]
+    assert abs(np.mean(apart)) > 1e-4, "otherwise this says nothing"
     assert pair["difference"]["mean"] == pytest.approx(np.mean(apart))
     rows = list(csv.DictReader((made / "results.csv").open()))
     after = {(row["method"], int(row["seed"])): float(row[f"{GOLD}_after"]) for row in rows}
@@ -125,10 +127,10 @@ def test_the_same_command_makes_nothing_again_and_what_joins_keeps_labels(copied
 
 def test_a_unit_that_was_changed_or_did_not_end_is_left_out(copied):
     written = copied / "units/nft/seed_0/config.yaml"
-    written.write_text(written.read_text().replace("lr: 0.001", "lr: 0.5"))
+    written.write_text(written.read_text().replace("lr: 0.02", "lr: 0.5"))
     shutil.rmtree(copied / "units/nft/seed_1/adapter")
     lines = comparing.reported(comparing.opened((), copied))
-    assert "left out: nft, seed 0: was trained with other settings: optimizer.lr: 0.001 -> 0.5" in lines
+    assert "left out: nft, seed 0: was trained with other settings: optimizer.lr: 0.02 -> 0.5" in lines
     assert "left out: nft, seed 1: not finished" in lines
     assert "nothing to compare it with" in lines[0]
     shutil.rmtree(copied / "units")

@@ -24,6 +24,7 @@ def test_points_lie_where_their_numbers_are_and_say_them():
     (x0, y0), (x1, y1), (x2, y2) = places
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)  # places are rounded to a tenth of a pixel
     assert y0 - y2 == pytest.approx(y2 - y1, abs=0.2)
+    assert x0 < x1
     assert y1 < y2 < y0, "up is more"
     ticks = {text.text for text in root.iter(f"{SVG}text")}
     assert {"0", "20", "updates"} <= ticks

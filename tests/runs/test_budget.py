@@ -87,6 +87,9 @@ def test_a_run_ends_at_its_last_whole_update_within_and_goes_on_with_more(plain,
     for rows, count in ((2.5 * each, 2), (2.9 * each, 2), (3 * each, 3)):  # the second begins and has nothing to do
         found = trained(run, *endless, f"budget.rows={rows}")
         assert [row["update"] for row in found if "nfe" in row] == list(range(1, count + 1))
+        assert (run / f"samples/update_00000{count}.png").is_file(), (
+            "the end is drawn, also where an evaluation was due"
+        )
     adapters = [load_file(each / "adapter" / "pytorch_lora_weights.safetensors") for each in (run, folder)]
     assert all((adapters[0][name] == adapters[1][name]).all() for name in adapters[1])
     evaluations = [json.loads((each / "evaluation/update_000003.json").read_text())["scores"] for each in (run, folder)]
