@@ -22,6 +22,7 @@ from rich.table import Table
 from diffalign.comparing.comparison import Unit
 from diffalign.errors import Interrupted, shortened
 from diffalign.runs.folder import LOCK
+from diffalign.runs.stop import SIGNALS
 from diffalign.runtime import launcher
 
 LOG = "log.txt"  # in a unit's folder: what its process said
@@ -49,7 +50,7 @@ class Runner:
 
     command: what trains a unit, where it is not `diffalign train`.
 
-    On SIGINT and SIGTERM nothing new is begun and what runs is told the same: it saves and ends. A second one ends it at once.
+    On SIGINT, SIGTERM and SIGHUP nothing new is begun and what runs is told the same: it saves and ends. A second one ends it at once.
     """
 
     def __init__(
@@ -83,11 +84,13 @@ class Runner:
                     waiting.remove(free)
                     self._begin(free)
                 if self.stopped is not None and not self.running:
-                    raise Interrupted(128 + self.stopped)
+                    break
                 time.sleep(PAUSE)
                 self._pass_on()
                 for each in [each for each in self.running if each.process.poll() is not None]:
                     self._end(each)
+        if self.stopped is not None:
+            raise Interrupted(128 + self.stopped)
         return self.failed
 
     @property
@@ -121,7 +124,7 @@ class Runner:
         code, unit = each.process.returncode, each.unit
         if code == 0:
             self.say(f"{unit.name}: done in {each.seconds:.0f} s")
-        elif self.stopped is not None and code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
+        elif self.stopped is not None and code in {sign + 128 for sign in SIGNALS} | {-sign for sign in SIGNALS}:
             self.say(f"{unit.name}: stopped")
         else:
             self.failed[unit] = last_line(unit.place / LOG) or f"exit code {code}"
@@ -129,7 +132,9 @@ class Runner:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        # What is ignored stays ignored, as under nohup.
+        old = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
         for number in old:
             signal.signal(number, self._note)
         try:
