@@ -32,8 +32,9 @@ def write(results: Results, place: Path) -> None:
         figure.tight_layout()
         for ending in ENDINGS:
             drawing.save(figure, place / f"reward{ending}", DOTS)
-    told = [pair for pair in results.pairs if not pair.reason]
-    if told:
+    for ending in ENDINGS:  # of an earlier report, which may have had pairs
+        (place / f"pairs{ending}").unlink(missing_ok=True)
+    if any(not pair.reason for pair in results.pairs):
         _pairs(results, place)
 
 
@@ -47,12 +48,12 @@ def _pairs(results: Results, place: Path) -> None:
         )
         for axis, judge in zip(axes[:, 0], judges, strict=True):
             pairs = [pair for pair in results.pairs if pair.judge == judge and not pair.reason][::-1]
-            for place_of, pair in enumerate(pairs):
+            for row, pair in enumerate(pairs):
                 shown = pair.prompts or pair.difference.value
                 colour = "black" if pair.resolved else "grey"
                 if (ends := shown.ends) is not None:
-                    axis.plot(ends, [place_of, place_of], color=colour)
-                axis.plot([shown.value], [place_of], "o", color=colour, markersize=4)
+                    axis.plot(ends, [row, row], color=colour)
+                axis.plot([shown.value], [row], "o", color=colour, markersize=4)
             axis.axvline(0, color="grey", linewidth=0.8, linestyle=":")
             axis.set_yticks(range(len(pairs)), [f"{pair.first} - {pair.second}" for pair in pairs], fontsize=8)
             axis.set_ylim(-0.6, len(pairs) - 0.4)

@@ -98,7 +98,7 @@ def cost(found: Cost) -> str:
     if not found.reached:
         return f"never ({found.units} of {found.units} seeds do not reach it)"
     if found.most == 0:
-        return "nothing: the model has it before training"
+        return "0, before training"
     text = "-" if found.median is None else number(found.median)
     if found.reached > 1 and found.least is not None and found.most is not None and found.least < found.most:
         text += f" [{number(found.least)} to {number(found.most)}]"

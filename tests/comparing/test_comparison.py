@@ -133,6 +133,7 @@ def test_a_unit_that_was_changed_or_did_not_end_is_left_out(copied):
     assert "left out: nft, seed 0: was trained with other settings: optimizer.lr: 0.02 -> 0.5" in lines
     assert "left out: nft, seed 1: not finished" in lines
     assert "nothing to compare it with" in lines[0]
+    assert not (copied / "pairs.pdf").exists(), "it would show what is not in the numbers"
     shutil.rmtree(copied / "units")
     with pytest.raises(Fault, match="no unit came to its end: flow_grpo, seed 0: not begun; flow_grpo, seed 1: not"):
         comparing.reported(comparing.opened((), copied))
