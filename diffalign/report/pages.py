@@ -14,6 +14,6 @@ def render(template: Path, filters: Mapping[str, Callable[..., Any]] | None = No
     from jinja2 import DictLoader, Environment
 
     texts = {path.name: path.read_text(encoding="utf-8") for path in (BASE, template)}
-    engine = Environment(autoescape=True, loader=DictLoader(texts), trim_blocks=True)
+    engine = Environment(autoescape=True, loader=DictLoader(texts))
     engine.filters.update(filters or {})
     return engine.get_template(template.name).render(**values)
