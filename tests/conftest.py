@@ -3,6 +3,12 @@ also where there is a card, since it holds bits; `-m gpu` runs what needs the ca
 
 import os
 
+from hypothesis import HealthCheck, settings
+
+# A machine that does other things besides is slow, and that is no fault of what is tested.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
