@@ -1,8 +1,10 @@
 """The command line as a user meets it: what it prints, what it leaves, and how it refuses."""
 
 import resource
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.cli import main
+from diffalign.cli import commands, main
 from tests.kit.commands import diffalign as run
 from tests.kit.helpers import TINY, checkpoints, saved_state
 
@@ -386,3 +388,43 @@ def test_an_option_that_is_a_setting_is_told_as_one(capsys):
         line = capsys.readouterr().err
         assert line.startswith(f"diffalign: No such option {option}; settings are written KEY=VALUE: {said}")
         assert "--help" not in line
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sample", "shapes-sd3", "--prompt", "a photo of two stars", "-n", "2000"),
+        ("evaluate", "shapes-sd3", "--suite", "shapes", "-n", "50"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_ctrl_c_in_any_command_is_a_line_and_130(command, tmp_path):
+    """A process of its own, told once it says what it does; click's Abort is a RuntimeError."""
+    words = [sys.executable, "-m", "diffalign", *command, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path)
+    assert process.stderr is not None
+    first = next(line for line in process.stderr if "sampling" in line or "drawing" in line)
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(60) == 130, first + rest
+    assert rest.splitlines()[-1] == "diffalign: interrupted" and "Traceback" not in rest
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_what_an_interrupted_import_raises_is_an_interruption(stopped, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        if stopped:
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        raise AttributeError("partially initialized module")
+
+    monkeypatch.setattr(commands, "app", broken)
+    left = []
+    monkeypatch.setattr(commands, "_leave", lambda code, at_once=False: left.append(code) or sys.exit(code))
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit if stopped else AttributeError):
+            commands.main([])
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert left == ([130] if stopped else [])

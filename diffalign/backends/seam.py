@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from diffalign.backends import recorder
 from diffalign.backends.walk import OnStep
-from diffalign.errors import UserError, shortened, shown
+from diffalign.errors import UserError
+from diffalign.models import calls
 from diffalign.models.encoders import PROBE, device_known
 from diffalign.models.encodings import Encodings, Kept
 from diffalign.processes.table import Kind
@@ -114,8 +115,7 @@ class Seam:
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
             if out_of_memory(error):
                 raise
-            given = shown({key: value for key, value in self.arguments.items() if key != "sigmas"})
-            why = f"{type(self.pipe).__name__} does not accept {what} with {given}: {shortened(str(error), 200)}"
+            why = calls.refusal(self.pipe, what, self.arguments, error, self._own_class)
             raise UserError(f"sampler.pipeline_args: {why}") from error
 
     def _check_contract(self) -> None:

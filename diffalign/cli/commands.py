@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -212,6 +214,7 @@ def doctor(card: bool) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and leave with its exit code."""
     forgive()
+    stopped = _noticed()
     try:
         app(arguments, prog_name="diffalign", standalone_mode=False)
     except UserError as error:
@@ -227,17 +230,42 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         fail(error.code, str(error))
     except Fault as error:
         fail(3, str(error), at_once=isinstance(error, CardFailed))
-    except RuntimeError as error:
-        from diffalign.runtime.memory import card_failed, card_fault
-
-        if not card_fault(error):
-            raise
-        fail(3, str(card_failed(error)), at_once=True)
+    except (click.Abort, KeyboardInterrupt):  # before RuntimeError, which click's is
+        fail(130, "interrupted", at_once=True)
     except OSError as error:  # a full disk, a folder where a file should go
         fail(3, f"{error.filename or 'files'}: {error.strerror or error}")
-    except (click.Abort, KeyboardInterrupt):
-        fail(130, "interrupted")
+    except Exception as error:
+        _unforeseen(error, stopped)
+        raise
     _leave(0)
+
+
+def _unforeseen(error: Exception, stopped: list[int]) -> None:
+    """Leave if an error is what Ctrl-C did to an import, or a card that failed."""
+    if stopped:
+        fail(130, "interrupted", at_once=True)
+    if not isinstance(error, RuntimeError):
+        return
+    from diffalign.runtime.memory import card_failed, card_fault
+
+    if card_fault(error):
+        fail(3, str(card_failed(error)), at_once=True)
+
+
+def _noticed() -> list[int]:
+    """Grows with every Ctrl-C that no run listens for: libraries turn some into errors of their own."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):
+        signal.signal(signal.SIGINT, note)
+    return seen
 
 
 def fail(code: int, *lines: str, at_once: bool = False) -> NoReturn:

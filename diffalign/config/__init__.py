@@ -1,5 +1,6 @@
 """The config: a typed schema, YAML plus `key=value`, all mistakes reported together before torch is imported."""
 
+from diffalign.config.checks import check_model as check_model
 from diffalign.config.checks import validate as validate
 from diffalign.config.decided import told as told
 from diffalign.config.files import find as find

@@ -73,7 +73,7 @@ def _decide(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """What the model decides, written into raw settings."""
     found: dict[str, Any] = {}
     model = raw.get("model")
-    if isinstance(model, str) and not _check_model(model):
+    if isinstance(model, str) and not check_model(model):
         try:
             found = decide(raw)
         except UserError as error:
@@ -114,7 +114,7 @@ def _without(raw: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str,
     return copied
 
 
-def _check_model(name: str) -> list[str]:
+def check_model(name: str) -> list[str]:
     """An embedded name, a folder that diffusers wrote, or something that can be a hub id."""
     if models.path(name) or is_file(Path(name) / "model_index.json") or HUB_ID.fullmatch(name):
         return []
@@ -129,7 +129,7 @@ def _check_model(name: str) -> list[str]:
 
 def _check_names(config: Config, book: Book | None) -> list[str]:
     """What the config names is there; the prompts are read here, unless they were before."""
-    problems = _check_model(config.model)
+    problems = check_model(config.model)
     if config.revision is not None and (models.path(config.model) or Path(config.model).exists()):
         problems.append(
             f"revision: got {shown(config.revision)}, only models on the hub have one; {config.model} is a folder"
@@ -260,6 +260,7 @@ def _differentiable(config: Config) -> list[str]:
         with suppress(LookupError):  # `_check_names` reports it
             if not catalog.find(name).differentiable:
                 problems.append(
-                    f"rewards: {rule} needs a differentiable reward, {name} is not; differentiable here: {able}"
+                    f"rewards: {rule} needs a differentiable reward, {name} is not; differentiable here: {able}; "
+                    "a file of yours says DIFFERENTIABLE = [NAME]"
                 )
     return problems

@@ -40,7 +40,10 @@ class Interval:
         return self.ends is not None
 
     def text(self, form: str = ".3f") -> str:
-        """As it is printed, everywhere."""
+        """As it is printed, everywhere; where all of it would be nothing but zeros, with two figures."""
+        largest = max(map(abs, (self.value, *(self.ends or ()))))
+        if form.endswith("3f") and 0 < largest < 0.0095:
+            form = form.replace(".3f", f".{1 - math.floor(math.log10(largest))}f")
         value, ends = format(self.value, form), self.ends
         return f"{value} ({FEW_WORDS})" if ends is None else f"{value} [{ends[0]:{form}}, {ends[1]:{form}}]"
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+from collections.abc import Iterable
 from typing import Any
+
+from diffalign.errors import shortened, shown
 
 # name: the config's key and the command line's option that give it
 GIVEN = {
@@ -33,6 +37,26 @@ FIXED = (
         "negative_prompt_attention_mask",
     ),
 )
+
+
+def refusal(pipe: Any, what: str, arguments: dict[str, Any], error: BaseException, kind: type | None = None) -> str:
+    """What to say where a pipeline's call does not take its arguments; kind: its class, if another stands in for it."""
+    given = shown({key: value for key, value in arguments.items() if key != "sigmas"})
+    return f"{(kind or type(pipe)).__name__} does not accept {what} with {given}: {shortened(str(error), 200)}"
+
+
+def unknown(pipe: Any, arguments: Iterable[str]) -> list[str]:
+    """A line for every argument that a pipeline's call has no name for, though it may swallow it."""
+    taken = [
+        name for name, p in inspect.signature(type(pipe).__call__).parameters.items() if p.kind is not p.VAR_KEYWORD
+    ]
+    lines = []
+    for name in arguments:
+        if name not in taken:
+            close = difflib.get_close_matches(name, taken, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            lines.append(f"got {name}, which {type(pipe).__name__}'s call does not take{hint}")
+    return lines
 
 
 def films(pipe: Any) -> bool:

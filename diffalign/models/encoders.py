@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from diffalign.errors import UserError
+from diffalign.models import calls
 from diffalign.models.encoding_store import Store
 from diffalign.models.encodings import Encodings, Kept, digest
+from diffalign.runtime.memory import out_of_memory
 
 PROBE = "a"  # the text that pipelines are tried with
 
@@ -86,6 +89,10 @@ def _ask(pipe: Any, encodings: Encodings, arguments: dict[str, Any], device: str
         )
     except _Asked:
         pass
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"sampler.pipeline_args: {calls.refusal(pipe, 'a prompt', arguments, error, own)}") from error
     finally:
         pipe.__class__ = own
         del pipe.encode_prompt, pipe.prepare_latents

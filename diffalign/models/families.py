@@ -50,17 +50,26 @@ def usual(model: str, revision: str | None = None) -> Usual:
     if (own := models.path(model)) is not None:
         process = "flow_sde" if _flows(_config(own, "scheduler")) else "ddim"
         return Usual("an embedded pipeline", process, guidance_scale=1.0, checkpoint="none")
-    listed = next((name for name, facts in table().items() if facts["model"] == model), None)
-    if listed is not None:
-        return _of_family(listed)
-    folder = Path(model) if is_file(Path(model) / INDEX) else _fetched(model, revision)
-    found = next((name for name, facts in table().items() if _is(folder, facts)), None)
-    if found is not None:
-        return _of_family(found)
+    name, folder = family(model, revision)
+    if name is not None:
+        return _of_family(name)
     scheduler = _config(folder, "scheduler")
     if not scheduler:
         raise UserError(f"sampler.process: missing, and {model} has no scheduler's config that would say it")
     return Usual("its scheduler's config", "flow_sde" if _flows(scheduler) else "ddim")
+
+
+def family(model: str, revision: str | None = None) -> tuple[str | None, Path]:
+    """The family of a folder or of a model on the hub, None where no family has it; and where its files are.
+
+    Raises:
+        UserError: if nothing is known of it and its files cannot be had.
+    """
+    listed = next((name for name, facts in table().items() if facts["model"] == model), None)
+    if listed is not None:
+        return listed, Path(model)
+    folder = Path(model) if is_file(Path(model) / INDEX) else _fetched(model, revision)
+    return next((name for name, facts in table().items() if _is(folder, facts)), None), folder
 
 
 def _of_family(name: str) -> Usual:

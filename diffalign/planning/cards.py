@@ -27,12 +27,15 @@ def _table() -> dict[str, Card]:
         Card("RTX 3090", 24, 71 * tera),
         Card("RTX 3090 Ti", 24, 80 * tera),
         Card("RTX 4060", 8),
+        Card("RTX 4060 Ti", 8),
+        Card("RTX 4060 Ti 16GB", 16),
         Card("RTX 4070", 12),
         Card("RTX 4070 Ti", 12),
         Card("RTX 4070 Ti Super", 16),
         Card("RTX 4080", 16, 97.5 * tera),
         Card("RTX 4080 Super", 16),
         Card("RTX 4090", 24, 165 * tera),
+        Card("RTX 5060 Ti 16GB", 16),
         Card("RTX 5070", 12),
         Card("RTX 5070 Ti", 16),
         Card("RTX 5080", 16),
@@ -67,8 +70,9 @@ def find(name: str) -> Card:
         UserError: for one that is not in the table.
     """
     plain = _plain(name)
-    if (card := CARDS.get(plain)) is not None:
-        return card
-    near = difflib.get_close_matches(plain, CARDS, 1)
+    for tried in (plain, _plain(re.sub(r"[\s_-]+\d+\s*gb$", "", name.lower()))):
+        if (card := CARDS.get(tried)) is not None:
+            return card
+    near = difflib.get_close_matches(plain, CARDS, 1, 0.75)
     hint = f"did you mean {CARDS[near[0]].name}" if near else f"known are {', '.join(c.name for c in CARDS.values())}"
     raise UserError(f"--card: got {name!r}; {hint}; for any other: --vram with its memory")

@@ -74,7 +74,7 @@ class Cost:
     def _time(self, bound: Bound | None) -> str:
         total = self.flops + self.decode_flops
         if bound is None:
-            return f"time        not known without a card: --card 4090; {big(total)}FLOP an update"
+            return f"time        not known without a card whose rate is: --card 4090; {big(total)}FLOP an update"
         once = total / bound.rate
         whole = f"{self.updates} updates {duration(once * self.updates)}, evaluations not counted"
         return f"time        an update takes at least {duration(once)} on {bound.where}; {whole}"

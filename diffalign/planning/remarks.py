@@ -22,4 +22,5 @@ def evaluations(config: Config) -> str:
         return "evaluation is off"
     samples = len(book_of.evaluation) * evaluation.images_per_prompt
     every = f" and every {evaluation.every} updates" if evaluation.every else ""
-    return f"evaluation: {book_of.extent} x {evaluation.images_per_prompt} = {samples} samples, before, after{every}"
+    trained = ", on prompts that are trained on" if book_of.shared else ""
+    return f"evaluation: {book_of.extent} x {evaluation.images_per_prompt} = {samples} samples, before, after{every}{trained}"

@@ -11,7 +11,7 @@ from diffalign import config as configs
 from diffalign.config import json_schema
 from diffalign.config.places import placed
 from diffalign.errors import UserError, shown
-from diffalign.planning import architectures
+from diffalign.models import families
 from diffalign.rules import RULES
 from diffalign.runtime import yaml_text
 from diffalign.runtime.files import is_folder, write_text
@@ -21,7 +21,7 @@ EMBEDDED = "shapes-sd3"
 # What a section is about, beside it in the file.
 WHY = {
     "model": "hub id, folder or embedded pipeline",
-    "rule": "how it learns: `diffalign config FILE` lists its keys; kl > 0 holds it near the model",
+    "rule": "how it learns: `diffalign config FILE` lists its keys",
     "rewards": "what goes up, with weights; `diffalign rewards` lists them, FILE.py:NAME is one of yours",
     "eval_rewards": "what judges besides and is never trained on",
     "prompts": "groups x group_size samples an update; more samples a prompt: less noise",
@@ -97,23 +97,33 @@ def _check(raw: dict[str, Any]) -> None:
     configs.validate(tried, placed(tried, None)[1])
 
 
+# What a model that no preset is for begins with, by its process; of the sampler and precision it decides itself.
+BEGINNINGS = {"flow_sde": "flow_grpo/sd35-medium", "ddim": "ddpo/sd15"}
+
+
 def _nearest(model: str, rule: str | None) -> tuple[str, dict[str, Any]]:
-    """The preset of the same kind of model, by the same rule if there is one: its name and settings."""
-    kind = architectures.name_of(model) if not models.path(model) else model
-    found: list[
-        tuple[bool, bool, str, dict[str, Any]]
-    ] = []  # another rule, a variant of a preset, its name, its settings
-    for folder in configs.folders():
+    """The preset of the same kind of model, by the same rule if there is one: its name and settings.
+
+    Raises:
+        UserError: if nothing is known of the model.
+    """
+    kind, process = model, ""
+    if not models.path(model):
+        if any(problem.startswith("model: ") for problem in configs.check_model(model)):
+            raise UserError(*(f"--{problem}" for problem in configs.check_model(model)))
+        process = families.usual(model).process
+        name, _ = families.family(model)
+        kind = families.table()[name]["model"] if name else ""
+    found: list[tuple[bool, bool, str, dict[str, Any]]] = []  # another rule, a variant, its name, its settings
+    for folder in (folder for folder in configs.folders() if folder.is_dir()):
         for path in sorted(folder.rglob("*.yaml")):
             raw = yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
-            own = raw.get("model")
-            if own == (kind or EMBEDDED) or (kind is None and own == "stabilityai/stable-diffusion-3.5-medium"):
-                title = str(path.relative_to(folder).with_suffix(""))
+            title = str(path.relative_to(folder).with_suffix(""))
+            if kind and raw.get("model") == kind:
                 found.append((raw["rule"]["name"] != (rule or "flow_grpo"), "-shapes" in path.stem, title, raw))
-        if found:
-            break
-    if not found:
-        raise UserError(f"--model: got {shown(model)}, no preset is near it; `diffalign config` of any shows all keys")
+            elif not kind and title == BEGINNINGS[process]:
+                found.append((False, False, title, {k: v for k, v in raw.items() if k not in ("sampler", "precision")}))
+        break
     _, _, title, raw = min(found, key=lambda each: each[:3])
     return title, raw
 

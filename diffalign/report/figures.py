@@ -56,7 +56,11 @@ def before_after(
 
 
 def curves(
-    rewards: Mapping[str, Sequence[tuple[int, float]]], evaluations: Mapping[str, Points], path: Path, title: str
+    rewards: Mapping[str, Sequence[tuple[int, float]]],
+    evaluations: Mapping[str, Points],
+    path: Path,
+    title: str,
+    judged_on: str = "held-out evaluation, 95 % intervals",
 ) -> None:
     """Training rewards (update, mean) by name with a running mean, and evaluations with their intervals, over updates."""
     title = shortened(title, 110)
@@ -76,7 +80,7 @@ def curves(
             axes[1].errorbar(
                 x, y, yerr=[y - low, high - y], capsize=3, marker="o", markersize=3, label=shortened(name, 50)
             )
-        for axis, what in zip(axes, ("training samples (noisy)", "held-out evaluation, 95 % intervals"), strict=True):
+        for axis, what in zip(axes, ("training samples (noisy)", judged_on), strict=True):
             axis.set_xlabel("update")
             axis.set_title(what, fontsize=9)
             axis.grid(alpha=0.3)

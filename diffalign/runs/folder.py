@@ -218,7 +218,7 @@ def _taken(path: Path, store: Store, config: configs.Config, change: bool) -> Ta
 
 
 def _written(path: Path) -> dict[str, Any] | None:
-    """The settings that `config.yaml` holds, None where there is none.
+    """The settings that `config.yaml` holds, None where there is none, or where it is no run's: these name every section.
 
     Raises:
         UserError: if it is damaged: without a checkpoint nothing else says what the folder's run was.
@@ -231,7 +231,7 @@ def _written(path: Path) -> dict[str, Any] | None:
             raise ValueError("it holds no keys and values")
     except (ValueError, UserError) as error:
         raise UserError(f"run_dir: {path / CONFIG} is damaged ({one_line(error)}); --fresh starts over") from error
-    return old
+    return old if old.keys() >= {"lora", "optimizer", "evaluation", "output"} else None
 
 
 def _check_lost(path: Path, old: dict[str, Any] | None) -> None:

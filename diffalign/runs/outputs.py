@@ -163,9 +163,9 @@ class Outputs:
             for name, judged in Summary.of_row(row).rewards.items():
                 value = judged.value.value
                 evaluations[keys.evaluated(name)].append((row["update"], value, *(judged.value.ends or (value, value))))
-        figures.curves(
-            dict(sorted(rewards.items())), dict(sorted(evaluations.items())), self.folder / "curves.png", self.title
-        )
+        shared = ("evaluation on prompts that are trained on, 95 % intervals",) if self.config.book.shared else ()
+        place = self.folder / "curves.png"
+        figures.curves(dict(sorted(rewards.items())), dict(sorted(evaluations.items())), place, self.title, *shared)
 
     def before_after(self, update: int) -> None:
         """The same samples before training and after, if both are there."""

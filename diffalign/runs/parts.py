@@ -15,7 +15,7 @@ from diffalign.backends.table import policy_class
 from diffalign.config import Config
 from diffalign.config.adapters import of_the_model
 from diffalign.errors import Fault, UserError, one_line
-from diffalign.models import compiling, decoding, encoders, loading, lora, lora_files, merging
+from diffalign.models import calls, compiling, decoding, encoders, loading, lora, lora_files, merging
 from diffalign.models.encodings import Kept
 from diffalign.models.places import Adapter, found, given
 from diffalign.processes import PROCESSES
@@ -66,6 +66,7 @@ def encode_first(config: Config, world: World, say: Callable[[str], None]) -> Ke
 
     def encode() -> tuple[Kept | None, str, int]:
         pipe, _ = _loaded(config, "encoders", where)
+        _check_call(config, pipe)
         taken = sum(p.nbytes for name in encoders.present(pipe) for p in getattr(pipe, name).parameters())
         arguments = call_arguments(sampler.steps, sampler.guidance_scale, sampler.pipeline_args)
         mine = texts[world.rank :: world.size]
@@ -78,6 +79,12 @@ def encode_first(config: Config, world: World, say: Callable[[str], None]) -> Ke
         return kept and replace(kept, complete=False)
     say(f"text encoders left memory: {taken / 2**20:.1f} MiB")
     return kept
+
+
+def _check_call(config: Config, pipe: Any) -> None:
+    """Refuse arguments that the pipeline's call would swallow."""
+    if lines := calls.unknown(pipe, config.sampler.pipeline_args):
+        raise UserError(*(f"sampler.pipeline_args: {line}" for line in lines))
 
 
 def _loaded(config: Config, part: loading.Part, where: str) -> tuple[Any, loading.Place]:
@@ -99,6 +106,7 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     start, frozen = _adapters(config)
     # A network that is to be shared out may not fit one device: it goes there part by part.
     pipe, place = _loaded(config, part, "cpu" if sharded else device(config))
+    _check_call(config, pipe)
     if config.attention not in ("auto", "native"):  # auto: where no run has decided it
         loading.attend(pipe, config.attention)
     _freeze(config, pipe, frozen)

@@ -46,6 +46,13 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.text)
 
+    def __iter__(self) -> Iterator[str]:
+        """Over the texts, as a reward would expect of prompts."""
+        return iter(self.text)
+
+    def __getitem__(self, number: int) -> str:
+        return self.text[number]
+
     def select(self, rows: Rows) -> Prompts:
         """The prompts of some rows, in the given order, with repeats if asked for."""
         picked = np.asarray(rows, dtype=np.int64)

@@ -198,3 +198,10 @@ def test_the_overall_score_is_the_mean_of_the_tasks_not_of_the_samples():
     half = 1.96 * np.sqrt(values[::2].var() / 200 + values[1::2].var() / 200) / 2
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.02)
     assert not s.mean_of_means(values[:9], np.arange(9), np.array([0] * 8 + [1])).known  # one prompt says nothing
+
+
+def test_small_numbers_are_not_printed_as_zeros():
+    assert s.Interval(-4.9e-6, -6e-6, -1e-6).text("+.3f") == "-0.0000049 [-0.0000060, -0.0000010]"
+    assert s.Interval(0.0041, 0.001, 0.007).text() == "0.0041 [0.0010, 0.0070]"
+    assert s.Interval(0.0, 0.0, 0.0).text() == "0.000 [0.000, 0.000]"
+    assert s.Interval(0.004, -0.1, 0.1).text() == "0.004 [-0.100, 0.100]"

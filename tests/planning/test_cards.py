@@ -24,6 +24,8 @@ from diffalign.types import Plan, Term
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("nvidia h100 80GB", "H100"),
         ("4070 ti super", "RTX 4070 Ti Super"),
+        ("rtx 3060 12gb", "RTX 3060"),
+        ("RTX 4060 Ti 16 GB", "RTX 4060 Ti 16GB"),
     ],
 )
 def test_cards_go_by_the_names_people_use(name, meant):
@@ -57,7 +59,7 @@ def test_plan_begins_with_whether_it_fits_and_how_long_it_takes():
     assert " on a RTX 4090 (165.0 TFLOP/s by its data sheet); 100 updates " in time
     assert rest[0].startswith("memory      ")
     lines = plan("flow_grpo/sd35-medium")
-    assert lines[0].startswith("time        not known without a card: --card 4090; ")
+    assert lines[0].startswith("time        not known without a card whose rate is: --card 4090; ")
     assert lines[1].startswith("memory      ") and "counted, not measured" in lines[1]
 
 

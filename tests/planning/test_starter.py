@@ -1,15 +1,17 @@
 """`diffalign init`: what it writes trains as it stands."""
 
+import huggingface_hub
 import pytest
 from click.testing import CliRunner
 
 from diffalign import config as configs
 from diffalign.cli import app
 from diffalign.errors import UserError
-from diffalign.planning import starter
+from diffalign.planning import cost, starter
 from diffalign.rules import RULES
 from diffalign.shapes import models
 from tests.backends.test_hub_configs import CONFIGS
+from tests.families import folder
 from tests.kit.commands import diffalign
 from tests.kit.helpers import tiny
 
@@ -85,3 +87,26 @@ def test_nothing_of_the_users_is_replaced(tmp_path):
     with pytest.raises(UserError, match="init: got .*which is there; name a new file"):
         starter.write(tmp_path / "x.yaml")
     assert (tmp_path / "x.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("family", "rule"), [("SD 1.5", "ddpo"), ("SD 3.5 Medium", "flow_grpo"), ("Wan 2.1", "flow_grpo")]
+)
+def test_a_model_of_no_familys_size_begins_with_what_its_files_say(family, rule, tmp_path):
+    """Tiny forms are of no family's size; what is written goes through the real pipeline's own checks."""
+    place = tmp_path / "mine.yaml"
+    starter.write(place, str(folder(family)), None, ["jpeg_compressibility"], None)
+    loaded = configs.load(str(place))
+    assert loaded.rule["name"] == rule
+    if family != "Wan 2.1":  # no size tells it from its family
+        assert "sampler:" not in place.read_text()
+        assert cost.count(loaded).samples == loaded.samples_per_update
+
+
+def test_a_model_that_nothing_is_known_of_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("none"))
+    )
+    with pytest.raises(UserError, match="what suits 'owner/name' is not known here"):
+        starter.write(tmp_path / "mine.yaml", "owner/name")
+    assert not (tmp_path / "mine.yaml").exists()

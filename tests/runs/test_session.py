@@ -698,3 +698,31 @@ def test_a_setting_of_the_rule_that_is_its_default_is_no_change(whole, tmp_path)
     with pytest.raises(UserError) as caught:
         start(folder, "updates=1", "evaluation.enabled=false", "rule.clip=0.5")
     assert f"  rule.clip: {rule.clip} -> 0.5" in caught.value.problems
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_the_pipelines_call_does_not_take_is_refused_by_name(cached, tmp_path):
+    cache = [f"prompts.cache={tmp_path / 'encoded'}"] if cached else []
+    for argument, told in (
+        (
+            "{hieght: 32, max_sequence_length: 1}",
+            "got hieght, which StableDiffusion3Pipeline's call does not take; did you mean height?",
+        ),
+        ("{height: 33, max_sequence_length: 1}", "StableDiffusion3Pipeline does not accept "),
+    ):
+        with pytest.raises(UserError) as refused:
+            session.train(tiny_config(tmp_path / "run", f"sampler.pipeline_args={argument}", *cache), quiet=True)
+        (line,) = refused.value.problems
+        assert line.startswith(f"sampler.pipeline_args: {told}")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_config_of_the_users_own_is_no_run(tmp_path):
+    """Its name is that of a run's config; without its sections it is none, and what is there is named."""
+    (tmp_path / "config.yaml").write_text("model: shapes-sd3\nrule: flow_grpo\n")
+    (tmp_path / "curves.png").write_text("mine")
+    with pytest.raises(
+        UserError,
+        match="holds config.yaml, curves.png and no run; choose another run_dir",
+    ):
+        open_run(tiny_config(tmp_path))
