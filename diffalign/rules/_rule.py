@@ -35,8 +35,7 @@ class ReferenceSettings(RuleSettings):
     kl: float
     reference: Literal["auto", "base", "start", "moving"] = Field(
         "auto",
-        description="what kl pulls to: base, the model without what is trained; start, with lora.start; auto: that where there is one; "
-        "moving: the trained model as it was at the last reset",
+        description="kl pulls to base: the bare model; start: lora.start (auto: if any); moving: as last reset",
     )
     reference_every: int | None = Field(None, ge=1, description="updates after which a moving reference is reset")
     reference_limit: float | None = Field(

@@ -42,7 +42,7 @@ class Display:
         self.draws = self.console.is_terminal and not quiet
         self._bar: Progress | None = None
         self._phase: Any = None
-        self._pulse = None if quiet or self.draws else Pulse(self._print)
+        self._pulse = None if quiet or self.draws else Pulse(self._later)
 
     def __enter__(self) -> Display:
         return self
@@ -61,6 +61,11 @@ class Display:
         click.echo(line)
         if self._pulse is not None:
             self._pulse.heard()
+
+    def _later(self, line: str) -> None:
+        """From the pulse's thread, which may outlive what it writes to."""
+        if not self.console.file.closed:
+            self._print(line)
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False)

@@ -143,9 +143,10 @@ class World:
 
 
 def checksum(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Two sums of the tensors' bits modulo 2^64, plain and weighted by place, each tensor's: made on their device, read at once.
+    """Sums of the tensors' bits modulo 2^64, plain and weighted by place, each tensor's: made on their device, read at once.
 
-    One bit that differs changes both; two numbers in another order change the second.
+    One bit that differs changes the plain one; two numbers in another order change a weighted one. An odd multiple of the highest bit is
+    that bit again, whatever the place: the upper halves are weighted by themselves too.
     """
     sums: list[Tensor] = []
     for tensor in tensors:
@@ -153,7 +154,7 @@ def checksum(tensors: Iterable[Tensor]) -> tuple[int, ...]:
         bits = torch.nn.functional.pad(octets, (0, -len(octets) % 8)).view(torch.int64)
         # Odd multipliers, so that no bit is lost beyond the highest.
         places = 2 * torch.arange(len(bits), device=bits.device) + 1
-        sums += [bits.sum(), (bits * places).sum()]
+        sums += [bits.sum(), (bits * places).sum(), ((bits >> 32) * places).sum()]
     return tuple(torch.stack(sums).tolist()) if sums else ()
 
 

@@ -110,10 +110,14 @@ class Sampling:
         )
 
 
-def diversity(looks: Sequence[Floats], group: Integers) -> tuple[float, int]:
-    """How far samples are from others of their group (see `distances.diversity`): sum, and of how many; those alone in it are left out."""
-    apart = distances.diversity(np.concatenate(looks), group)
-    return float(np.nansum(apart)), int(np.isfinite(apart).sum())
+def diversity(by_process: list[tuple[list[int], Floats]], tree: Tree, group: Integers) -> Metrics:
+    """How far samples are from others of their group, ids (N,), on average (see `distances.diversity`), from the thumbnails of every
+    process's samples and the rows they are of; nothing where all samples are alone in theirs."""
+    looks = np.concatenate([found for _, found in by_process])
+    whole = np.empty_like(looks)
+    whole[tree.nodes([row for rows, _ in by_process for row in rows])[-1]] = looks
+    apart = distances.diversity(whole, group)
+    return {keys.DIVERSITY: float(np.nanmean(apart))} if np.isfinite(apart).any() else {}
 
 
 def select_credit(credit: Credit, tree: Tree, rows: Rows) -> Credit:

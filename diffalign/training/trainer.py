@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -23,7 +23,7 @@ from diffalign.runtime.memory import fitting
 from diffalign.runtime.progress import Progress, silent
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.backward import Backward, Logged
-from diffalign.training.scoring import Clock, Metrics, Sampling, describe, diversity, joined_scores, select_credit
+from diffalign.training.scoring import Clock, Sampling, describe, diversity, joined_scores, select_credit
 from diffalign.types import Credit, Plan, Prompts, Rollout, Scores, Span, Term, Tree, Update
 
 
@@ -156,14 +156,14 @@ class Trainer:
         if 1 - scores.valid.mean() > self.max_invalid or not scores.valid.any():
             raise Unscored(f"update {index + 1}: samples without a score, {self.scorer.unscored(scores.by_name)}")
         credit = self.rule.credit(tree, scores, prompts)
-        own_groups = rollout.prompts.group[rollout.tree.leaf_root]
-        apart = self.world.gather(diversity(self.sampling.looks, own_groups))
+        looks = self.world.gather((rows, np.concatenate(self.sampling.looks)))
+        group = prompts.group[tree.leaf_root]
         update = Update(
             scored=int(scores.valid.sum()),
             unscored=int((~scores.valid).sum()),
             flat=not self.rule.needs.anchored and _flat(plan, credit),
             judged=(prompts.select(tree.leaf_root), scores),
-            metrics=describe(scores, prompts.group[tree.leaf_root]) | _diversity(apart),
+            metrics=describe(scores, group) | diversity(looks, tree, group),
         )
         return Sampled(rollout, credit and select_credit(credit, tree, rows), len(prompts), update)
 
@@ -229,12 +229,6 @@ class Trainer:
         self.whole = False
         self.optimizer.step()
         return norm
-
-
-def _diversity(parts: Sequence[tuple[float, int]]) -> Metrics:
-    """The mean of what processes found; nothing where no sample has another of its group."""
-    count = sum(part[1] for part in parts)
-    return {keys.DIVERSITY: sum(part[0] for part in parts) / count} if count else {}
 
 
 def _flat(plan: Plan, credit: Credit | None) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -225,6 +225,7 @@ def test_a_fault_in_one_process_ends_the_run_of_all(tmp_path):
     assert "Traceback" not in first.stderr + second.stderr
 
 
+@example([0.0, -0.0], 0, torch.float64)
 @given(
     st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=40),
     st.integers(0, 10**6),
