@@ -32,7 +32,7 @@ from diffalign.models import lora, untrained
 from diffalign.models.checkpointing import by_blocks
 from diffalign.models.graphs import Graphs
 from diffalign.planning import architectures
-from diffalign.planning.cost import matrix_rate
+from diffalign.planning.bounds import matrix_rate
 from diffalign.runtime.device import settle
 from diffalign.runtime.memory import out_of_memory, peak_bytes, release
 

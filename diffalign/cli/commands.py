@@ -214,7 +214,7 @@ def doctor(card: bool) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and leave with its exit code."""
     forgive()
-    stopped = _noticed()
+    stopped, before = _noticed()
     try:
         app(arguments, prog_name="diffalign", standalone_mode=False)
     except UserError as error:
@@ -237,6 +237,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except Exception as error:
         _unforeseen(error, stopped)
         raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
     _leave(0)
 
 
@@ -252,8 +255,9 @@ def _unforeseen(error: Exception, stopped: list[int]) -> None:
         fail(3, str(card_failed(error)), at_once=True)
 
 
-def _noticed() -> list[int]:
-    """Grows with every Ctrl-C that no run listens for: libraries turn some into errors of their own."""
+def _noticed() -> tuple[list[int], Any]:
+    """What grows with every Ctrl-C that no run listens for: libraries turn some into errors of their own; and what listened before, None if
+    it goes on to."""
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -264,8 +268,8 @@ def _noticed() -> list[int]:
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ):
-        signal.signal(signal.SIGINT, note)
-    return seen
+        return seen, signal.signal(signal.SIGINT, note)
+    return seen, None
 
 
 def fail(code: int, *lines: str, at_once: bool = False) -> NoReturn:

@@ -433,6 +433,7 @@ def finish_one(tmp_path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow  # half a minute
 def test_equal_adapters_are_equal_files_in_every_process(tmp_path):
     files = []
     for hash_seed in ("1", "2"):
