@@ -12,8 +12,8 @@ from typing import Any
 
 from diffalign.models.families import table
 from diffalign.runtime.yaml_text import flow
+from tools.made import keep
 
-ROOT = Path(__file__).parents[1]
 RULES = {
     "awm": "{name: awm}",
     "branch_grpo": "{name: branch_grpo, splits: [0, 1, 2], window: [0, 3], step_weight: equal}",
@@ -91,17 +91,7 @@ def text(name: str, rule: str, facts: dict[str, Any]) -> str:
 
 def main(write: bool) -> int:
     """Write the files, or say which differ; the exit code is how many do."""
-    differ = 0
-    for path, content in configs().items():
-        place = ROOT / path
-        if place.is_file() and place.read_text(encoding="utf-8") == content:
-            continue
-        differ += 1
-        print(f"{path} {'written' if write else 'differs'}")
-        if write:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(content, encoding="utf-8")
-    return 0 if write else differ
+    return keep(configs(), write)
 
 
 if __name__ == "__main__":

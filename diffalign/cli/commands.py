@@ -157,7 +157,9 @@ def plan(config: str, overrides: tuple[str, ...], preview: Path | None, card: st
 
     if named is not None and vram is None and architectures.name_of(settings.model) is not None:
         vram = named.memory
-    settings, known = _settings(config, overrides, vram, ready=False)
+    known = None
+    if vram is not None:
+        settings, known = _settings(config, overrides, vram, ready=False)
     show(cost.count(settings, known).lines(bounds.bound(settings, named), told=known is not None))
 
 

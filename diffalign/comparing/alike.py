@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from diffalign import config as configs
@@ -15,15 +15,6 @@ ALIKE = (
     *("scoring.reduce", "sampler.steps", "sampler.guidance_scale", "sampler.sigmas", "sampler.pipeline_args"),
     *("lora.rank", "lora.targets", "lora.start", "lora.frozen", "updates", "budget"),
 )
-
-
-def leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys of settings and their values."""
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _within(key: str, names: Sequence[str]) -> bool:
@@ -39,7 +30,7 @@ def check(methods: Sequence[tuple[str, dict[str, Any]]], allow: Sequence[str]) -
         UserError: with every difference that is not allowed.
     """
     first, base = methods[0]
-    known = {key for _, settings in methods for key, _ in leaves(settings)}
+    known = {key for _, settings in methods for key, _ in configs.flat(settings)}
     problems = [
         f"--allow: got {shown(name)}, no key of these configs"
         for name in allow

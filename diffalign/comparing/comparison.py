@@ -271,7 +271,7 @@ def _labelled(before: Sequence[Method], found: Sequence[Config]) -> tuple[Method
     for name, own in zip(names, every, strict=True):
         others = [other for other, named in zip(every, names, strict=True) if named == name]
         shown.append({key for other in others for key in configs.differences(other, own)})
-    flat = [dict(alike.leaves(settings)) for settings in every]
+    flat = [dict(configs.flat(settings)) for settings in every]
     methods = list(before)
     for label, settings in list(zip(labels(names, flat, shown), every, strict=True))[len(known) :]:
         taken = {method.folder for method in methods}

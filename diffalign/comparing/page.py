@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from diffalign.comparing import alike, wording
+from diffalign import config as configs
+from diffalign.comparing import wording
 from diffalign.comparing.curves import Curve, curve
 from diffalign.comparing.results import Pair, Results
 from diffalign.comparing.units import Found
@@ -144,9 +144,14 @@ def _address(pixels: np.ndarray) -> str:
 # -- settings
 
 
+def _flat(results: Results) -> list[dict[str, Any]]:
+    """Each method's settings by dotted keys."""
+    return [dict(configs.flat(method.method.settings)) for method in results.methods]
+
+
 def _settings(results: Results) -> list[tuple[str, list[str]]]:
     """Keys that methods differ in, and what each has."""
-    flat = [dict(alike.leaves(method.method.settings)) for method in results.methods]
+    flat = _flat(results)
     keys = dict.fromkeys(key for own in flat for key in own)
     rows = [(key, [own.get(key, _NOT) for own in flat]) for key in keys]
     return [(key, [_said(value) for value in values]) for key, values in rows if any(v != values[0] for v in values)]
@@ -154,7 +159,7 @@ def _settings(results: Results) -> list[tuple[str, list[str]]]:
 
 def _shared(results: Results) -> list[tuple[str, str]]:
     """Keys that all have alike."""
-    flat: Sequence[dict[str, Any]] = [dict(alike.leaves(method.method.settings)) for method in results.methods]
+    flat = _flat(results)
     return [(key, _said(value)) for key, value in flat[0].items() if all(own.get(key, _NOT) == value for own in flat)]
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,7 +21,7 @@ from rich.table import Table
 from diffalign.comparing.comparison import Unit
 from diffalign.errors import Interrupted, shortened
 from diffalign.runs.folder import LOCK
-from diffalign.runs.stop import SIGNALS
+from diffalign.runs.stop import SIGNALS, listened
 from diffalign.runtime import launcher
 
 LOG = "log.txt"  # in a unit's folder: what its process said
@@ -72,7 +71,7 @@ class Runner:
         """
         waiting, told = list(units), set[Path]()
         with (
-            self._listening(),
+            listened(self._note),
             Live(get_renderable=self._table, console=self.console) if self._shown else nullcontext(),
         ):
             while waiting or self.running:
@@ -129,19 +128,6 @@ class Runner:
         else:
             self.failed[unit] = last_line(unit.place / LOG) or f"exit code {code}"
             self.say(f"{unit.name}: failed with code {code}: {self.failed[unit]}")
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        # What is ignored stays ignored, as under nohup.
-        old = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
-        for number in old:
-            signal.signal(number, self._note)
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.stopped, self.asked = number, self.asked + 1

@@ -2,7 +2,9 @@
 
 from diffalign.config.checks import check_model as check_model
 from diffalign.config.checks import validate as validate
-from diffalign.config.decided import told as told
+from diffalign.config.dotted import at as at
+from diffalign.config.dotted import flat as flat
+from diffalign.config.dotted import put as put
 from diffalign.config.files import find as find
 from diffalign.config.files import folders as folders
 from diffalign.config.files import load as load
@@ -12,7 +14,6 @@ from diffalign.config.marks import mark as mark
 from diffalign.config.messages import completed as completed
 from diffalign.config.messages import differences as differences
 from diffalign.config.messages import dump as dump
-from diffalign.config.messages import flat as flat
 from diffalign.config.messages import given as given
 from diffalign.config.messages import settings as settings
 from diffalign.config.messages import settings_for as settings_for

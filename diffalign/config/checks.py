@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from diffalign.config import adapters
-from diffalign.config.decided import decide, undecided
+from diffalign.config.decided import Decided, decide, undecided
 from diffalign.config.messages import mistakes as told
 from diffalign.config.messages import near, renamed
 from diffalign.config.schema import LARGEST, Config
@@ -32,7 +32,7 @@ def validate(
     raw: dict[str, Any],
     problems: list[str] | None = None,
     book: Book | None = None,
-    decided: dict[str, Any] | None = None,
+    decided: Decided | None = None,
     ready: bool = True,
 ) -> Config:
     """A config from plain data; `problems` were found before, `book` holds its prompts if they were read, `decided` is what its model
@@ -42,11 +42,13 @@ def validate(
         UserError: with every mistake found.
     """
     mistakes, raw = list(problems or []), written_out(renamed(raw))
-    decided = {**(decided or {}), **_decide(raw, mistakes)}
+    now = _decide(raw, mistakes)
+    before = decided or Decided()
+    decided = Decided({**before.values, **now.values}, now.source or before.source)
     rule = raw.get("rule")
-    before = len(mistakes)
+    count = len(mistakes)
     settings = _check_rule(rule, mistakes)
-    whole = len(mistakes) == before
+    whole = len(mistakes) == count
     try:
         config = Config(**raw)
     except ValidationError as error:
@@ -69,9 +71,9 @@ def validate(
     return config
 
 
-def _decide(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+def _decide(raw: dict[str, Any], problems: list[str]) -> Decided:
     """What the model decides, written into raw settings."""
-    found: dict[str, Any] = {}
+    found = Decided()
     model = raw.get("model")
     if isinstance(model, str) and not check_model(model):
         try:

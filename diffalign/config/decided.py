@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from diffalign.config.schema import Config
+from diffalign.config.dotted import put
 from diffalign.models import families
 from diffalign.models.families import Usual
 from diffalign.shapes import models
@@ -24,8 +25,32 @@ KEYS: dict[str, Callable[[Usual, dict[str, Any]], Any]] = {
 }
 
 
-def decide(raw: dict[str, Any]) -> dict[str, Any]:
-    """Write into raw settings what the model decides; returns that by dotted key.
+# Keys that a config need not name, in the schema's words.
+OPEN = (*KEYS, "memory.checkpoint")
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a model decided of a config, by dotted key; source: what says so, in words."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    def besides(self, keys: Iterable[str]) -> Decided:
+        """Without some keys, which are decided otherwise now."""
+        return replace(self, values={key: value for key, value in self.values.items() if key not in keys})
+
+    def told(self, model: str) -> list[str]:
+        """What a user is told of it."""
+        shown = {key: value for key, value in self.values.items() if key in KEYS}
+        if not shown or (models.path(model) and shown.keys() == {"precision"}):
+            return []
+        words = ", ".join(f"{key.rpartition('.')[2]} {_word(value)}" for key, value in shown.items())
+        return [f"auto, by {self.source}: {words}"]
+
+
+def decide(raw: dict[str, Any]) -> Decided:
+    """Write into raw settings what the model decides; returns that.
 
     Raises:
         UserError: if something is to be decided and nothing is known of the model.
@@ -37,13 +62,12 @@ def decide(raw: dict[str, Any]) -> dict[str, Any]:
         decided["memory.checkpoint"], raw["memory"] = AUTO, {**memory, "checkpoint": AUTO}
     wanted = [key for key in KEYS if _open(raw, key)]
     if not wanted:
-        return decided
+        return Decided(decided)
     found = families.usual(raw["model"], raw.get("revision"))
     for key in wanted:
-        section, _, name = key.rpartition(".")
-        place = raw.setdefault(section, {}) if section else raw
-        decided[key] = place[name] = KEYS[key](found, raw.get("sampler", {}))
-    return decided
+        decided[key] = KEYS[key](found, raw.get("sampler", {}))
+        put(raw, key, decided[key])
+    return Decided(decided, found.source)
 
 
 def undecided(raw: dict[str, Any]) -> None:
@@ -59,15 +83,6 @@ def _open(raw: dict[str, Any], key: str) -> bool:
     section, _, name = key.rpartition(".")
     place = raw.get(section, {}) if section else raw
     return isinstance(place, dict) and place.get(name, AUTO) == AUTO
-
-
-def told(config: Config) -> list[str]:
-    """What a user is told of it."""
-    shown = {key: value for key, value in config.decided.items() if key in KEYS}
-    if not shown or (models.path(config.model) and shown.keys() == {"precision"}):
-        return []
-    words = ", ".join(f"{key.rpartition('.')[2]} {_word(value)}" for key, value in shown.items())
-    return [f"auto, by {families.usual(config.model, config.revision).source}: {words}"]
 
 
 def _word(value: Any) -> str:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffalign.config.decided import AUTO, KEYS
+from diffalign.config.decided import AUTO, OPEN
 from diffalign.config.schema import Config
 from diffalign.errors import UserError
 from diffalign.processes import PROCESSES
@@ -101,7 +101,7 @@ def properties(model: Any) -> dict[str, dict[str, Any]]:
     """The keys of a section's class or of a rule's settings, as a JSON schema says them, sections within written out."""
     found = model.model_json_schema()
     keys: dict[str, dict[str, Any]] = _inlined(found["properties"], found.get("$defs", {}))
-    for section, _, name in (key.rpartition(".") for key in (*KEYS, "memory.checkpoint") if model is Config):
+    for section, _, name in (key.rpartition(".") for key in OPEN if model is Config):
         of = keys[section]["properties"] if section else keys
         of[name] = _by_model(of[name])
     return keys

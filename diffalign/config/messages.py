@@ -6,13 +6,14 @@ import copy
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from diffalign.config.dotted import flat
 from diffalign.config.schema import Config
 from diffalign.errors import shortened, shown
 from diffalign.rules import RULES
@@ -219,24 +220,8 @@ def settings(config: Config) -> dict[str, Any]:
 
 def given(config: Config) -> list[str]:
     """The keys that the user named, dotted; the others have their defaults, or what the model decides."""
-    named = _leaves(config.model_dump(mode="json", exclude_unset=True))
-    return [key for key in named if not any(key == own or key.startswith(f"{own}.") for own in config.decided)]
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings by dotted keys."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, value in values.items():
-        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
-    return keys
+    named = flat(config.model_dump(mode="json", exclude_unset=True))
+    return [key for key, _ in named if not any(key == own or key.startswith(f"{own}.") for own in config.decided)]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffalign.config.dotted import at
 from diffalign.errors import UserError
 from diffalign.models.places import parted
 from diffalign.prompts.sets import SETS
@@ -56,7 +57,7 @@ def placed(raw: dict[str, Any], beside: Path | None) -> tuple[dict[str, str], li
     for key in WRITTEN:  # to the shell's folder
         _change(raw, key, functools.partial(_home_of, problems, key))
     for key in ("rewards", "eval_rewards", "rule.gate", "lora.frozen"):
-        _change_all(_at(raw, key), functools.partial(found, key), _is_path if key != "lora.frozen" else bool)
+        _change_all(at(raw, key), functools.partial(found, key), _is_path if key != "lora.frozen" else bool)
     return lost, problems
 
 
@@ -90,15 +91,8 @@ def _exists(path: Path) -> bool:
     return is_file(path) or is_folder(path)
 
 
-def _at(raw: dict[str, Any], key: str) -> Any:
-    place: Any = raw
-    for part in key.split("."):
-        place = place.get(part) if isinstance(place, dict) else None
-    return place
-
-
 def _change(raw: dict[str, Any], key: str, change: Callable[[str], str]) -> None:
     section, _, last = key.rpartition(".")
-    place = _at(raw, section) if section else raw
+    place = at(raw, section) if section else raw
     if isinstance(place, dict) and isinstance(place.get(last), str):
         place[last] = change(place[last])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr
 
+from diffalign.config.decided import Decided
 from diffalign.config.hardware import Attention, Checkpoint, MemorySection, Speed
 from diffalign.config.kinds import ASKED, FREE, HELD, Decay, Precision
 from diffalign.config.limits import BudgetConfig, GuardConfig
@@ -277,7 +279,16 @@ class Config(Settings):
     @property
     def decided(self) -> dict[str, Any]:
         """What its model decided of it, by dotted key."""
-        return dict(self._decided)
+        return dict(self._decided.values)
+
+    def decided_besides(self, keys: Iterable[str]) -> Decided:
+        """The same without some keys, for a config in which these are decided otherwise."""
+        return self._decided.besides(keys)
+
+    @property
+    def told(self) -> list[str]:
+        """What a user is told of that."""
+        return self._decided.told(self.model)
 
     _book: Book | None = PrivateAttr(None)
-    _decided: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _decided: Decided = PrivateAttr(default_factory=Decided)

@@ -22,7 +22,8 @@ STEPS = 10  # of a model that no family says it of
 
 @dataclass(frozen=True)
 class Usual:
-    """How a model is sampled in training. source: what says so, in words; guidance_scale None: the pipeline's own default."""
+    """How a model is sampled in training. source: what says so, in words; guidance_scale None: the pipeline's own default; family: its name
+    in the table, empty if it has none."""
 
     source: str
     process: str
@@ -30,7 +31,7 @@ class Usual:
     guidance_scale: float | None = None
     pipeline_args: dict[str, Any] = field(default_factory=dict)
     precision: str = "float32"
-    checkpoint: str = "auto"
+    family: str = ""
 
 
 @cache
@@ -49,27 +50,18 @@ def usual(model: str, revision: str | None = None) -> Usual:
     """
     if (own := models.path(model)) is not None:
         process = "flow_sde" if _flows(_config(own, "scheduler")) else "ddim"
-        return Usual("an embedded pipeline", process, guidance_scale=1.0, checkpoint="none")
-    name, folder = family(model, revision)
-    if name is not None:
-        return _of_family(name)
+        return Usual("an embedded pipeline", process, guidance_scale=1.0)
+    listed = next((name for name, facts in table().items() if facts["model"] == model), None)
+    if listed is not None:
+        return _of_family(listed)
+    folder = Path(model) if is_file(Path(model) / INDEX) else _fetched(model, revision)
+    found = next((name for name, facts in table().items() if _is(folder, facts)), None)
+    if found is not None:
+        return _of_family(found)
     scheduler = _config(folder, "scheduler")
     if not scheduler:
         raise UserError(f"sampler.process: missing, and {model} has no scheduler's config that would say it")
     return Usual("its scheduler's config", "flow_sde" if _flows(scheduler) else "ddim")
-
-
-def family(model: str, revision: str | None = None) -> tuple[str | None, Path]:
-    """The family of a folder or of a model on the hub, None where no family has it; and where its files are.
-
-    Raises:
-        UserError: if nothing is known of it and its files cannot be had.
-    """
-    listed = next((name for name, facts in table().items() if facts["model"] == model), None)
-    if listed is not None:
-        return listed, Path(model)
-    folder = Path(model) if is_file(Path(model) / INDEX) else _fetched(model, revision)
-    return next((name for name, facts in table().items() if _is(folder, facts)), None), folder
 
 
 def _of_family(name: str) -> Usual:
@@ -81,6 +73,7 @@ def _of_family(name: str) -> Usual:
         facts["guidance"],
         dict(facts["call"]),
         "bfloat16",
+        name,
     )
 
 

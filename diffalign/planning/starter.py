@@ -86,8 +86,7 @@ def write(
         raise
     chosen = {**fit.chosen, "memory.vram": vram, "memory.counted": settings.memory.counted}
     for key, value in chosen.items():
-        section, _, inner = key.rpartition(".")
-        (raw.setdefault(section, {}) if section else raw)[inner] = value
+        configs.put(raw, key, value)
     write_text(place, _text(place, name, raw))
     return [told[0], *cards.verdict(vram, fit), told[1]]
 
@@ -109,11 +108,11 @@ def _nearest(model: str, rule: str | None) -> tuple[str, dict[str, Any]]:
     """
     kind, process = model, ""
     if not models.path(model):
-        if any(problem.startswith("model: ") for problem in configs.check_model(model)):
-            raise UserError(*(f"--{problem}" for problem in configs.check_model(model)))
-        process = families.usual(model).process
-        name, _ = families.family(model)
-        kind = families.table()[name]["model"] if name else ""
+        if problems := configs.check_model(model):
+            raise UserError(*(f"--{problem}" for problem in problems))
+        usual = families.usual(model)
+        process = usual.process
+        kind = families.table()[usual.family]["model"] if usual.family else ""
     found: list[tuple[bool, bool, str, dict[str, Any]]] = []  # another rule, a variant, its name, its settings
     for folder in (folder for folder in configs.folders() if folder.is_dir()):
         for path in sorted(folder.rglob("*.yaml")):

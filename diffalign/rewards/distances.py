@@ -22,11 +22,11 @@ def thumbnails(frames: NDArray[np.uint8]) -> Floats:
     return (sums / area / 255).reshape(n, -1)
 
 
-def small(pixels: Tensor) -> Floats:
+def small(pixels: Tensor) -> Tensor:
     """The same of samples (n, F, 3, H, W) in [0, 1], where they are."""
     n, _, _, h, w = pixels.shape
     means = adaptive_avg_pool2d(pixels.detach().flatten(0, 1).float(), (min(h, THUMBNAIL), min(w, THUMBNAIL)))
-    return means.reshape(n, -1).double().cpu().numpy()
+    return means.reshape(n, -1)
 
 
 def diversity(pictures: Floats, prompt: Integers) -> Floats:

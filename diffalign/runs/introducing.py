@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from diffalign.config import Config, told
+from diffalign.config import Config
 from diffalign.models.notes import Notes
 from diffalign.rewards.narrow import Narrow, difference
 from diffalign.runs.devices import promise
@@ -17,7 +17,7 @@ from diffalign.types import Plan, Prompts
 def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str], None]) -> None:
     """Say what a user should know of what was loaded; `batch`: samples to try it on."""
     place = parts.place
-    for line in [*told(config), *parts.policy.remarks, *promise(config)]:
+    for line in [*config.told, *parts.policy.remarks, *promise(config)]:
         say(line)
     parts.policy.notify = say
     if config.evaluation.enabled and config.book.shared:

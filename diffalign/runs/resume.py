@@ -61,25 +61,13 @@ def take_up(where: str, old: dict[str, Any], named: Iterable[str], config: confi
 def with_kept(config: configs.Config, kept: Mapping[str, Any]) -> configs.Config:
     """A config with some keys at other values, checked again; its prompts are read again if they may be others."""
     settings = configs.settings(config)
-    if all(_at(settings, key) == value for key, value in kept.items()):
+    if all(configs.at(settings, key) == value for key, value in kept.items()):
         return config
     raw = config.model_dump(mode="json", exclude_unset=True)
     book = None if any(key.startswith(READ) for key in kept) else config.book
-    decided = {key: value for key, value in config.decided.items() if key not in kept}
     for key, value in kept.items():
-        *sections, last = key.split(".")
-        place = raw
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return configs.validate(raw, book=book, decided=decided)
-
-
-def _at(settings: dict[str, Any], key: str) -> Any:
-    place: Any = settings
-    for part in key.split("."):
-        place = place.get(part) if isinstance(place, dict) else None
-    return place
+        configs.put(raw, key, value)
+    return configs.validate(raw, book=book, decided=config.decided_besides(kept))
 
 
 def check_digests(where: str, old: Mapping[str, str], new: Mapping[str, str], change: bool) -> list[str]:

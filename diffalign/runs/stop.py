@@ -5,13 +5,31 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 ]  # Windows has no SIGHUP
+
+
+@contextmanager
+def listened(note: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let a function take signals for the length of a context; in another thread than the main one there are none to take."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {number: signal.getsignal(number) for number in SIGNALS}
+    # What is ignored stays ignored: what runs under nohup outlives its terminal.
+    taken = {number: handler for number, handler in old.items() if handler is not signal.SIG_IGN}
+    for number in taken:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 class Stop:
@@ -21,22 +39,9 @@ class Stop:
     def __init__(self) -> None:
         self.code: int | None = None
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take signals as requests for the length of the context; in another thread than the main one there are none to take."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        old = {number: signal.getsignal(number) for number in SIGNALS}
-        # What is ignored stays ignored: a run under nohup outlives its terminal.
-        taken = {number: handler for number, handler in old.items() if handler is not signal.SIG_IGN}
-        for number in taken:
-            signal.signal(number, self._note)
-        try:
-            yield
-        finally:
-            for number, handler in taken.items():
-                signal.signal(number, handler)
+    def listening(self) -> AbstractContextManager[None]:
+        """Take signals as requests for the length of the context."""
+        return listened(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Whatever runs now may be in the middle of a line or hold a lock: nothing here goes through a stream.

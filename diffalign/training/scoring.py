@@ -56,12 +56,12 @@ class Sampling:
     scorer: Scorer
     log_probs: bool = False
     progress: Progress = silent
-    looks: list[Floats] = field(default_factory=list)  # thumbnails of what was decoded last, by micro-batch
+    _looks: list[torch.Tensor] = field(default_factory=list)  # of what was decoded last, by micro-batch
 
     def run(self, prompts: Prompts, plan: Plan, clock: Clock) -> tuple[Rollout, Scores | None]:
         """Sample and, if that goes to the end, score: rewards in the background work while the next micro-batch is sampled."""
         begun: list[Callable[[], Scores]] = []
-        self.looks = []
+        self._looks = []
         whole = plan.stop == self.policy.schedule.steps
         count, parts = 0, -(-len(prompts) // self.policy.micro_batch)
 
@@ -82,15 +82,20 @@ class Sampling:
     def score(self, rollout: Rollout, clock: Clock) -> Scores:
         """Decode and score the leaves of a rollout, a micro-batch at a time."""
         begun: list[Callable[[], Scores]] = []
+        self._looks = []
         for rows in chunks(len(rollout.prompts), self.policy.micro_batch):
             self._begin(begun, clock, rollout.select(rows))
         return self._joined(rollout, begun, clock)
+
+    def looks(self) -> Floats:
+        """Thumbnails (n, d) of what was sampled last, read off the device at once."""
+        return torch.cat(self._looks).double().cpu().numpy()
 
     def _begin(self, begun: list[Callable[[], Scores]], clock: Clock, part: Rollout) -> None:
         """Decode a micro-batch and begin to score it."""
         with clock("decode"), torch.no_grad():
             media = check_media(self.policy.decode(part, part.x[-1]))
-            self.looks.append(distances.small(media.pixels))
+            self._looks.append(distances.small(media.pixels))
         with clock("reward"):
             begun.append(self.scorer.begin(media, part.at(-1)))
 

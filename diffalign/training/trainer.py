@@ -156,7 +156,7 @@ class Trainer:
         if 1 - scores.valid.mean() > self.max_invalid or not scores.valid.any():
             raise Unscored(f"update {index + 1}: samples without a score, {self.scorer.unscored(scores.by_name)}")
         credit = self.rule.credit(tree, scores, prompts)
-        looks = self.world.gather((rows, np.concatenate(self.sampling.looks)))
+        looks = self.world.gather((rows, self.sampling.looks()))
         group = prompts.group[tree.leaf_root]
         update = Update(
             scored=int(scores.valid.sum()),

@@ -44,7 +44,7 @@ def test_five_lines_are_sampled_as_the_familys_preset_is(five, name):
     for key in KEYS:
         assert getattr(loaded.sampler, key) == getattr(preset.sampler, key), key
     assert (loaded.precision, loaded.memory.checkpoint) == (preset.precision, "auto")
-    assert config.told(loaded)[0].startswith(f"auto, by the family {name}: process {facts['process']}, ")
+    assert loaded.told[0].startswith(f"auto, by the family {name}: process {facts['process']}, ")
 
 
 def published(tmp_path, facts):
@@ -80,7 +80,10 @@ def test_of_a_model_that_no_family_has_the_scheduler_says_the_process(name):
 def test_embedded_ones_are_sampled_as_they_were_made(name):
     found = families.usual(name)
     assert found.process == ("ddim" if name == "shapes-sd" else "flow_sde")
-    assert (found.guidance_scale, found.precision, found.checkpoint) == (1.0, "float32", "none")
+    assert (found.guidance_scale, found.precision) == (1.0, "float32")
+    rule, reward = ("ddpo" if name == "shapes-sd" else "flow_grpo"), "jpeg_compressibility"
+    raw = {"model": name, "rule": rule, "rewards": reward, "run_dir": "out"}
+    assert config.validate(raw).memory.checkpoint == "none"
 
 
 def test_what_is_named_stays_and_auto_is_the_same_as_nothing(five):

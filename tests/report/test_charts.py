@@ -1,5 +1,6 @@
 """Charts as SVG: where points lie, what they say, that they are well-formed."""
 
+import math
 from xml.etree import ElementTree
 
 import pytest
@@ -32,8 +33,13 @@ def test_points_lie_where_their_numbers_are_and_say_them():
 
 
 def test_one_point_and_equal_values_are_drawn():
-    drawn(charts.lines([Line("a", [5], [0.3], [0.3], [0.3], ["n"])], "t", "x"))
-    drawn(charts.forest([Bar("a - b", 0.0, None, None)], "t", "x"))
+    for root in (
+        drawn(charts.lines([Line("a", [5], [0.3], [0.3], [0.3], ["n"])], "t", "x")),
+        drawn(charts.forest([Bar("a - b", 0.0, None, None)], "t", "x")),
+    ):
+        dots = list(root.iter(f"{SVG}circle"))
+        assert dots
+        assert all(math.isfinite(float(dot.get(axis))) for dot in dots for axis in ("cx", "cy"))
 
 
 def test_an_interval_is_drawn_from_end_to_end_beside_nothing():

@@ -13,8 +13,8 @@ from pathlib import Path
 from diffalign.config import json_schema, marks
 from diffalign.rules import RULES
 from tools.docs import families, keys, messages, metrics, tables
+from tools.made import ROOT, keep
 
-ROOT = Path(__file__).parents[2]
 PART = re.compile(r"(<!-- made: (.+?) -->\n).*?(<!-- end -->)", re.S)
 FAMILY = (families.facts, families.cards, families.tried)
 PARTS: dict[str, Callable[[], list[str]]] = {
@@ -67,13 +67,4 @@ def _part(found: re.Match[str]) -> str:
 
 def main(write: bool) -> int:
     """Write the files, or say which differ; the exit code is how many do."""
-    differ = 0
-    for path, content in made().items():
-        place = ROOT / path
-        if place.is_file() and place.read_text(encoding="utf-8") == content:
-            continue
-        differ += 1
-        print(f"{path} {'written' if write else 'differs'}")
-        if write:
-            place.write_text(content, encoding="utf-8")
-    return 0 if write else differ
+    return keep(made(), write)
