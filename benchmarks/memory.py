@@ -63,9 +63,7 @@ def short(chosen: dict[str, Any] | None) -> str:
 
 def main() -> None:
     """All presets of models on the hub."""
-    folder = configs.folders()[0]
-    names = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
-    rows = [preset(name) for name in names if configs.load(name).model in architectures.known()]
+    rows = [preset(name) for name in configs.presets() if configs.load(name).model in architectures.known()]
     result = {"date": date.today().isoformat(), "what": "GiB, counted, not measured", "rows": rows}
     (Path(__file__).parent / "results" / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"| preset | before | now | {' | '.join(f'{card} GiB' for card in CARDS)} |")

@@ -13,10 +13,7 @@ from diffalign.runtime.options import options
 
 def presets(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
     """Presets by name; where none begins so, files."""
-    names = {
-        str(path.relative_to(folder).with_suffix("")) for folder in configs.folders() for path in folder.rglob("*.yaml")
-    }
-    found = [CompletionItem(name) for name in sorted(names) if name.startswith(begun)]
+    found = [CompletionItem(name) for name in configs.presets() if name.startswith(begun)]
     return found or [CompletionItem(begun, type="file")]
 
 

@@ -35,10 +35,9 @@ def list_configs(words: tuple[str, ...]) -> None:
     from diffalign.runtime.yaml_text import parse
 
     rows = []
-    folder = next(folder for folder in configs.folders() if folder.is_dir())
-    for path in sorted(folder.rglob("*.yaml")):
+    for name, path in configs.presets().items():
         raw: Any = parse(path.read_text(encoding="utf-8"), str(path))
-        row = (str(path.relative_to(folder).with_suffix("")), str(raw["model"]), ", ".join(raw["rewards"]))
+        row = (name, str(raw["model"]), ", ".join(raw["rewards"]))
         if all(word.lower() in " ".join(row).lower() for word in words):
             rows.append((row[0], row[1].rpartition("/")[2], row[2]))
     if not rows:

@@ -8,6 +8,7 @@ from diffalign.config.dotted import put as put
 from diffalign.config.files import find as find
 from diffalign.config.files import folders as folders
 from diffalign.config.files import load as load
+from diffalign.config.files import presets as presets
 from diffalign.config.files import rule_of as rule_of
 from diffalign.config.legend import explained as explained
 from diffalign.config.marks import mark as mark

@@ -21,6 +21,16 @@ def folders() -> list[Path]:
     return [package.parent / "configs", package / "_configs"]
 
 
+def presets() -> dict[str, Path]:
+    """The configs that ship, by name such as `flow_grpo/shapes-sd3`, in the order of names; a checkout's come before the package's."""
+    found = {
+        str(path.relative_to(folder).with_suffix("")): path
+        for folder in reversed(folders())
+        for path in folder.rglob("*.yaml")
+    }
+    return dict(sorted(found.items()))
+
+
 def find(name: str) -> Path:
     """The file of a config given as a path or as a name such as `flow_grpo/shapes-sd3`.
 
@@ -31,7 +41,7 @@ def find(name: str) -> Path:
     for path in (Path(name), *(folder / inside for folder in folders())):
         if is_file(path):
             return path
-    known = sorted(str(p.relative_to(f).with_suffix("")) for f in folders() for p in f.rglob("*.yaml"))
+    known = presets()
     near = difflib.get_close_matches(inside.removesuffix(".yaml"), known, 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}, or a path to a YAML file"
     raise UserError(f"config: no file {name!r}; {hint}")

@@ -114,15 +114,12 @@ def _nearest(model: str, rule: str | None) -> tuple[str, dict[str, Any]]:
         process = usual.process
         kind = families.table()[usual.family]["model"] if usual.family else ""
     found: list[tuple[bool, bool, str, dict[str, Any]]] = []  # another rule, a variant, its name, its settings
-    for folder in (folder for folder in configs.folders() if folder.is_dir()):
-        for path in sorted(folder.rglob("*.yaml")):
-            raw = yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
-            title = str(path.relative_to(folder).with_suffix(""))
-            if kind and raw.get("model") == kind:
-                found.append((raw["rule"]["name"] != (rule or "flow_grpo"), "-shapes" in path.stem, title, raw))
-            elif not kind and title == BEGINNINGS[process]:
-                found.append((False, False, title, {k: v for k, v in raw.items() if k not in ("sampler", "precision")}))
-        break
+    for title, path in configs.presets().items():
+        raw = yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
+        if kind and raw.get("model") == kind:
+            found.append((raw["rule"]["name"] != (rule or "flow_grpo"), "-shapes" in path.stem, title, raw))
+        elif not kind and title == BEGINNINGS[process]:
+            found.append((False, False, title, {k: v for k, v in raw.items() if k not in ("sampler", "precision")}))
     _, _, title, raw = min(found, key=lambda each: each[:3])
     return title, raw
 

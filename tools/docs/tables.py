@@ -63,11 +63,7 @@ def embedded() -> list[str]:
 
 @cache
 def _presets() -> dict[str, configs.Config]:
-    folder = ROOT / "configs"
-    return {
-        str(path.relative_to(folder).with_suffix("")): configs.load(str(path))
-        for path in sorted(folder.rglob("*.yaml"))
-    }
+    return {name: configs.load(str(path)) for name, path in configs.presets().items()}
 
 
 def evidence(header: str) -> str:
