@@ -9,7 +9,7 @@ from typing import Any
 
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.models.places import given, parted, place_of
-from diffalign.runtime.files import home, make_folder
+from diffalign.runtime.files import home, make_folder, share
 from diffalign.sampling import sources
 
 
@@ -48,6 +48,8 @@ def write(target: str, more: Sequence[str], out: Path) -> list[str]:
             aside.mkdir()
             with quiet():
                 pipe.save_pretrained(aside)
+        for file in [aside] if single else aside.rglob("*.safetensors"):
+            share(file)
         _compare(pipe, aside, source, single)
         if out.exists():
             out.rmdir()

@@ -202,6 +202,9 @@ def test_l33_merged_weights_are_plain_and_draw_the_adapters_pictures(speed, tmp_
     assert done.output.startswith(f"{out}: shapes-sd3 with 1 adapter in ")
     names = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors").keys()
     assert not [name for name in names if "lora" in name or "base_layer" in name]
+    (tmp_path / "any").write_text("")
+    modes = {path.stat().st_mode for path in (*out.rglob("*.safetensors"), *out.rglob("*.json"))}
+    assert modes == {(tmp_path / "any").stat().st_mode}, "safetensors writes for the user alone"
     pipe, _ = loading.load(str(out))
     assert np.abs(sampled(pipe) - sampled(with_strength(speed, 1.0))).max() < 1e-4
     with pytest.raises(UserError, match="--out: got .*which holds something; name a new folder"):
