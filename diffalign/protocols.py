@@ -64,7 +64,8 @@ class Needs:
 
     groups: several samples a prompt, to compare; bundle: prompts an update must have a multiple of; term_norms: the gradient norm
     of every term, in `Update.term_norms`; log_probs: those of the rollout's edges in `Scores`; graph_bytes: a call of `Rule.fit` before the
-    first plan; anchored: an update even where all rewards are equal, for terms that need none.
+    first plan; anchored: an update even where all rewards are equal, for terms that need none; looks: a call of `Rule.look` for every term
+    and micro-batch, and of `Rule.settle`, before each optimiser step.
     """
 
     groups: bool = False
@@ -76,6 +77,7 @@ class Needs:
     log_probs: bool = False
     graph_bytes: bool = False
     anchored: bool = False
+    looks: bool = False
 
 
 class Policy(Protocol):

@@ -28,4 +28,7 @@ class GuardConfig(Settings):
     model_config = ConfigDict(json_schema_extra=FREE)
 
     stop: bool = Field(False, description="an alarm ends the run, which is evaluated and saved as at its end")
+    patience: int = Field(
+        2, ge=1, le=1000, description="evaluations in a row that a held-out reward must be below its best in"
+    )
     last: int = Field(5, ge=1, le=1000, description="updates over which an alarm averages what it looks at")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +36,9 @@ class FixedSet:
     seed: int
     max_invalid: float = 1.0
     since: int = 0
-    _means: dict[int, float] = field(default_factory=dict)  # of the first reward, by update, NaN where it gave no score
+    _means: dict[int, dict[str, float]] = field(
+        default_factory=dict
+    )  # by update and reward, none where it gave no score
 
     def path(self, update: int) -> Path:
         """The file of the evaluation after `update` updates."""
@@ -54,7 +55,7 @@ class FixedSet:
     def summary(self, update: int) -> Summary | None:
         """What an evaluation found, with gains over the one before training if that is still there; None if none was made."""
         made = self.read(update)
-        return None if made is None else made.summary(self._before(update))
+        return None if made is None else made.summary(self._before(update), self._peaks(made))
 
     def _before(self, update: int) -> Evaluation | None:
         """The evaluation before training that one after `update` updates is compared with; None where there is none."""
@@ -69,16 +70,27 @@ class FixedSet:
         made = joined(parts, self.prompts, update, self.scorer, self.max_invalid)
         self._means.pop(update, None)
         made.save(self.path(update), seed=self.seed, prompts=self.prompts.text)
-        return made.summary(self._before(update))
+        return made.summary(self._before(update), self._peaks(made))
 
     def best(self) -> int | None:
         """The update whose evaluation has the highest mean of the first reward; None before the second evaluation."""
+        return self._highest(next(iter(self.scorer.rewards)), lambda update: update > self.since)
+
+    def _highest(self, name: str, among: Callable[[int], bool]) -> int | None:
+        """The earliest update, among some, whose evaluation has the highest mean of a reward; None if there is none."""
         files = numbered.files(self.folder, ".json")
         for update in files.keys() - self._means.keys():
-            values = Evaluation.read(files[update]).scores.get(next(iter(self.scorer.rewards)), np.empty(0))
-            self._means[update] = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
-        means = {k: mean for k in files if k > self.since and math.isfinite(mean := self._means[k])}
+            scores = Evaluation.read(files[update]).scores
+            self._means[update] = {k: float(np.nanmean(v)) for k, v in scores.items() if np.isfinite(v).any()}
+        means = {update: self._means[update][name] for update in files if among(update) and name in self._means[update]}
         return max(means, key=lambda update: (means[update], -update)) if means else None
+
+    def _peaks(self, made: Evaluation) -> dict[str, Evaluation]:
+        """By reward, the best of the evaluations before one that it is compared with."""
+        least = self.since if self.since else -1  # those of an earlier stage judged other samples
+        best = {name: self._highest(name, lambda update: least < update < made.update) for name in made.scores}
+        read = {update: Evaluation.read(self.path(update)) for update in set(best.values()) if update is not None}
+        return {name: read[update] for name, update in best.items() if update is not None}
 
     def shown(self, count: int) -> NDArray[np.int64]:
         """Indices of so many images, spread over the prompts: those that grids show."""

@@ -21,10 +21,12 @@ from diffalign.types import Floats, Integers
 
 @dataclass(frozen=True)
 class Judged:
-    """A reward's mean over images, and its paired gain over another evaluation where there is one."""
+    """A reward's mean over images; where there are such, its paired gain over the evaluation before training, and its paired change since
+    the one, of those before it, with the best mean."""
 
     value: Interval
     gain: Interval | None = None
+    since_best: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Summary:
             return {}
         row = {keys.COUNT: float(self.count)}
         for name, judged in self.rewards.items():
-            for ending, part in (("", judged.value), ("_gain", judged.gain)):
+            for ending, part in (("", judged.value), ("_gain", judged.gain), ("_since_best", judged.since_best)):
                 if part is not None:
                     row[keys.evaluated(name, ending)] = part.value
                     ends = zip(("_lo", "_hi"), part.ends or (), strict=False)
@@ -66,8 +68,11 @@ class Summary:
         def read(numbers: dict[str, float], ending: str) -> Interval:
             return Interval(numbers[ending], *(numbers.get(ending + end) for end in ("_lo", "_hi")))
 
+        def maybe(numbers: dict[str, float], ending: str) -> Interval | None:
+            return read(numbers, ending) if ending in numbers else None
+
         rewards = {
-            name: Judged(read(numbers, ""), read(numbers, "_gain") if "_gain" in numbers else None)
+            name: Judged(read(numbers, ""), maybe(numbers, "_gain"), maybe(numbers, "_since_best"))
             for name, numbers in parts.items()
             if "" in numbers
         }
@@ -89,15 +94,19 @@ class Evaluation:
     scores: dict[str, Floats]
     group: Integers
 
-    def summary(self, before: Evaluation | None = None) -> Summary:
-        """Means with intervals; against another evaluation of the same images also paired gains."""
+    def summary(self, before: Evaluation | None = None, best: Mapping[str, Evaluation] | None = None) -> Summary:
+        """Means with intervals; against other evaluations of the same images, one before training and by reward its best one, also paired
+        changes."""
 
-        def gain(name: str) -> Interval | None:
-            if before is None or name not in before.scores:
+        def change(name: str, other: Evaluation | None) -> Interval | None:
+            if other is None or name not in other.scores:
                 return None
-            return intervals.gain(self.scores[name], before.scores[name], self.group)
+            return intervals.gain(self.scores[name], other.scores[name], self.group)
 
-        rewards = {name: Judged(intervals.mean(values, self.group), gain(name)) for name, values in self.scores.items()}
+        rewards = {
+            name: Judged(intervals.mean(values, self.group), change(name, before), change(name, (best or {}).get(name)))
+            for name, values in self.scores.items()
+        }
         return Summary(len(self.group), rewards)
 
     def save(self, path: Path, **facts: Any) -> None:

@@ -1,4 +1,4 @@
-"""How far pictures are from one another: diversity within a prompt, drift from the base model. Pure functions of arrays."""
+"""What pictures look like without a judge: how far they are from one another and from the base model's, and whether anything is on them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ def small(pixels: Tensor) -> Tensor:
     n, _, _, h, w = pixels.shape
     means = adaptive_avg_pool2d(pixels.detach().flatten(0, 1).float(), (min(h, THUMBNAIL), min(w, THUMBNAIL)))
     return means.reshape(n, -1)
+
+
+def contrast(pixels: Tensor) -> Tensor:
+    """(n,) how much is on samples (n, F, 3, H, W): root mean square deviation of thumbnails from their colour channels' means."""
+    flat = small(pixels).reshape(len(pixels), pixels.shape[1] * 3, -1)
+    return (flat - flat.mean(2, keepdim=True)).square().mean((1, 2)).sqrt()
 
 
 def diversity(pictures: Floats, prompt: Integers) -> Floats:

@@ -30,6 +30,10 @@ class ForwardSettings(ReferenceSettings, MergeSettings):
 
     times: int = Field(3, ge=1, description="noise levels a sample is noised to, per optimiser step")
     first_level: bool = Field(False, description="pure noise among them")
+    levels: tuple[int, int] | None = Field(
+        None, description="first and one past the last of them, 0 is the noisiest; null: all"
+    )
+    shared_noise: bool = Field(False, description="one noise for all samples of a group")
     scale: Literal["group", "batch", "none"] = Field("batch", description="what advantages are divided by")
     advantage_limit: float = Field(5.0, gt=0, description="advantages are clipped to +- this, and divided by it")
     kl: float = Field(0.0, ge=0, description="weight of mean (v - v_reference)^2")
@@ -38,11 +42,20 @@ class ForwardSettings(ReferenceSettings, MergeSettings):
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
-        most = steps - (not self.first_level)
-        few = (
-            [] if self.times <= most else [f"rule.times: got {self.times}, allowed is up to the noise levels ({most})"]
-        )
-        return [*super().problems(steps), *few]
+        problems, (first, stop) = super().problems(steps), self.levels or (0, steps)
+        if not 0 <= first < stop <= steps:
+            return [
+                *problems,
+                f"rule.levels: got {[first, stop]}, allowed is 0 <= first < stop <= sampler.steps ({steps})",
+            ]
+        most = len(self.candidates(steps))
+        few = f"rule.times: got {self.times}, allowed is up to the noise levels ({most})"
+        return [*problems, *([few] if self.times > most else [])]
+
+    def candidates(self, steps: int) -> range:
+        """The levels that samples may be noised to."""
+        first, stop = self.levels or (0, steps)
+        return range(max(first, not self.first_level), stop)
 
 
 def plan(schedule: Schedule, settings: ForwardSettings, rng: np.random.Generator, sampled_by: str = "") -> Plan:
@@ -52,8 +65,8 @@ def plan(schedule: Schedule, settings: ForwardSettings, rng: np.random.Generator
         UserError: for epsilon prediction at a level without signal.
     """
     steps = schedule.steps
-    levels = np.arange(0 if settings.first_level else 1, steps)
-    if settings.first_level and schedule.prediction == "epsilon" and schedule.alpha[0] == 0:
+    levels = np.asarray(settings.candidates(steps))
+    if 0 in levels and schedule.prediction == "epsilon" and schedule.alpha[0] == 0:
         raise UserError("rule.first_level: got true, epsilon says nothing about x_0 in pure noise; allowed is false")
 
     def terms() -> tuple[Term, ...]:
@@ -112,7 +125,7 @@ class ForwardRule(Rule):
             return [ops.advantages.group_relative(reward, group, valid, s.scale, s.advantage_limit, rounding=rounding)]
 
         (advantage,) = merged(scores, group, s, of)
-        return ops.advantages.average_to_parents(advantage / s.advantage_limit, tree.parent)[1:]
+        return Credit(ops.advantages.average_to_parents(advantage / s.advantage_limit, tree.parent)[1:])
 
     def held(self, value: Tensor, metrics: dict[str, Tensor], at: Noised, predicted: Tensor, policy: Policy) -> Tensor:
         """value + kl mean (v - v_reference)^2, noted in `metrics`."""
@@ -125,17 +138,21 @@ class ForwardRule(Rule):
         return value + self.settings.kl * kl
 
 
-def noised(term: Term, policy: Policy, part: Rollout) -> Noised:
-    """The part's finished samples with the term's noise, in the place of the latents of its level."""
+def noised(term: Term, policy: Policy, part: Rollout, shared: bool = False) -> Noised:
+    """The part's finished samples with the term's noise, in the place of the latents of its level; shared: one noise a group."""
     schedule, step = policy.schedule, term.start
-    there, noise = renoised(part, schedule, step, Purpose.FORWARD, term.draw)
+    there, noise = renoised(part, schedule, step, Purpose.FORWARD, term.draw, shared)
     alpha, sigma = float(schedule.alpha[step]), float(schedule.sigma[step])
     return Noised(there, part.x[-1], noise, step, alpha, sigma, schedule.prediction)
 
 
-def renoised(part: Rollout, schedule: Schedule, step: int, purpose: Purpose, draw: int) -> tuple[Rollout, Tensor]:
-    """The part with its finished latents noised forward to a step's level, in the place of those it came from; and the noise."""
-    x0 = part.x[-1]
-    noise = normal([int(seed) for seed in part.prompts.seed], x0.shape[1:], purpose, draw, like=x0)
+def renoised(
+    part: Rollout, schedule: Schedule, step: int, purpose: Purpose, draw: int, shared: bool = False
+) -> tuple[Rollout, Tensor]:
+    """The part with its finished latents noised forward to a step's level, in the place of those it came from; and the noise, which is
+    the sample's own, or its group's where it is `shared`."""
+    x0, prompts = part.x[-1], part.prompts
+    seeds = prompts.group_seed if shared else prompts.seed
+    noise = normal([int(seed) for seed in seeds], x0.shape[1:], purpose, draw, like=x0)
     x = ops.matching.noised(x0, noise, float(schedule.alpha[step]), float(schedule.sigma[step]))
     return replace(part, x=[*part.x[:step], x, *part.x[step + 1 :]]), noise

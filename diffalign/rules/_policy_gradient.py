@@ -219,7 +219,7 @@ def revisited(step: int, policy: Policy, part: Rollout, credit: Credit | None) -
     now, old = policy.transition(part, step), part.log_prob[step]
     assert old is not None, f"step {step} is deterministic"
     new = ops.gaussian.log_prob(part.x[step + 1], now.mean[part.tree.parent[step]], now.std, reduce="mean")
-    return Step(now, new, new - old, ops.gaussian.like(credit[step], new))
+    return Step(now, new, new - old, ops.gaussian.like(credit.edges[step], new))
 
 
 def clipped(step: Step, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -264,7 +264,7 @@ class GroupRule(SurrogateRule):
         )
         if s.keep is not None:
             advantage = ops.advantages.extremes(advantage, group, scores.valid, s.keep // 2)
-        return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
+        return Credit(ops.advantages.average_to_parents(advantage, tree.parent)[1:])
 
     def _advantage(self, reward: Floats, group: Integers, valid: NDArray[np.bool_], rounding: float) -> Floats:
         s, compared = self.settings, group

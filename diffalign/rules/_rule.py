@@ -10,10 +10,11 @@ from pydantic import Field
 
 from diffalign.protocols import GraphBytes, Loss, Needs, Policy, RewardFunction
 from diffalign.runtime.settings import Settings
-from diffalign.types import Credit, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree, Update
+from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree, Update
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 
 class RuleSettings(Settings):
@@ -42,10 +43,15 @@ class ReferenceSettings(RuleSettings):
         None, ge=0, description="mean kl of an update above which a moving reference is reset"
     )
 
+    @property
+    def referred(self) -> bool:
+        """Whether anything is held against the reference."""
+        return self.kl > 0
+
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
         moved = ("reference_every", "reference_limit")
-        if self.kl == 0:
+        if not self.referred:
             return [*super().problems(steps), *self.idle(("reference", *moved), "rule.kl")]
         if self.reference != "moving":
             return [*super().problems(steps), *self.idle(moved, "rule.reference: moving")]
@@ -89,6 +95,14 @@ class Rule(ABC):
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit | None:
         """How much better than expected every edge was; None: the rule learns without. Changes nothing."""
         return None
+
+    def look(self, term: Term, policy: Policy, part: Rollout) -> dict[str, Tensor]:
+        """Numbers (n,) about a part's leaves at the present parameters, without gradient, before an optimiser step; where `needs.looks`."""
+        return {}
+
+    def settle(self, looked: dict[str, Floats], credit: Credit, group: Integers) -> dict[str, Floats]:
+        """From what `look` gave for a term, of all leaves (N,), and their groups, to numbers that join `credit.rows` in its loss."""
+        return {}
 
     @abstractmethod
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:

@@ -1,8 +1,13 @@
-"""AWM, advantage-weighted matching (arXiv 2509.25050): the pretraining loss on a policy's own samples, weighted by advantages."""
+"""AWM, advantage-weighted matching (arXiv 2509.25050): the pretraining loss on a policy's own samples, weighted by advantages.
+
+With `implicit` a row weighs what is left between its advantage and its implicit reward, the change of its log-density since the reference:
+the loss stops where a group fits. These are DGPO (group), centred regression (residual) and listwise GDRO, see `ops.implicit`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -10,7 +15,10 @@ from pydantic import Field
 from diffalign import ops
 from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _forward as forward
-from diffalign.types import Credit, Plan, Rollout, Schedule, Term
+from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AWM(forward.ForwardRule):
@@ -34,13 +42,46 @@ class AWM(forward.ForwardRule):
         anchor_decay: float = Field(
             0.3, ge=0, le=1, description="of the copy per update, reached from 0 in steps of 0.001"
         )
+        implicit: Literal["none", "group", "residual", "listwise"] = Field(
+            "none",
+            description="fit a group's implicit rewards: group: DGPO; residual: centred regression; listwise: GDRO",
+        )
+        implicit_beta: float | None = Field(
+            None, gt=0, description="of the implicit reward; null: 100 for group, 1 for others"
+        )
+        implicit_to: Literal["reference", "anchor"] = Field(
+            "reference", description="whose log-density it is measured against"
+        )
+
+        @property
+        def referred(self) -> bool:
+            """Whether anything is held against the reference."""
+            return super().referred or (self.implicit != "none" and self.implicit_to == "reference")
+
+        @property
+        def beta(self) -> float:
+            """Of the implicit reward."""
+            return self.implicit_beta or {"group": 100.0}.get(self.implicit, 1.0)
+
+        def problems(self, steps: int) -> list[str]:
+            """What is wrong with these settings for a sampler of `steps` steps."""
+            problems = super().problems(steps)
+            if self.implicit == "none":
+                return [*problems, *self.idle(("implicit_beta", "implicit_to"), "rule.implicit")]
+            if self.implicit_to == "anchor" and not (self.anchor > 0 and self.anchor_decay > 0):
+                problems.append("rule.implicit_to: got anchor; allowed with rule.anchor and rule.anchor_decay above 0")
+            return problems
 
     settings: Settings
 
     @property
     def needs(self) -> Needs:
         s = self.settings
-        return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise, anchored=s.kl > 0 or s.anchor > 0)
+        implicit = s.implicit != "none"
+        anchored = (
+            s.kl > 0 or s.anchor > 0 or implicit
+        )  # a group without spread still draws its implicit rewards together
+        return Needs(groups=True, reference=s.referred, stochastic_sampler=s.noise, anchored=anchored, looks=implicit)
 
     def decays(self, update: int) -> dict[str, float]:
         s = self.settings
@@ -50,20 +91,45 @@ class AWM(forward.ForwardRule):
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         return forward.plan(schedule, self.settings, rng)
 
+    def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
+        credit = super().credit(tree, scores, prompts)
+        return (
+            credit if self.settings.implicit == "none" else replace(credit, rows={"scored": scores.valid.astype(float)})
+        )
+
+    def look(self, term: Term, policy: Policy, part: Rollout) -> dict[str, Tensor]:
+        """The implicit reward R = log p - log p_ref, of the same noise."""
+        at = forward.noised(term, policy, part, self.settings.shared_noise)
+        own = self._log_p(at, at.predicted(policy))
+        with policy.reference() if self.settings.implicit_to == "reference" else policy.shadow("anchor"):
+            return {"implicit": own - self._log_p(at, at.predicted(policy))}
+
+    def settle(self, looked: dict[str, Floats], credit: Credit, group: Integers) -> dict[str, Floats]:
+        """What a row weighs in place of A / limit."""
+        s, valid = self.settings, credit.rows["scored"] > 0
+        of = {"group": ops.implicit.group_gate, "residual": ops.implicit.residual, "listwise": ops.implicit.listwise}[
+            s.implicit
+        ]
+        weights = of(credit.edges[-1] * s.advantage_limit, looked["implicit"], group, valid, s.beta)
+        return {"weight": weights / s.advantage_limit, "implicit": looked["implicit"]}
+
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) with log r = w(ell_old) - w(ell), + anchor and kl terms, averaged over the part."""
         assert credit is not None
-        s, at = self.settings, forward.noised(term, policy, part)
+        s = self.settings
+        at = forward.noised(term, policy, part, s.shared_noise)
         predicted = at.predicted(policy)
         log_p = self._log_p(at, predicted)
         old = log_p.detach()
         if s.inner_updates > 1:
             with policy.shadow("old"):
                 old = self._log_p(at, at.predicted(policy))
-        advantage = ops.gaussian.like(credit[-1], log_p)
+        advantage = ops.gaussian.like(credit.rows.get("weight", credit.edges[-1]), log_p)
         value = ops.surrogate.clipped(log_p - old, advantage, s.clip).mean()
         low, high = ops.surrogate.clip_fraction((log_p - old).detach(), s.clip)
         metrics = {"matching": -log_p.detach().mean(), "clip_low": low, "clip_high": high}
+        if "implicit" in credit.rows:
+            metrics["implicit"] = ops.gaussian.like(credit.rows["implicit"], log_p).abs().mean()
         if s.anchor > 0:
             with policy.shadow("anchor"):
                 slow = at.predicted(policy)

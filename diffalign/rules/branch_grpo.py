@@ -119,15 +119,15 @@ class BranchGRPO(policy_gradient.SurrogateRule):
                 for v, g, known in zip(values[1:], groups[1:], valid[1:], strict=True)
             ]
 
-        return self._pruned(merged(scores, leaf_group, s, of), tree, leaf_group, scores.valid)
+        return Credit(self._pruned(merged(scores, leaf_group, s, of), tree, leaf_group, scores.valid))
 
     def _pruned(
         self,
-        credit: Credit,
+        credit: list[Floats],
         tree: Tree,
         leaf_group: NDArray[np.int64],
         valid: NDArray[np.bool_],
-    ) -> Credit:
+    ) -> list[Floats]:
         """No credit after the last split for the leaves that are not learned from."""
         s = self.settings
         if s.width == "all":

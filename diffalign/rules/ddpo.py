@@ -70,7 +70,7 @@ class DDPO(Rule):
             return [self._standardised(self._joined(name, texts, reward, scores.valid), texts, reward, scores.valid)]
 
         (advantage,) = merged(scores, group, self.settings, of)
-        return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
+        return Credit(ops.advantages.average_to_parents(advantage, tree.parent)[1:])
 
     def _joined(self, name: str, texts: list[str], reward: Floats, valid: NDArray[np.bool_]) -> dict[str, list[float]]:
         """The last rewards of each of some prompts, with these (N,) among them."""

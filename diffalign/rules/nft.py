@@ -66,12 +66,13 @@ class NFT(forward.ForwardRule):
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """(limit / b) mean(r L+ + (1 - r) L-) + kl mean (v - v_reference)^2, with r = (1 + A / limit) / 2."""
         assert credit is not None
-        s, at = self.settings, forward.noised(term, policy, part)
+        s = self.settings
+        at = forward.noised(term, policy, part, s.shared_noise)
         predicted = at.predicted(policy)
         with policy.shadow("old"):
             old = at.predicted(policy)
         positive = self._error(at, s.beta * predicted + (1 - s.beta) * old)
-        r = (1 + ops.gaussian.like(credit[-1], positive)) / 2  # credit is A / limit
+        r = (1 + ops.gaussian.like(credit.edges[-1], positive)) / 2  # credit is A / limit
         negative = self._error(at, (1 + s.beta) * old - s.beta * predicted)
         value = s.advantage_limit / s.beta * (r * positive + (1 - r) * negative).mean()
         metrics = {"old_deviation": ops.matching.error(predicted, old).mean().detach()}

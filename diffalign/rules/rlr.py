@@ -224,7 +224,7 @@ class RLR(Rule):
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """R less the mean of the others of its group: a baseline that does not depend on the sample's own noise."""
         advantage = ops.advantages.leave_one_out(scores.total, prompts.group[tree.leaf_root], scores.valid)
-        return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
+        return Credit(ops.advantages.average_to_parents(advantage, tree.parent)[1:])
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """-R(x_0) through the last K steps, or an estimate of its gradient at earlier copies, averaged over the part."""
@@ -239,7 +239,7 @@ class RLR(Rule):
         inner = ops.gaussian.score_inner(span.mean, eps, span.std)
         # -(R - b) <Phi, eps / std>, summed over latent dimensions: with a mean it would have 1 / D of its weight beside the
         # pathwise term.
-        value = -(ops.gaussian.like(credit[term.stop - 1], inner) * inner).mean()
+        value = -(ops.gaussian.like(credit.edges[term.stop - 1], inner) * inner).mean()
         return Loss(value, gap=(span.x.detach() - part.x[term.stop]).abs().max())
 
     def _perturbed(self, term: Term, policy: Policy, part: Rollout, reward: RewardFunction) -> Loss:

@@ -10,22 +10,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from diffalign.config.limits import GuardConfig
+from diffalign.evaluation.intervals import Interval
 from diffalign.evaluation.results import Summary
 from diffalign.runs.events import Began, Drawn, Evaluated, Listener, Updated
 from diffalign.runtime import keys
 
 Row = dict[str, float]
 FIRST = 2  # updates that later ones are compared with: the first is the base model's, a broken run's third can be gone already
-ALIKE, FLAT, CLIPPED = 0.6, 0.9, 0.9
+ALIKE, FLAT, CLIPPED, BLANK = 0.6, 0.9, 0.9, 0.1
+DRIFTED, STEEP = 1.5, 30.0  # of latents' size either way, and of the gradient's norm, against the first updates
 
 
 @dataclass
 class Seen:
     """What a run logged so far: rows of updates, evaluations, drift of the last grid; `trained`: the rewards that it trains on;
-    `last`: over how many updates numbers are averaged."""
+    `last`: over how many updates numbers are averaged; `patience`: in how many evaluations in a row a reward must be below its best."""
 
     trained: frozenset[str]
     last: int
+    patience: int = 2
     rows: list[Row] = field(default_factory=list)
     evaluations: list[Summary] = field(default_factory=list)
     drift: float | None = None
@@ -75,18 +78,62 @@ def clipped(seen: Seen) -> str:
 
 
 def hacked(seen: Seen) -> str:
-    """A held-out reward has fallen while one that is trained on has risen."""
-    if not seen.evaluations:
+    """A held-out reward has fallen from its best while one that is trained on has risen since the beginning."""
+    if len(seen.evaluations) < seen.patience:
         return ""
-    gains = {name: judged.gain for name, judged in seen.evaluations[-1].rewards.items() if judged.gain is not None}
-    rose = [n for n, gain in gains.items() if n in seen.trained and gain.low is not None and gain.low > 0]
-    fell = [n for n, gain in gains.items() if n not in seen.trained and gain.high is not None and gain.high < 0]
+    latest = [evaluation.rewards for evaluation in seen.evaluations[-seen.patience :]]
+    rose = [n for n, judged in latest[-1].items() if n in seen.trained and _above(judged.gain)]
+    fell = [
+        name
+        for name in latest[-1]
+        if name not in seen.trained and all(name in found and _below(found[name].since_best) for found in latest)
+    ]
     if not (rose and fell):
         return ""
+    fall = latest[-1][fell[0]].since_best
+    assert fall is not None
     return (
-        f"{rose[0]} rises and {fell[0]}, which is held out, falls: the reward is being tricked; look at samples/, stop earlier, raise "
-        "rule.kl, or add a second reward"
+        f"{rose[0]} rises and {fell[0]}, which is held out, falls ({fall.text('+.3f')} since its best): the reward is being tricked; "
+        "look at samples/, take best/, stop earlier, raise rule.kl, or add a second reward"
     )
+
+
+def _above(interval: Interval | None) -> bool:
+    return interval is not None and interval.low is not None and interval.low > 0
+
+
+def _below(interval: Interval | None) -> bool:
+    return interval is not None and interval.high is not None and interval.high < 0
+
+
+def blank(seen: Seen) -> str:
+    """Pictures of one colour appear."""
+    pair = seen.then_and_now(keys.BLANK)
+    if pair is None or pair[1] - pair[0] < BLANK:
+        return ""
+    return (
+        f"{100 * pair[1]:.0f} % of pictures are of one colour: go back to an earlier checkpoint, halve optimizer.lr; a decoder that "
+        "overflows needs precision: float32"
+    )
+
+
+def drifted(seen: Seen) -> str:
+    """Finished latents have another size than they began with."""
+    pair = seen.then_and_now(keys.LATENT)
+    if pair is None or 1 / DRIFTED < pair[1] / max(pair[0], 1e-12) < DRIFTED:
+        return ""
+    return (
+        f"finished latents have left the size they had ({keys.LATENT} {pair[0]:.2f} -> {pair[1]:.2f}), so pictures are too strong or too "
+        "weak in colour: halve optimizer.lr, or raise rule.kl"
+    )
+
+
+def steep(seen: Seen) -> str:
+    """Gradients have become far longer than they were."""
+    pair = seen.then_and_now("grad_norm")
+    if pair is None or pair[1] <= STEEP * pair[0]:
+        return ""
+    return f"gradients are {pair[1] / max(pair[0], 1e-12):.0f} times as long as at first: halve optimizer.lr"
 
 
 def replaced(seen: Seen) -> str:
@@ -106,6 +153,9 @@ WATCHES: dict[str, Callable[[Seen], str]] = {
     "clipped": clipped,
     "hacked": hacked,
     "replaced": replaced,
+    "blank": blank,
+    "drifted": drifted,
+    "steep": steep,
 }
 
 
@@ -123,7 +173,7 @@ class Guards(Listener):
         logged: Callable[[], list[Row]] = list,
     ) -> None:
         self.seen, self.stop, self.say, self.logged = (
-            Seen(frozenset(trained), settings.last),
+            Seen(frozenset(trained), settings.last, settings.patience),
             settings.stop,
             say,
             logged,
@@ -131,7 +181,9 @@ class Guards(Listener):
         self.raised: dict[str, int] = {}  # alarm -> after which update
 
     def began(self, event: Began) -> None:
-        self.seen.rows = [row for row in self.logged() if keys.RATE in row]
+        logged = self.logged()
+        self.seen.rows = [row for row in logged if keys.RATE in row]
+        self.seen.evaluations = [Summary.of_row(row) for row in logged if keys.COUNT in row]
 
     def updated(self, event: Updated) -> None:
         self.seen.rows.append(event.row)

@@ -11,11 +11,13 @@ from collections.abc import Iterable
 
 TOTAL, VALID, COUNT = "reward/total", "reward/valid", "eval/n"
 RATE, DIVERSITY, DRIFT = "lr", "pictures/diversity", "pictures/drift"
+BLANK, LATENT = "pictures/blank", "latents/rms"
 RESET = "reference_reset"  # of an update after which the reference became the present model
 # What a run had taken up to an evaluation, by kind.
 SPENT = {kind: f"spent/{kind}" for kind in ("rows", "reward_calls", "seconds")}
 _FIXED = {"total", "valid"}
-ENDINGS = ("_gain_lo", "_gain_hi", "_gain", "_lo", "_hi")  # of an evaluation's keys: longer ones first
+# Of an evaluation's keys, longer ones first.
+ENDINGS = ("_since_best_lo", "_since_best_hi", "_since_best", "_gain_lo", "_gain_hi", "_gain", "_lo", "_hi")
 
 
 def reward(name: str) -> str:

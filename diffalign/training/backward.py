@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +15,7 @@ from diffalign.protocols import TrainablePolicy
 from diffalign.rewards.scorer import Scorer, Tally
 from diffalign.rules import Rule
 from diffalign.runtime.progress import Progress, silent
-from diffalign.training.scoring import select_credit
-from diffalign.types import Credit, Rollout, Span, Term, chunks
+from diffalign.types import Credit, Floats, Rollout, Span, Term, chunks
 
 # Largest |log-ratio| of a first pass. On the CPU the same kernels run twice, and only the order of a sum in float64 may differ; elsewhere
 # it is a tenth of the clip range, so that no row can be clipped, and at most 1e-4: rounding stored latents to bfloat16 after their
@@ -52,7 +52,7 @@ class Backward:
         self,
         terms: tuple[Term, ...],
         rollout: Rollout,
-        credit: Credit | None,
+        credit: Sequence[Credit | None],
         *,
         first: bool,
         where: str = "",
@@ -61,7 +61,7 @@ class Backward:
         """Add the gradient of a sum of terms to the parameters; `first`: they have not moved since the rollout.
 
         A part of n of N samples weighs n / N, so the cut into micro-batches and processes does not change the gradient.
-        total: N, the rollout's if it is all there is.
+        credit: for each term; total: N, the rollout's if it is all there is.
 
         Raises:
             Fault: if a first pass differs from the rollout, saying `where`.
@@ -73,11 +73,11 @@ class Backward:
         parts = list(chunks(len(rollout.prompts), self.policy.micro_batch))
         for at, rows in enumerate(parts):
             part = rollout.select(rows)
-            part_credit = None if credit is None else select_credit(credit, rollout.tree, rows)
             share = len(rows) / total
-            for place, term in enumerate(terms):
+            for place, (term, whole) in enumerate(zip(terms, credit, strict=True)):
                 self.progress("training", at * len(terms) + place, len(parts) * len(terms))
-                gap, clip, logged = self._term(term, part, part_credit, share)
+                own = None if whole is None else whole.select(rollout.tree, rows)
+                gap, clip, logged = self._term(term, part, own, share)
                 noted += [(name, share, value) for name, value in logged.items()]
                 if first and gap is not None:
                     gaps.append((gap, term, clip))
@@ -90,6 +90,21 @@ class Backward:
             sums[name] += share * number
             weights[name] += share
         return {name: value / weights[name] for name, value in sums.items()}
+
+    @torch.no_grad()
+    def look(self, terms: tuple[Term, ...], rollout: Rollout) -> list[dict[str, Floats]]:
+        """For each term the numbers (N_T,) that the rule wants of the rollout's leaves before a gradient."""
+        found: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in terms]
+        parts = list(chunks(len(rollout.prompts), self.policy.micro_batch))
+        for at, rows in enumerate(parts):
+            part = rollout.select(rows)
+            for place, (term, numbers) in enumerate(zip(terms, found, strict=True)):
+                self.progress("looking", at * len(terms) + place, len(parts) * len(terms))
+                for name, values in self.rule.look(term, self.policy, part).items():
+                    numbers[name].append(values)
+        return [
+            {name: np.asarray(torch.cat(each).double().cpu()) for name, each in numbers.items()} for numbers in found
+        ]
 
     def _term(
         self, term: Term, part: Rollout, credit: Credit | None, share: float

@@ -17,9 +17,10 @@ from diffalign.rewards.base import check_media
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime import keys
 from diffalign.runtime.progress import Progress, silent
-from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Rows, Scores, Tree, chunks
+from diffalign.types import Floats, Integers, Plan, Prompts, Rollout, Scores, Tree, chunks
 
 Metrics = dict[str, float]
+BLANK = 0.01  # of contrast: one colour and what a decoder makes of it
 
 
 @dataclass
@@ -45,6 +46,15 @@ class Clock:
             self.seconds[phase] += time.perf_counter() - started
 
 
+@dataclass(frozen=True)
+class Looks:
+    """What samples look like, whatever their rewards say: thumbnails (n, d), contrast (n,), root mean square of latents (n,)."""
+
+    thumbnails: Floats
+    contrast: Floats
+    latent: Floats
+
+
 @dataclass
 class Sampling:
     """Samples by a policy and asks a scorer.
@@ -56,7 +66,7 @@ class Sampling:
     scorer: Scorer
     log_probs: bool = False
     progress: Progress = silent
-    _looks: list[torch.Tensor] = field(default_factory=list)  # of what was decoded last, by micro-batch
+    _looks: list[tuple[torch.Tensor, ...]] = field(default_factory=list)  # of what was decoded last, by micro-batch
 
     def run(self, prompts: Prompts, plan: Plan, clock: Clock) -> tuple[Rollout, Scores | None]:
         """Sample and, if that goes to the end, score: rewards in the background work while the next micro-batch is sampled."""
@@ -87,15 +97,16 @@ class Sampling:
             self._begin(begun, clock, rollout.select(rows))
         return self._joined(rollout, begun, clock)
 
-    def looks(self) -> Floats:
-        """Thumbnails (n, d) of what was sampled last, read off the device at once."""
-        return torch.cat(self._looks).double().cpu().numpy()
+    def looks(self) -> Looks:
+        """Of what was sampled last, read off the device at once."""
+        return Looks(*(torch.cat(each).double().cpu().numpy() for each in zip(*self._looks, strict=True)))
 
     def _begin(self, begun: list[Callable[[], Scores]], clock: Clock, part: Rollout) -> None:
         """Decode a micro-batch and begin to score it."""
         with clock("decode"), torch.no_grad():
             media = check_media(self.policy.decode(part, part.x[-1]))
-            self._looks.append(distances.small(media.pixels))
+            latent = part.x[-1].flatten(1).float().square().mean(1).sqrt()
+            self._looks.append((distances.small(media.pixels), distances.contrast(media.pixels), latent))
         with clock("reward"):
             begun.append(self.scorer.begin(media, part.at(-1)))
 
@@ -115,36 +126,38 @@ class Sampling:
         )
 
 
-def diversity(by_process: list[tuple[list[int], Floats]], tree: Tree, group: Integers) -> Metrics:
-    """How far samples are from others of their group, ids (N,), on average (see `distances.diversity`), from the thumbnails of every
-    process's samples and the rows they are of; nothing where all samples are alone in theirs."""
-    looks = np.concatenate([found for _, found in by_process])
-    whole = np.empty_like(looks)
-    whole[tree.nodes([row for rows, _ in by_process for row in rows])[-1]] = looks
-    apart = distances.diversity(whole, group)
-    return {keys.DIVERSITY: float(np.nanmean(apart))} if np.isfinite(apart).any() else {}
+def looked(by_process: list[tuple[list[int], Looks]], tree: Tree, group: Integers) -> Metrics:
+    """What all samples look like on average, from every process's and the rows they are of.
+
+    How far they are from others of their group, ids (N,), see `distances.diversity`, is not there where all are alone in theirs.
+    """
+
+    def whole(name: str) -> Floats:
+        return joined([(rows, getattr(found, name)) for rows, found in by_process], tree)
+
+    apart = distances.diversity(whole("thumbnails"), group)
+    diversity = {keys.DIVERSITY: float(np.nanmean(apart))} if np.isfinite(apart).any() else {}
+    blank = float((whole("contrast") < BLANK).mean())
+    return {**diversity, keys.BLANK: blank, keys.LATENT: float(whole("latent").mean())}
 
 
-def select_credit(credit: Credit, tree: Tree, rows: Rows) -> Credit:
-    """The credit of the edges that grow from some roots."""
-    kept = tree.nodes(rows)
-    return [edges[kept[t + 1]] for t, edges in enumerate(credit)]
+def joined(by_process: Sequence[tuple[list[int], Floats]], tree: Tree, level: int = -1) -> Floats:
+    """What every process found of the nodes of a level (n, ...), and the rows it has, put in the tree's order (N_t, ...)."""
+    found = np.concatenate([values for _, values in by_process])
+    whole = np.empty_like(found)
+    whole[tree.nodes([row for rows, _ in by_process for row in rows])[level]] = found
+    return whole
 
 
 def joined_scores(by_process: list[tuple[list[int], Scores]], tree: Tree) -> Scores:
     """The scores of all samples from those of every process and the rows they are of."""
     if len(by_process) == 1:
         return by_process[0][1]
-    order = [row for rows, _ in by_process for row in rows]
-    places = tree.nodes(order)  # of what the processes found, level by level, one after another
+    parts = [scores for _, scores in by_process]
 
     def put(level: int, values: Sequence[np.ndarray]) -> np.ndarray:
-        joined = np.concatenate(values)
-        whole = np.empty_like(joined)
-        whole[places[level]] = joined
-        return whole
+        return joined([(rows, own) for (rows, _), own in zip(by_process, values, strict=True)], tree, level)
 
-    parts = [scores for _, scores in by_process]
     steps = range(len(parts[0].log_prob or ()))
     return Scores(
         {name: put(-1, [part.by_name[name] for part in parts]) for name in parts[0].by_name},

@@ -23,18 +23,26 @@ from diffalign.runtime.memory import fitting
 from diffalign.runtime.progress import Progress, silent
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.backward import Backward, Logged
-from diffalign.training.scoring import Clock, Sampling, describe, diversity, joined_scores, select_credit
-from diffalign.types import Credit, Plan, Prompts, Rollout, Scores, Span, Term, Tree, Update
+from diffalign.training.scoring import Clock, Sampling, describe, joined, joined_scores, looked
+from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Scores, Span, Term, Tree, Update
 
 
 @dataclass
 class Sampled:
-    """What an update starts from: this process's rollout and its credit, how many samples all processes have, and what is known so far."""
+    """What an update starts from: this process's rollout, which rows it has of all prompts, the credit of all, and what is known so far."""
 
     rollout: Rollout
+    rows: list[int]
+    prompts: Prompts
     credit: Credit | None
-    total: int
     update: Update
+
+    def own(self, rows: dict[str, Floats] | None = None) -> Credit | None:
+        """This process's part of the credit, with further numbers about all leaves."""
+        if self.credit is None:
+            return None
+        whole = replace(self.credit, rows={**self.credit.rows, **(rows or {})})
+        return whole.select(Tree.grow(len(self.prompts), self.rollout.plan.branch), self.rows)
 
 
 class Trainer:
@@ -134,7 +142,9 @@ class Trainer:
     def gradient(self, index: int) -> Update:
         """The gradient of update `index`'s first optimiser step, left in the parameters' `grad`; nothing else moves."""
         sampled = self._sample(index, Clock.of(self.policy))
-        logged = self._gradient(sampled.rollout.plan.updates[0], sampled, first=True, where=f"update {index + 1}")
+        terms = sampled.rollout.plan.updates[0]
+        credit = self._settled(terms, sampled)
+        logged = self._gradient(terms, sampled, credit, first=True, where=f"update {index + 1}")
         return _with(sampled.update, logged)
 
     def _sample(self, index: int, clock: Clock) -> Sampled:
@@ -150,7 +160,7 @@ class Trainer:
 
         rollout, part = self.world.together(own)
         if part is None:
-            return Sampled(rollout, None, len(prompts), Update())
+            return Sampled(rollout, rows, prompts, None, Update())
         tree = Tree.grow(len(prompts), plan.branch)
         scores = joined_scores(self.world.gather((rows, part)), tree)
         if 1 - scores.valid.mean() > self.max_invalid or not scores.valid.any():
@@ -163,9 +173,9 @@ class Trainer:
             unscored=int((~scores.valid).sum()),
             flat=not self.rule.needs.anchored and _flat(plan, credit),
             judged=(prompts.select(tree.leaf_root), scores),
-            metrics=describe(scores, group) | diversity(looks, tree, group),
+            metrics=describe(scores, group) | looked(looks, tree, group),
         )
-        return Sampled(rollout, credit and select_credit(credit, tree, rows), len(prompts), update)
+        return Sampled(rollout, rows, prompts, credit, update)
 
     def _train(self, sampled: Sampled, index: int) -> Update:
         """The optimiser steps of one update; what is logged is averaged over them."""
@@ -173,9 +183,10 @@ class Trainer:
         skipped = 0
         for number, terms in enumerate(sampled.rollout.plan.updates):
             first, where = number == 0, f"update {index + 1}"
-            work = functools.partial(self._gradient, terms, sampled, first=first, where=where)
+            credit = self._settled(terms, sampled)
+            work = functools.partial(self._gradient, terms, sampled, credit, first=first, where=where)
             logged = self.world.together(functools.partial(fitting, self.policy, work, self.notify))
-            logged = self.world.average(logged, len(sampled.rollout.prompts) / sampled.total)
+            logged = self.world.average(logged, len(sampled.rollout.prompts) / len(sampled.prompts))
             counts = self._counts(where)
             norm = self._step()
             skipped += norm is None
@@ -204,7 +215,15 @@ class Trainer:
             raise Unscored(f"{where}: samples without a score, {', '.join(lines)}")
         return whole
 
-    def _gradient(self, terms: tuple[Term, ...], sampled: Sampled, *, first: bool, where: str) -> Logged:
+    def _gradient(
+        self,
+        terms: tuple[Term, ...],
+        sampled: Sampled,
+        credit: list[Credit | None],
+        *,
+        first: bool,
+        where: str,
+    ) -> Logged:
         """The gradient of one optimiser step, from zero."""
         self.optimizer.zero_grad(set_to_none=True)
         # Later steps keep the old log-probs: the parameters they belong to are gone, and only rounding differs.
@@ -213,8 +232,28 @@ class Trainer:
             self.notify(f"{where}: old log-probabilities are computed again, for the smaller micro-batch")
             sampled.rollout = self.policy.recomputed(sampled.rollout)
         return self.backward.accumulate(
-            terms, sampled.rollout, sampled.credit, first=first, where=where, total=sampled.total
+            terms, sampled.rollout, credit, first=first, where=where, total=len(sampled.prompts)
         )
+
+    def _settled(self, terms: tuple[Term, ...], sampled: Sampled) -> list[Credit | None]:
+        """This process's credit for each term of an optimiser step, with what the rule finds out about groups beforehand."""
+        if not self.rule.needs.looks:
+            return [sampled.own()] * len(terms)
+        work = functools.partial(
+            fitting, self.policy, functools.partial(self.backward.look, terms, sampled.rollout), self.notify
+        )
+        by_process = self.world.gather((sampled.rows, self.world.together(work)))
+        assert sampled.credit is not None
+        tree = Tree.grow(len(sampled.prompts), sampled.rollout.plan.branch)
+        group = sampled.prompts.group[tree.leaf_root]
+        settled = []
+        for place in range(len(terms)):
+            names = by_process[0][1][place]
+            looked = {
+                name: joined([(rows, own[place][name]) for rows, own in by_process if rows], tree) for name in names
+            }
+            settled.append(sampled.own(self.rule.settle(looked, sampled.credit, group)))
+        return settled
 
     def _step(self) -> float | None:
         """Clip and step; returns the gradient's norm before, None where it is not finite and the step is skipped."""
@@ -233,7 +272,7 @@ class Trainer:
 
 def _flat(plan: Plan, credit: Credit | None) -> bool:
     """Whether there is nothing to learn; terms that go through the reward learn without credit."""
-    return credit is not None and not plan.pathwise and not plan.perturbed and not any(np.any(e) for e in credit)
+    return credit is not None and not plan.pathwise and not plan.perturbed and not any(np.any(e) for e in credit.edges)
 
 
 def _with(update: Update, logged: Logged) -> Update:

@@ -195,7 +195,18 @@ class Scores:
     log_prob: list[Floats] | None = None
 
 
-Credit = list[Floats]  # per step t, (N_{t+1},): how much better than expected each edge was
+@dataclass(frozen=True)
+class Credit:
+    """edges: per step t, (N_{t+1},): how much better than expected each edge was; rows: other numbers about the leaves (N_T,), by name."""
+
+    edges: list[Floats]
+    rows: dict[str, Floats] = field(default_factory=dict)
+
+    def select(self, tree: Tree, roots: Rows) -> Credit:
+        """That of the trajectories that grow from some roots of a tree."""
+        kept = tree.nodes(roots)
+        edges = [values[kept[t + 1]] for t, values in enumerate(self.edges)]
+        return Credit(edges, {name: values[kept[-1]] for name, values in self.rows.items()})
 
 
 Span = tuple[int, int]  # steps [start, stop)

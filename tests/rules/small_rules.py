@@ -65,14 +65,14 @@ class Reinforce(Rule):
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         advantage = ops.advantages.leave_one_out(scores.total, prompts.group[tree.leaf_root], scores.valid)
-        return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
+        return Credit(ops.advantages.average_to_parents(advantage, tree.parent)[1:])
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         assert credit is not None
         span = policy.replay(part, term.start, term.stop)
         eps = part.eps[term.stop - 1]
         assert eps is not None
-        advantage = span.mean.new_tensor(credit[term.stop - 1])
+        advantage = span.mean.new_tensor(credit.edges[term.stop - 1])
         return Loss(-(advantage * ops.gaussian.score_inner(span.mean, eps, span.std)).mean())
 
 
@@ -115,7 +115,7 @@ class Branching(Reinforce):
         now, eps, parent = policy.transition(part, step), part.eps[step], part.tree.parent[step]
         assert eps is not None
         score = ops.gaussian.score_inner(now.mean[parent], eps, now.std)
-        return Loss(-(score.new_tensor(credit[step]) * score).mean())
+        return Loss(-(score.new_tensor(credit.edges[step]) * score).mean())
 
 
 class Matching(Rule):
@@ -137,7 +137,7 @@ class Matching(Rule):
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         advantage = ops.advantages.group_relative(scores.total, prompts.group[tree.leaf_root], scores.valid)
-        return ops.advantages.average_to_parents(advantage, tree.parent)[1:]
+        return Credit(ops.advantages.average_to_parents(advantage, tree.parent)[1:])
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         assert credit is not None
@@ -152,7 +152,7 @@ class Matching(Rule):
             old = policy.predict(part, xt, time)
         error = ops.matching.error(predicted, noise - x0)
         drift = ops.matching.error(predicted, old)
-        advantage = error.new_tensor(credit[-1])
+        advantage = error.new_tensor(credit.edges[-1])
         return Loss((advantage * error + (2 + 0.1 * self.updates) * drift).mean(), {"drift": drift.mean().detach()})
 
     def after_update(self, update: Update) -> None:

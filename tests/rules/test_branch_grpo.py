@@ -83,12 +83,12 @@ def test_fusion_leaves_out_what_has_no_score():
 def test_T34_T35_an_edge_has_its_childs_advantage_at_its_depth():
     given = toy_prompts(1, 1)
     scores = Scores({}, LEAVES, np.ones(4, bool))
-    credit = BranchGRPO(S(splits=[0, 1])).credit(TWO_LEVELS, scores, given)
+    credit = BranchGRPO(S(splits=[0, 1])).credit(TWO_LEVELS, scores, given).edges
     # population std of [.25, .6]; with the sample's it would be -+ 0.7071
     np.testing.assert_allclose(credit[0], [-1, 1], atol=1e-3)
     np.testing.assert_allclose(credit[1], (LEAVES - LEAVES.mean()) / LEAVES.std())
     assert all(abs(edges.sum()) < 1e-9 for edges in credit)
-    by_leaves = BranchGRPO(S(splits=[0, 1], normalise="leaves")).credit(TWO_LEVELS, scores, given)
+    by_leaves = BranchGRPO(S(splits=[0, 1], normalise="leaves")).credit(TWO_LEVELS, scores, given).edges
     np.testing.assert_allclose(by_leaves[0], [-0.175, 0.175] / LEAVES.std())
     np.testing.assert_allclose(by_leaves[1], credit[1])
 
@@ -100,7 +100,7 @@ def test_path_weights_reach_the_rule_from_the_rollout():
     own = rule.credit
     rule.credit = lambda tree, scores, prompts: seen.append(scores) or own(tree, scores, prompts)
     sampled = trainer._sample(0, Clock(torch.device("cpu")))
-    credit = sampled.credit
+    credit = sampled.credit.edges
     (scores,) = seen
     for step, edges in enumerate(scores.log_prob):
         stored = sampled.rollout.log_prob[step]
@@ -108,9 +108,9 @@ def test_path_weights_reach_the_rule_from_the_rollout():
         np.testing.assert_array_equal(edges, expected)
     # By the leaves' spread: two nodes' own spread makes their advantages 1 and -1 whatever they are.
     weighed, plain = (
-        BranchGRPO(S(splits=[0, 1], normalise="leaves", fusion=beta)).credit(
-            sampled.rollout.tree, scores, sampled.rollout.prompts
-        )
+        BranchGRPO(S(splits=[0, 1], normalise="leaves", fusion=beta))
+        .credit(sampled.rollout.tree, scores, sampled.rollout.prompts)
+        .edges
         for beta in (2.0, 0.0)
     )
     assert np.abs(plain[0] - weighed[0]).max() > 1e-3
@@ -123,8 +123,8 @@ def test_T36_width_pruning_takes_edges_after_the_last_split_and_changes_nothing_
     policy = ToyPolicy(steps=20)
     splits = [0, 3, 6, 9]
     _, part, scores, given = rolled(BranchGRPO(S(splits=splits)), policy)
-    whole = BranchGRPO(S(splits=splits)).credit(part.tree, scores, given)
-    pruned = BranchGRPO(S(splits=splits, width=width, extremes=4)).credit(part.tree, scores, given)
+    whole = BranchGRPO(S(splits=splits)).credit(part.tree, scores, given).edges
+    pruned = BranchGRPO(S(splits=splits, width=width, extremes=4)).credit(part.tree, scores, given).edges
     for step, (a, b) in enumerate(zip(whole, pruned, strict=True)):
         kept = b != 0
         np.testing.assert_array_equal(a[kept], b[kept])
@@ -142,7 +142,7 @@ def test_a_sibling_without_a_score_does_not_drop_one_that_has_it():
     scores = Scores({}, np.array([0.0, 0.0, 5.0, 6.0]), np.array([True, False, True, True]))
     rule = BranchGRPO(S(splits=[0, 1], width="better_child"))
     tree = Tree.grow(1, (2, 2, 1))
-    last = rule.credit(tree, scores, toy_prompts(1, 1))[-1]
+    last = rule.credit(tree, scores, toy_prompts(1, 1)).edges[-1]
     assert last[0] == pytest.approx((0 - 11 / 3) / np.std([0, 5, 6]))
     assert last[1] == 0
     assert last[2] == 0
@@ -168,7 +168,7 @@ def test_T37_one_forward_for_all_children_is_the_sum_over_edges():
     credit = rule.credit(part.tree, scores, given)
     trainer = toy_trainer(rule, policy, 3, 1)
     trainer.optimizer.zero_grad()
-    trainer.backward.accumulate(plan.updates[0], part, credit, first=True)
+    trainer.backward.accumulate(plan.updates[0], part, [credit] * len(plan.updates[0]), first=True)
     delta = policy.delta.detach().clone().requires_grad_()
     total, edges = 0.0, 0
     for term in plan.updates[0]:
@@ -179,7 +179,7 @@ def test_T37_one_forward_for_all_children_is_the_sum_over_edges():
             v = torch.cat([x, time, torch.ones_like(time)], 1) @ (policy.base + delta).T
             mean = float(policy.noisy.x[k]) * x + float(policy.noisy.prediction[k]) * v
             log_prob = torch.distributions.Normal(mean, part.std[k]).log_prob(part.x[k + 1][child]).mean()
-            total, edges = total - credit[k][child] * log_prob, edges + 1
+            total, edges = total - credit.edges[k][child] * log_prob, edges + 1
     (total / edges).backward()
     torch.testing.assert_close(policy.delta.grad, delta.grad, rtol=1e-9, atol=1e-12)
 

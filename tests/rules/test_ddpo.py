@@ -4,7 +4,7 @@ import torch
 
 from diffalign.backends.toy import ToyPolicy
 from diffalign.rules import DDPO
-from diffalign.types import Plan, Prompts, Scores, Tree, Update
+from diffalign.types import Credit, Plan, Prompts, Scores, Tree, Update
 from tests.kit.helpers import gradient, toy_prompts, toy_trainer
 
 S = DDPO.Settings
@@ -20,10 +20,10 @@ def scored(texts: list[str], values: list[float], valid: list[bool] | None = Non
 
 def credits(rule: DDPO, *args, **kwargs) -> np.ndarray:
     tree, scores, prompts = scored(*args, **kwargs)
-    found = rule.credit(tree, scores, prompts)
+    found = rule.credit(tree, scores, prompts).edges
     again = rule.credit(
         tree, scores, prompts
-    )  # it changes nothing: what an update learnt is kept once the update is done
+    ).edges  # it changes nothing: what an update learnt is kept once the update is done
     assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
     rule.after_update(Update(judged=(prompts.select(tree.leaf_root), scores)))
     assert len(found) == 2
@@ -109,7 +109,7 @@ def test_first_pass_gap_is_zero_in_both_forms():
         policy, rule, given = ToyPolicy(process="ddim"), DDPO(S(estimator=estimator)), toy_prompts(1, 8)
         plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
         part = policy.rollout(given, plan)
-        credit = [np.ones(8)] * 4
+        credit = Credit([np.ones(8)] * 4)
         for term in plan.updates[0]:
             assert rule.loss(term, policy, part, credit, lambda media: media.pixels).gap.item() == 0.0
 

@@ -6,7 +6,7 @@ from diffalign import config
 from diffalign.backends.toy import ToyPolicy
 from diffalign.errors import Fault, UserError
 from diffalign.rules import FlowGRPO, GRPOGuard
-from diffalign.types import Scores, Term, Tree
+from diffalign.types import Credit, Scores, Term, Tree
 from tests.kit.helpers import gradient, rolled, toy_prompts, toy_trainer
 
 S = FlowGRPO.Settings
@@ -44,7 +44,7 @@ class Watched(ToyPolicy):
 def pulls(rule, policy: Watched) -> list[float]:
     """How strongly each step's loss pulls at its prediction, for an advantage of 1 and noise of size 1: by autograd."""
     plan, part, credit = rolled(rule, policy)
-    ones = [np.ones_like(edges) for edges in credit]
+    ones = Credit([np.ones_like(edges) for edges in credit.edges])
     found = []
     for term in plan.updates[0]:
         (rule.loss(term, policy, part, ones, None).value * term.weight).backward()
@@ -96,7 +96,7 @@ def test_T16_gradient_is_minus_advantage_times_score():
         v = torch.cat([x, time, torch.ones_like(time)], 1) @ (policy.base + delta).T
         mean = float(policy.noisy.x[k]) * x + float(policy.noisy.prediction[k]) * v
         log_prob = torch.distributions.Normal(mean, part.std[k]).log_prob(part.x[k + 1]).mean(1)
-        total = total - (torch.from_numpy(credit[k]) * log_prob).mean() / 3
+        total = total - (torch.from_numpy(credit.edges[k]) * log_prob).mean() / 3
     total.backward()
     np.testing.assert_allclose(found, delta.grad.numpy(), atol=1e-12)
 
@@ -125,8 +125,8 @@ def test_a_changed_rollout_is_caught(what):
     getattr(part, what)[1][3] += 1e-6
     trainer = toy_trainer(rule, policy, 2, 8)
     with pytest.raises(Fault, match="the replay differs from the rollout by"):
-        trainer.backward.accumulate(plan.updates[0], part, credit, first=True)
-    trainer.backward.accumulate(plan.updates[0], part, credit, first=False)
+        trainer.backward.accumulate(plan.updates[0], part, [credit] * len(plan.updates[0]), first=True)
+    trainer.backward.accumulate(plan.updates[0], part, [credit] * len(plan.updates[0]), first=False)
 
 
 def test_T12_rounding_latents_for_storage_after_their_log_prob_is_caught_off_the_cpu_too():
@@ -142,16 +142,16 @@ def test_T12_rounding_latents_for_storage_after_their_log_prob_is_caught_off_the
 def test_T40_kl_is_zero_with_zero_gradient_at_the_reference_and_pulls_back_from_elsewhere():
     policy, rule = ToyPolicy(), FlowGRPO(S(kl=0.5))
     plan, part, credit = rolled(rule, policy)
-    flat = [np.zeros_like(edges) for edges in credit]
+    flat = Credit([np.zeros_like(edges) for edges in credit.edges])
     trainer = toy_trainer(rule, policy, 2, 8)
-    metrics = trainer.backward.accumulate(plan.updates[0], part, flat, first=True)
+    metrics = trainer.backward.accumulate(plan.updates[0], part, [flat] * len(plan.updates[0]), first=True)
     assert metrics["kl"] == 0
     assert policy.delta.grad.abs().max() == 0
     with torch.no_grad():
         policy.delta.add_(0.1)
     plan, part, _ = rolled(rule, policy)
     trainer.optimizer.zero_grad()
-    trainer.backward.accumulate(plan.updates[0], part, flat, first=True)
+    trainer.backward.accumulate(plan.updates[0], part, [flat] * len(plan.updates[0]), first=True)
     # L = kl mean_{steps, samples, dims} (delta [x, t, 1])^2, by hand
     delta = policy.delta.detach().clone().requires_grad_()
     total = 0.0
@@ -170,8 +170,10 @@ def test_kl_weight_does_not_depend_on_step_weights():
         with torch.no_grad():
             policy.delta.add_(0.1)
         plan, part, credit = rolled(rule, policy)
-        flat = [np.zeros_like(edges) for edges in credit]
-        toy_trainer(rule, policy, 2, 8).backward.accumulate(plan.updates[0], part, flat, first=True)
+        flat = Credit([np.zeros_like(edges) for edges in credit.edges])
+        toy_trainer(rule, policy, 2, 8).backward.accumulate(
+            plan.updates[0], part, [flat] * len(plan.updates[0]), first=True
+        )
         grads.append(policy.delta.grad.clone())
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-14)
 
@@ -179,7 +181,7 @@ def test_kl_weight_does_not_depend_on_step_weights():
 def test_credit_is_the_leafs_advantage_on_every_edge():
     tree, given = Tree.grow(6, (1, 1, 1)), toy_prompts(2, 3)
     scores = Scores({}, np.array([0.0, 1.0, 2.0, 5.0, 5.0, 5.0]), np.ones(6, bool))
-    credit = FlowGRPO().credit(tree, scores, given)
+    credit = FlowGRPO().credit(tree, scores, given).edges
     assert len(credit) == 3
     for edges in credit:
         np.testing.assert_allclose(edges, [-(1.5**0.5), 0, 1.5**0.5, 0, 0, 0], rtol=1e-12)
@@ -260,7 +262,7 @@ def test_a_fan_shares_the_beginning_and_its_cost():
 def test_best_and_worst_are_learned_from():
     tree, given = Tree.grow(8, (1, 1)), toy_prompts(2, 4)
     scores = Scores({}, np.array([0.0, 3.0, 1.0, 2.0, 5.0, 5.0, 9.0, 1.0]), np.ones(8, bool))
-    whole, kept = (FlowGRPO(S(keep=keep)).credit(tree, scores, given)[-1] for keep in (None, 2))
+    whole, kept = (FlowGRPO(S(keep=keep)).credit(tree, scores, given).edges[-1] for keep in (None, 2))
     assert np.flatnonzero(kept).tolist() == [0, 1, 6, 7]
     np.testing.assert_array_equal(kept[kept != 0], whole[kept != 0])  # normalised before the selection
     assert S(keep=3).problems(10) == ["rule.keep: got 3, allowed are even numbers: half best, half worst"]
@@ -334,7 +336,7 @@ TREE8 = Tree.grow(8, (1,))
 
 
 def leaf(settings, scores: Scores) -> np.ndarray:
-    return FlowGRPO(settings).credit(TREE8, scores, toy_prompts(2, 4))[-1]
+    return FlowGRPO(settings).credit(TREE8, scores, toy_prompts(2, 4)).edges[-1]
 
 
 def test_T25_each_reward_can_be_normalised_by_itself():
@@ -390,7 +392,7 @@ def test_risk_is_credit_of_whole_bundles():
     tree = Tree.grow(6, (1,))
     value = np.array([(-3 / 0.5 - 3 / 0.5) / 2, (0 - 3 / 0.5) / 2, 0.0])
     expected = np.clip(np.tile(value - value.mean(), 2), -5, 5)
-    np.testing.assert_allclose(rule.credit(tree, scores, given)[0], expected)
+    np.testing.assert_allclose(rule.credit(tree, scores, given).edges[0], expected)
 
 
 def test_risk_and_flash_settings_are_checked_with_everything_else():

@@ -27,7 +27,7 @@ def credit(name, scores, **settings):
     group = np.repeat([0, 1], roots // 2)
     keys = np.arange(roots)
     prompts = Prompts([f"p{g}" for g in group], group, keys, keys, [{}] * roots)
-    return rule.credit(Tree.grow(roots, (2 if roots == 4 else 1, 1, 1)), scores, prompts)
+    return rule.credit(Tree.grow(roots, (2 if roots == 4 else 1, 1, 1)), scores, prompts).edges
 
 
 def test_these_rules_learn_from_scores():

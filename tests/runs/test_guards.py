@@ -63,10 +63,10 @@ def test_groups_without_spread_and_ratios_that_are_cut():
     assert told([{"clip_low": 0.25, "clip_high": 0.25}] * 20)[1] == []  # grpo_guard's preset cuts half
 
 
-def gains(**found):
-    return Evaluated(
-        5, Summary(8, {name: Judged(Interval(0.5), Interval(sum(g) / 2, *g)) for name, g in found.items()})
-    )
+def judged(**found):
+    """An evaluation where each reward has some paired change, both since the beginning and since its best."""
+    changes = {name: Interval(sum(change) / 2, *change) for name, change in found.items()}
+    return Evaluated(5, Summary(8, {name: Judged(Interval(0.5), change, change) for name, change in changes.items()}))
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,41 @@ def gains(**found):
 )
 def test_a_held_out_reward_that_falls_while_the_trained_one_rises(found, alarm):
     guards, said = told([], trained=("a", "b"))
-    guards.evaluated(gains(**found))
+    guards.evaluated(judged(**found))
+    assert said == []  # once may be chance: the best of several is
+    guards.evaluated(judged(**found))
     assert bool(said) == alarm == ("hacked" in guards.raised)
+
+
+def test_a_fall_that_is_made_good_in_between_is_none_and_one_before_a_stop_counts():
+    fell, rose = judged(a=(0.1, 0.2), held=(-0.2, -0.1)), judged(a=(0.1, 0.2), held=(-0.1, 0.1))
+    guards, said = told([], trained=("a",))
+    for event in (fell, rose, fell, rose):
+        guards.evaluated(event)
+    assert said == []
+    said = []
+    guards = Guards(["a"], GuardConfig(), said.append, lambda: [fell.summary.row()])
+    guards.began(Began(5))
+    guards.evaluated(fell)
+    assert len(said) == 1 and "held, which is held out, falls (-0.150 [-0.200, -0.100] since its best)" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "first", "later", "alarm"),
+    [
+        (keys.BLANK, 0.0, 0.2, "blank"),
+        (keys.BLANK, 0.5, 0.55, None),  # it began so
+        (keys.LATENT, 1.0, 1.6, "drifted"),
+        (keys.LATENT, 1.0, 0.6, "drifted"),
+        (keys.LATENT, 1.0, 1.4, None),
+        ("grad_norm", 0.1, 4.0, "steep"),
+        ("grad_norm", 0.1, 2.0, None),
+    ],
+)
+def test_what_an_update_logs_is_held_against_the_first_ones(key, first, later, alarm):
+    guards, said = told([{key: first}] * 2 + [{key: later}] * 5)
+    assert list(guards.raised) == ([alarm] if alarm else [])
+    assert len(said) == bool(alarm)
 
 
 def test_pictures_that_have_nothing_left_of_the_first_ones():

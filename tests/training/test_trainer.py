@@ -94,14 +94,15 @@ def test_off_the_cpu_a_first_pass_may_be_off_by_a_tenth_of_the_clip_range(clip, 
         sampled = trainer._sample(0, Clock(torch.device("cpu")))
         for log_prob in sampled.rollout.log_prob[:-1]:
             log_prob += share * clip  # what kernels that do not repeat their bits would do
+        credit = [sampled.own()] * len(sampled.rollout.plan.updates[0])
         with pytest.raises(Fault, match=rf"allowed {0.1 * clip:g}\): sampling and training"):
             trainer.backward.accumulate(
-                sampled.rollout.plan.updates[0], sampled.rollout, sampled.credit, first=True, where="update 1"
+                sampled.rollout.plan.updates[0], sampled.rollout, credit, first=True, where="update 1"
             )
         for log_prob in sampled.rollout.log_prob[:-1]:
             log_prob -= (share - 0.05) * clip
         trainer.backward.accumulate(
-            sampled.rollout.plan.updates[0], sampled.rollout, sampled.credit, first=True, where="update 1"
+            sampled.rollout.plan.updates[0], sampled.rollout, credit, first=True, where="update 1"
         )
     finally:
         del type(policy).exact
