@@ -20,7 +20,7 @@ import torch
 from diffalign import config
 from diffalign.prompts import book
 from diffalign.rules import GRPOGuard
-from diffalign.rules import _policy_gradient as policy_gradient
+from diffalign.rules._trust import revisited
 from diffalign.rules.grpo_guard import normalised
 from diffalign.runs import parts as build
 from diffalign.runtime.randomness import numpy_generator
@@ -77,7 +77,7 @@ def main(out: Path, picture: Path) -> None:
 
 @torch.no_grad()
 def _measure(policy, rollout, step, credit) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
-    now = policy_gradient.evaluate(step, policy, rollout, credit)
+    now = revisited(step, policy, rollout, credit)
     change = now.now.mean - rollout.mean[step]
     guard = normalised(now.log_ratio, change, now.now.std, "full")
     return {"plain": now.log_ratio.double().numpy(), "guard": guard.double().numpy()}

@@ -18,14 +18,15 @@ class Mutation:
 GAUSSIAN, SURROGATE = "diffalign/ops/gaussian.py", "diffalign/ops/surrogate.py"
 ADVANTAGES, MATCHING = "diffalign/ops/advantages.py", "diffalign/ops/matching.py"
 FLOW, DDIM, TABLE = (f"diffalign/processes/{name}.py" for name in ("flow_sde", "ddim", "table"))
-SHARED, GRPO, DDPO, TBP = (
-    f"diffalign/rules/{name}.py" for name in ("_policy_gradient", "flow_grpo", "ddpo", "truncated_bp")
+SHARED, TRUST, GRPO, DDPO, TBP = (
+    f"diffalign/rules/{name}.py" for name in ("_policy_gradient", "_trust", "flow_grpo", "ddpo", "truncated_bp")
 )
 RLR, CHAIN = "diffalign/rules/rlr.py", "diffalign/backends/chain.py"
 WALK, PARAMETERS = "diffalign/backends/walk.py", "diffalign/backends/parameters.py"
 PREDICTION = "diffalign/ops/prediction.py"
 GUARD, BRANCH, AWM, NFT = (f"diffalign/rules/{name}.py" for name in ("grpo_guard", "branch_grpo", "awm", "nft"))
 MERGING = "diffalign/rules/_merging.py"
+IMPLICIT = "diffalign/ops/implicit.py"
 CPS = "diffalign/processes/cps.py"
 SOLVER = "diffalign/processes/dpm_solver.py"
 GENEVAL, TRAINER = "diffalign/ops/geneval.py", "diffalign/training/trainer.py"
@@ -51,7 +52,7 @@ MUTATIONS = [
     Mutation("score term sign", FLOW, "prediction=(1 + g**2", "prediction=(1 - g**2"),
     Mutation("std without root", FLOW, "std=g * np.sqrt(-dt)", "std=g * -dt"),
     Mutation("first step singular", FLOW, "np.where(t == 1, sigma[1], t)", "np.where(t == 1, sigma[2], t)"),
-    Mutation("loss summed over the part", SHARED, "step.advantage, clip).mean()", "step.advantage, clip).sum()"),
+    Mutation("loss summed over the part", TRUST, "step.advantage, clip).mean()", "step.advantage, clip).sum()"),
     Mutation("eta squared", DDIM, "std = noise_level * (sigma_s", "std = noise_level**2 * (sigma_s"),
     Mutation("direction keeps the variance", DDIM, "np.sqrt(sigma_s**2 - std**2)", "sigma_s"),
     Mutation(
@@ -109,6 +110,13 @@ MUTATIONS = [
         "average_to_parents(advantage, tree.parent)",
         "average_to_parents(-advantage, tree.parent)",
     ),
+    Mutation("trust turned over", TRUST, "step.log_ratio.detach() > 0)", "step.log_ratio.detach() < 0)"),
+    Mutation("trust drops within the limit", TRUST, "(apart >= limit)", "(apart < limit)"),
+    Mutation("trust drops every row beyond", TRUST, "& (step.advantage * step.log_ratio.detach() > 0)", ""),
+    Mutation("implicit gate turned over", IMPLICIT, "_sigmoid(-beta", "_sigmoid(beta"),
+    Mutation("residual not centred", IMPLICIT, "(r - r.mean())", "r"),
+    Mutation("listwise by the group's mean", IMPLICIT, "len(a) * (_softmax", "(_softmax"),
+    Mutation("implicit reward turned over", AWM, "own - self._log_p(at", "-own + self._log_p(at"),
     Mutation("step weight inverted", SHARED, "1 / (gain * std**power)", "gain * std**power"),
     Mutation("guard divides by the noise", GUARD, "else centred * std", "else centred / std"),
     Mutation(

@@ -16,6 +16,14 @@ def clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
+def kept(log_ratio: Tensor, advantage: Tensor, rows: Tensor) -> Tensor:
+    """Per-sample loss -A r of some rows, a boolean (N,), and exactly 0, with no gradient, of the others; all shapes (N,)."""
+    same(log_ratio=log_ratio, advantage=advantage)
+    # Before the exponential: where it overflows, 0 times its slope is no number.
+    ratio = torch.where(rows, log_ratio, 0.0).exp()
+    return torch.where(rows, -advantage * ratio, 0.0)
+
+
 def clip_fraction(log_ratio: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """Shares of samples whose ratio is below 1 - clip and above 1 + clip."""
     ratio = log_ratio.exp()

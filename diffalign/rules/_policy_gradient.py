@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -14,6 +13,7 @@ from diffalign.errors import UserError
 from diffalign.protocols import Needs, Policy, Transition
 from diffalign.rules._merging import MergeSettings, merged
 from diffalign.rules._rule import ReferenceSettings, Rule, RuleSettings
+from diffalign.rules._trust import Step, TrustSettings, bounded
 from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
 if TYPE_CHECKING:
@@ -40,18 +40,18 @@ class PolicyGradientSettings(MergeSettings):
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
-        first, stop = self.window or (0, steps)
+        problems, (first, stop) = super().problems(steps), self.window or (0, steps)
         if not (0 <= first < stop <= steps and first < steps - 1):
             given, rule = [first, stop], "0 <= first < stop <= sampler.steps"
             return [
-                f"rule.window: got {given}, allowed is {rule} ({steps}), first before the last step, which has no noise"
+                *problems,
+                f"rule.window: got {given}, allowed is {rule} ({steps}), first before the last step, which has no noise",
             ]
         if self.window_steps is None:
-            return self.idle(("window_move", "window_every"), "rule.window_steps")
+            return [*problems, *self.idle(("window_move", "window_every"), "rule.window_steps")]
         most = min(stop, steps - 1) - first
-        if self.window_steps > most:
-            return [f"rule.window_steps: got {self.window_steps}, allowed is up to the window's noisy steps ({most})"]
-        return []
+        many = f"rule.window_steps: got {self.window_steps}, allowed is up to the window's noisy steps ({most})"
+        return [*problems, *([many] if self.window_steps > most else [])]
 
     def candidates(self, steps: int) -> tuple[int, int]:
         """First and one past the last step that may be noisy; the sampler's last step is never among them."""
@@ -194,41 +194,6 @@ def step_weights(schedule: Schedule, kind: str, steps: list[int], candidates: li
     return (weights / weights.mean())[[candidates.index(step) for step in steps]]
 
 
-@dataclass(frozen=True)
-class Step:
-    """A stored step under the present parameters: log_prob and log_ratio to the rollout's, advantage, all (N_{t+1},)."""
-
-    now: Transition
-    log_prob: Tensor
-    log_ratio: Tensor
-    advantage: Tensor
-
-    @property
-    def gap(self) -> Tensor:
-        """Largest |log-ratio|: 0 before the parameters have moved."""
-        return self.log_ratio.detach().abs().max()
-
-    @property
-    def metrics(self) -> dict[str, Tensor]:
-        return {"ratio": self.log_ratio.detach().exp().mean(), "advantage": self.advantage.abs().mean()}
-
-
-def revisited(step: int, policy: Policy, part: Rollout, credit: Credit | None) -> Step:
-    """Run the network at a stored step and compare with the rollout."""
-    assert credit is not None
-    now, old = policy.transition(part, step), part.log_prob[step]
-    assert old is not None, f"step {step} is deterministic"
-    new = ops.gaussian.log_prob(part.x[step + 1], now.mean[part.tree.parent[step]], now.std, reduce="mean")
-    return Step(now, new, new - old, ops.gaussian.like(credit.edges[step], new))
-
-
-def clipped(step: Step, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean of max(-A r, -A clip(r)) over the part, and how much was clipped."""
-    low, high = ops.surrogate.clip_fraction(step.log_ratio.detach(), clip)
-    value = ops.surrogate.clipped(step.log_ratio, step.advantage, clip).mean()
-    return value, {**step.metrics, "clip_low": low, "clip_high": high}
-
-
 class SurrogateRule(Rule):
     """What rules with a clipped surrogate share."""
 
@@ -236,7 +201,8 @@ class SurrogateRule(Rule):
 
     def surrogate(self, term: Term, policy: Policy, part: Rollout, step: Step, clip: float) -> tuple[Tensor, dict]:
         """max(-A r, -A clip(r)) + kl * divergence from the base model at the term's step, averaged over the part."""
-        value, metrics = clipped(step, clip)
+        trust = self.settings if isinstance(self.settings, TrustSettings) else None
+        value, metrics = bounded(step, part, term.start, clip, trust)
         if self.settings.kl > 0:
             kl = divergence(term, policy, part, step.now, self.settings)
             metrics["kl"] = kl.detach()

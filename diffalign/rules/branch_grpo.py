@@ -11,6 +11,7 @@ from pydantic import Field
 from diffalign import ops
 from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _policy_gradient as policy_gradient
+from diffalign.rules import _trust as trust
 from diffalign.rules._merging import merged
 from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
@@ -26,7 +27,7 @@ class BranchGRPO(policy_gradient.SurrogateRule):
 
     name: ClassVar[str] = "branch_grpo"
 
-    class Settings(policy_gradient.SurrogateSettings):
+    class Settings(policy_gradient.SurrogateSettings, trust.TrustSettings):
         """Keys of `rule:` for branch_grpo; `window` makes it the Mix variant, with noise there and at the splits alone."""
 
         splits: list[int] = Field([0, 1, 2], min_length=1, description="steps where every node gets children")
@@ -103,6 +104,7 @@ class BranchGRPO(policy_gradient.SurrogateRule):
             branch=branch,
             correlation=1 / (1 + s.sibling_noise**2),
             shared_start=s.shared_start,
+            keep_mean=s.trust == "kl",
             keep_noise=False,
         )
 
@@ -149,6 +151,7 @@ class BranchGRPO(policy_gradient.SurrogateRule):
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) + kl * divergence, averaged over the part's edges at the term's step."""
-        step = policy_gradient.revisited(term.start, policy, part, credit)
-        value, metrics = self.surrogate(term, policy, part, step, self.settings.clip)
-        return Loss(value, metrics, gap=step.gap, clip=self.settings.clip)
+        step = trust.revisited(term.start, policy, part, credit)
+        s = self.settings
+        value, metrics = self.surrogate(term, policy, part, step, s.clip)
+        return Loss(value, metrics, gap=step.gap, clip=s.clip if s.trust == "clip" else None)

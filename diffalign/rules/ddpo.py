@@ -11,6 +11,7 @@ from pydantic import Field
 from diffalign import ops
 from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _policy_gradient as policy_gradient
+from diffalign.rules import _trust as trust
 from diffalign.rules._merging import columns, merged
 from diffalign.rules._rule import Rule
 from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree, Update
@@ -24,7 +25,7 @@ class DDPO(Rule):
 
     name: ClassVar[str] = "ddpo"
 
-    class Settings(policy_gradient.PolicyGradientSettings):
+    class Settings(policy_gradient.PolicyGradientSettings, trust.TrustSettings):
         """Keys of `rule:` for ddpo."""
 
         estimator: Literal["importance", "score"] = Field(
@@ -60,7 +61,7 @@ class DDPO(Rule):
         return Needs(stochastic_sampler=True)
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
-        return policy_gradient.plan(schedule, self.settings, update, rng)
+        return policy_gradient.plan(schedule, self.settings, update, rng, keep_mean=self.settings.trust == "kl")
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """(r - mean) / std of the prompt's last rewards, these included; of the batch while they are few."""
@@ -98,11 +99,12 @@ class DDPO(Rule):
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """At the term's step, -A log p (score) or max(-A r, -A clip(r)) (importance), averaged over the part."""
-        step = policy_gradient.revisited(term.start, policy, part, credit)
+        step = trust.revisited(term.start, policy, part, credit)
         if self.settings.estimator == "score":
             return Loss(-(step.advantage * step.log_prob).mean(), step.metrics, gap=step.gap)
-        value, metrics = policy_gradient.clipped(step, self.settings.clip)
-        return Loss(value, metrics, gap=step.gap, clip=self.settings.clip)
+        s = self.settings
+        value, metrics = trust.bounded(step, part, term.start, s.clip, s)
+        return Loss(value, metrics, gap=step.gap, clip=s.clip if s.trust == "clip" else None)
 
     def after_update(self, update: Update) -> None:
         """The update's rewards join their prompts' history."""

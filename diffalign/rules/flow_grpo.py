@@ -4,6 +4,8 @@
 |---|---|
 | Flow-GRPO-Fast | window: [0, 5], window_steps: 3, fan: group size, prompts.group_size: 1; sampler.process: cps with ratio: unweighted |
 | MixGRPO | window_steps: 4, window_move: sliding; Flash: flash: 0.4 |
+| Flow-DPPO | trust: kl, kl_limit: 1e-5, inner_updates: 2 or more |
+| TempFlow-GRPO | window_steps: 1, fan: group size, prompts.group_size: 1, step_weight: std |
 | DanceGRPO | sampler.process: dance_sde, noise_level: 0.3, shared_start: true, keep: 8 |
 """
 
@@ -17,6 +19,7 @@ from pydantic import Field
 
 from diffalign.protocols import Loss, Policy, RewardFunction
 from diffalign.rules import _policy_gradient as policy_gradient
+from diffalign.rules import _trust as trust
 from diffalign.types import Credit, Plan, Rollout, Schedule, Term
 
 
@@ -25,7 +28,7 @@ class FlowGRPO(policy_gradient.GroupRule):
 
     name: ClassVar[str] = "flow_grpo"
 
-    class Settings(policy_gradient.GroupSettings):
+    class Settings(policy_gradient.GroupSettings, trust.TrustSettings):
         """Keys of `rule:` for flow_grpo."""
 
         ratio: Literal["gaussian", "unweighted"] = Field(
@@ -37,14 +40,16 @@ class FlowGRPO(policy_gradient.GroupRule):
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         s = self.settings
         power = 1 if s.ratio == "unweighted" else -1
-        return policy_gradient.plan(schedule, s, update, rng, power=power, fan=s.fan, flash=s.flash)
+        return policy_gradient.plan(
+            schedule, s, update, rng, power=power, fan=s.fan, flash=s.flash, keep_mean=s.trust == "kl"
+        )
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) + kl * divergence at the term's step, averaged over the part."""
         s = self.settings
-        step = policy_gradient.revisited(term.start, policy, part, credit)
+        step = trust.revisited(term.start, policy, part, credit)
         if s.ratio == "unweighted":
             # -(x' - mu)^2 instead of -(x' - mu)^2 / (2 std^2)
             step = replace(step, log_ratio=step.log_ratio * 2 * step.now.std**2)
         value, metrics = self.surrogate(term, policy, part, step, s.clip)
-        return Loss(value, metrics, gap=step.gap, clip=s.clip)
+        return Loss(value, metrics, gap=step.gap, clip=s.clip if s.trust == "clip" else None)

@@ -16,6 +16,7 @@ from pydantic import Field
 from diffalign import ops
 from diffalign.protocols import Loss, Policy, RewardFunction
 from diffalign.rules import _policy_gradient as policy_gradient
+from diffalign.rules import _trust as trust
 from diffalign.types import Credit, Plan, Rollout, Schedule, Term, Update
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class GRPOGuard(policy_gradient.GroupRule):
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) with the normalised ratio r, + kl * divergence, averaged over the part."""
         s = self.settings
-        plain = policy_gradient.revisited(term.start, policy, part, credit)
+        plain = trust.revisited(term.start, policy, part, credit)
         old = part.mean[term.start]
         assert old is not None
         change = (plain.now.mean - old)[part.tree.parent[term.start]]

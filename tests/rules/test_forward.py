@@ -11,7 +11,7 @@ from diffalign.rules import AWM, NFT
 from diffalign.rules._forward import noised
 from diffalign.runtime.randomness import normal
 from diffalign.training.scoring import Clock
-from diffalign.types import Term
+from diffalign.types import Credit, Term
 from tests.kit.helpers import toy_prompts, toy_trainer
 
 PROCESSES = ["flow_sde", "ddim"]
@@ -51,7 +51,7 @@ def written_out(policy, part, delta):
 def test_invariant_15_with_unit_advantages_awm_is_the_pretraining_loss(process):
     rule = AWM(AWM.Settings(weight="uniform", anchor=0.0))
     policy, part = sampled(process, rule)
-    ones = [np.ones(16)] * 4
+    ones = Credit([np.ones(16)] * 4)
     found = gradient_of(policy, rule.loss(TERM, policy, part, ones, None).value)
     delta = policy.delta.detach().clone().requires_grad_()
     predicted, target, *_ = written_out(policy, part, delta)
@@ -65,7 +65,7 @@ def test_invariant_15_advantages_weigh_each_samples_own_loss(process, weight):
     rule = AWM(AWM.Settings(weight=weight, anchor=0.0))
     policy, part = sampled(process, rule)
     advantage = np.linspace(-1, 1, 16)
-    found = gradient_of(policy, rule.loss(TERM, policy, part, [advantage] * 4, None).value)
+    found = gradient_of(policy, rule.loss(TERM, policy, part, Credit([advantage] * 4), None).value)
     delta = policy.delta.detach().clone().requires_grad_()
     predicted, target, _, _, sigma, _ = written_out(policy, part, delta)
     ell = ((predicted - target) ** 2).mean(1)
@@ -76,7 +76,7 @@ def test_invariant_15_advantages_weigh_each_samples_own_loss(process, weight):
 def test_anchor_and_divergence_pull_back():
     rule = AWM(AWM.Settings(anchor=2.0, kl=0.5))
     policy, part = sampled("flow_sde", rule)
-    found = gradient_of(policy, rule.loss(TERM, policy, part, [np.zeros(16)] * 4, None).value)
+    found = gradient_of(policy, rule.loss(TERM, policy, part, Credit([np.zeros(16)] * 4), None).value)
     delta = policy.delta.detach().clone().requires_grad_()
     predicted, *_ = written_out(policy, part, delta)
     anchor, *_ = written_out(policy, part, policy.shadows["anchor"]["delta"])
@@ -88,11 +88,11 @@ def test_anchor_and_divergence_pull_back():
 def test_awm_clips_against_the_policy_that_sampled():
     rule = AWM(AWM.Settings(weight="uniform", anchor=0.0, inner_updates=2, clip=1e-3))
     policy, part = sampled("flow_sde", rule, away=0.0)
-    first = rule.loss(TERM, policy, part, [np.ones(16)] * 4, None)
+    first = rule.loss(TERM, policy, part, Credit([np.ones(16)] * 4), None)
     assert first.gap.item() == 0
     with torch.no_grad():
         policy.delta.add_(0.3)
-    later = rule.loss(TERM, policy, part, [np.ones(16)] * 4, None)
+    later = rule.loss(TERM, policy, part, Credit([np.ones(16)] * 4), None)
     now, target, *_ = written_out(policy, part, policy.delta.detach())
     old, *_ = written_out(policy, part, policy.shadows["old"]["delta"])
     ratio = (((old - target) ** 2).mean(1) - ((now - target) ** 2).mean(1)).exp()
@@ -106,10 +106,10 @@ def test_invariant_16_nft_at_the_old_policy_is_advantage_weighted_matching(proce
     """(5 / b)(r L+ + (1 - r) L-) has the gradient A dL there; with r = 1/2 none."""
     rule = NFT(NFT.Settings(kl=0.0, space=space, beta=0.7))
     policy, part = sampled(process, rule, away=0.0)
-    flat = gradient_of(policy, rule.loss(TERM, policy, part, [np.zeros(16)] * 4, None).value)
+    flat = gradient_of(policy, rule.loss(TERM, policy, part, Credit([np.zeros(16)] * 4), None).value)
     assert np.abs(flat).max() < 1e-15
     advantage = np.linspace(-1, 1, 16)
-    found = gradient_of(policy, rule.loss(TERM, policy, part, [advantage] * 4, None).value)
+    found = gradient_of(policy, rule.loss(TERM, policy, part, Credit([advantage] * 4), None).value)
     delta = policy.delta.detach().clone().requires_grad_()
     predicted, target, x, alpha, sigma, x0 = written_out(policy, part, delta)
     if space == "prediction":
@@ -127,7 +127,7 @@ def test_invariant_16_nft_is_linear_matching_and_a_proximal_term(beta):
     rule = NFT(NFT.Settings(kl=0.0, space="prediction", beta=beta))
     policy, part = sampled("flow_sde", rule)
     advantage = np.linspace(-1, 1, 16)
-    found = gradient_of(policy, rule.loss(TERM, policy, part, [advantage] * 4, None).value)
+    found = gradient_of(policy, rule.loss(TERM, policy, part, Credit([advantage] * 4), None).value)
     delta = policy.delta.detach().clone().requires_grad_()
     predicted, target, *_ = written_out(policy, part, delta)
     old, *_ = written_out(policy, part, policy.shadows["old"]["delta"])
@@ -139,7 +139,7 @@ def test_invariant_16_nft_is_linear_matching_and_a_proximal_term(beta):
 def test_invariant_16_all_positive_with_beta_one_is_matching_of_the_policy_itself():
     rule = NFT(NFT.Settings(kl=0.0, space="prediction", beta=1.0))
     policy, part = sampled("flow_sde", rule)
-    found = gradient_of(policy, rule.loss(TERM, policy, part, [np.ones(16)] * 4, None).value)
+    found = gradient_of(policy, rule.loss(TERM, policy, part, Credit([np.ones(16)] * 4), None).value)
     delta = policy.delta.detach().clone().requires_grad_()
     predicted, target, *_ = written_out(policy, part, delta)
     (5 * ((predicted - target) ** 2).mean()).backward()

@@ -81,10 +81,12 @@ def test_T20_the_bias_is_each_samples_own():
     plan, part, credit = rolled(rule, policy)
     moved(policy)
     term = plan.updates[0][1]
-    alone = rule.loss(term, policy, part.select([3]), [c[[3]] for c in credit], None).metrics["ratio"].item()
+    alone = rule.loss(term, policy, part.select([3]), credit.select(part.tree, [3]), None).metrics["ratio"].item()
     for others in ([3, 4], [3, 9]):
-        rest = rule.loss(term, policy, part.select(others[1:]), [c[others[1:]] for c in credit], None).metrics["ratio"]
-        both = rule.loss(term, policy, part.select(others), [c[others] for c in credit], None).metrics["ratio"]
+        rest = rule.loss(term, policy, part.select(others[1:]), credit.select(part.tree, others[1:]), None).metrics[
+            "ratio"
+        ]
+        both = rule.loss(term, policy, part.select(others), credit.select(part.tree, others), None).metrics["ratio"]
         assert both.item() == pytest.approx((alone + rest.item()) / 2, abs=1e-14)
 
 

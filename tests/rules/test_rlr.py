@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from diffalign.backends.toy import ToyPolicy
 from diffalign.rewards.base import Wrapped
 from diffalign.rules import RLR
-from diffalign.types import Plan, Schedule, Term
+from diffalign.types import Credit, Plan, Schedule, Term
 from tests.kit.helpers import toy_prompts, toy_reward
 from tests.rules.small_rules import FullTruncatedBP
 from tests.rules.test_conformance import batches, worst_z
@@ -166,9 +166,11 @@ def test_invariant_4_a_replayed_span_ends_on_the_stored_latent():
     plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
     part = policy.rollout(given, plan)
     for term in plan.updates[0][1:]:
-        assert rule.loss(term, policy, part, [np.ones(8)] * 4, lambda media: media.pixels).gap.item() == 0.0
+        assert rule.loss(term, policy, part, Credit([np.ones(8)] * 4), lambda media: media.pixels).gap.item() == 0.0
     part.x[1][0, 0] += 1e-3
-    gaps = [rule.loss(t, policy, part, [np.ones(8)] * 4, lambda m: m.pixels).gap.item() for t in plan.updates[0][1:]]
+    gaps = [
+        rule.loss(t, policy, part, Credit([np.ones(8)] * 4), lambda m: m.pixels).gap.item() for t in plan.updates[0][1:]
+    ]
     assert max(gaps) > 1e-4
 
 

@@ -8,7 +8,7 @@ from diffalign.backends.toy import ToyPolicy
 from diffalign.errors import Unscored
 from diffalign.rewards.scorer import Scorer
 from diffalign.rules import RLR, TruncatedBP
-from diffalign.types import Media
+from diffalign.types import Credit, Media
 from tests.kit.helpers import toy_prompts, toy_reward, toy_trainer
 
 MISSING = 2  # the sample without a score
@@ -49,7 +49,7 @@ def test_one_missing_score_takes_its_sample_out_and_nothing_else(make, micro_bat
     found = []
     for reward in (holed, constant):
         policy, trainer = trained(make(), reward, micro_batch)
-        trainer.rule.credit = lambda tree, scores, prompts: [np.zeros(len(parent)) for parent in tree.parent]
+        trainer.rule.credit = lambda tree, scores, prompts: Credit([np.zeros(len(p)) for p in tree.parent])
         trainer.gradient(0)
         found.append(policy.delta.grad.clone())
     assert found[0].isfinite().all()
