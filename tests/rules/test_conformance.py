@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
+from diffalign.rules import AWM, RULES, FlowGRPO, Rule
 from diffalign.rules import RLR as RLRRule
-from diffalign.rules import RULES, Rule
 from diffalign.rules import TruncatedBP as TBP
 from diffalign.types import Plan, Scores, Term
 from tests.kit import ROOT
@@ -29,6 +29,10 @@ FORMS = {
     "draft_lv": lambda: TBP(TBP.Settings(variants=2)),
     "refl": lambda: TBP(TBP.Settings(judged=(2, 3), objective="hinge", target=5.0)),
     "drtune": lambda: TBP(TBP.Settings(depth="all", detached=True, trained=2, judged=(3, 4))),
+    "dgpo": lambda: AWM(AWM.Settings(implicit="group", implicit_beta=10.0)),
+    "residual": lambda: AWM(AWM.Settings(implicit="residual", implicit_to="anchor")),
+    "listwise": lambda: AWM(AWM.Settings(implicit="listwise", shared_noise=True)),
+    "flow_dppo": lambda: FlowGRPO(FlowGRPO.Settings(trust="kl", kl_limit=1e-3, inner_updates=2)),
     "vader": lambda: TBP(TBP.Settings(frames="random")),
 }
 FACTORIES = {**RULES, **FORMS, **{f"small_{name}": make for name, make in SMALL.items()}}
