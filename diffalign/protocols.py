@@ -65,7 +65,8 @@ class Needs:
     groups: several samples a prompt, to compare; bundle: prompts an update must have a multiple of; term_norms: the gradient norm
     of every term, in `Update.term_norms`; log_probs: those of the rollout's edges in `Scores`; graph_bytes: a call of `Rule.fit` before the
     first plan; anchored: an update even where all rewards are equal, for terms that need none; looks: a call of `Rule.look` for every term
-    and micro-batch, and of `Rule.settle`, before each optimiser step.
+    and micro-batch, and of `Rule.settle`, before each optimiser step; exact_steps: the rollout's steps are the
+    network's own, as ratios and gradients through the chain need. False: only finished samples are used, however they were made.
     """
 
     groups: bool = False
@@ -78,6 +79,7 @@ class Needs:
     graph_bytes: bool = False
     anchored: bool = False
     looks: bool = False
+    exact_steps: bool = True
 
 
 class Policy(Protocol):
@@ -112,11 +114,14 @@ class TrainablePolicy(Policy, Protocol):
     shadows: dict[str, dict[str, Tensor]]
     rows_forward: int
     rows_backward: int
+    parts_called: int  # of networks, in rollouts with a cache
+    parts_run: int  # those of them that the cache did not spare
     lossy: bool  # whether a replay may differ from a rollout in its last bits
 
     @property
     def exact(self) -> bool: ...
 
+    def cached(self) -> AbstractContextManager[None]: ...
     def recomputed(self, rollout: Rollout) -> Rollout: ...
     def forget(self) -> bool: ...
     def add_shadows(self, names: Iterable[str]) -> None: ...

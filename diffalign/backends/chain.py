@@ -55,8 +55,8 @@ class ChainPolicy(Trained, ABC):
         self.schedule = Schedule(timestep, levels.alpha, levels.sigma, self.noisy.std, gain, levels.prediction)
         self.micro_batch = micro_batch
         self.adapts = True
-        self.rows_forward = 0
-        self.rows_backward = 0
+        self.rows_forward = self.rows_backward = 0
+        self.parts_called = self.parts_run = 0
 
     # -- what a backend provides
 
@@ -87,6 +87,11 @@ class ChainPolicy(Trained, ABC):
     def forget(self) -> bool:
         """Give back what is kept only to be fast; whether there was anything."""
         return False
+
+    @contextmanager
+    def cached(self) -> Iterator[None]:
+        """Draw rollouts with a cache of features, where the policy has one, for the length of the context."""
+        yield
 
     def count(self, rows: int, again: bool = False) -> None:
         """Backends call this once per network call; `again`: one that only rebuilds a graph."""

@@ -16,8 +16,11 @@ from diffalign.backends import recorder
 from diffalign.backends.chain import ChainPolicy
 from diffalign.backends.seam import Seam
 from diffalign.backends.walk import OnStep
+from diffalign.models import caching
 from diffalign.models import lora as adapters
+from diffalign.models.caching import Cache
 from diffalign.models.checkpointing import by_blocks
+from diffalign.models.encoders import PROBE
 from diffalign.models.encodings import Kept
 from diffalign.models.graphs import Graphs, Tools
 from diffalign.processes import Process
@@ -44,6 +47,10 @@ class DiffusersPolicy(ChainPolicy):
         kept: where texts' encodings are, for a pipeline without its text encoders.
         recorder: what records the networks' calls, see `models.graphs`; None: they run one kernel at a time.
         lossy: whether a replay may differ from a rollout in its last bits: compiled blocks.
+        cache: of features, for rollouts within `cached`; None: there is none.
+
+    Raises:
+        UserError: for a pipeline that cannot be called so, or not with such a cache.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class DiffusersPolicy(ChainPolicy):
         kept: Kept | None = None,
         recorder: Tools | None = None,
         lossy: bool = False,
+        cache: Cache | None = None,
     ) -> None:
         arguments = call_arguments(steps, guidance_scale, call)
         self.seam = seam = Seam(pipe, process.kind, sigmas, arguments, kept)
@@ -75,6 +83,9 @@ class DiffusersPolicy(ChainPolicy):
         self.notify: Callable[[str], None] = self.remarks.append
         self._lora_layers = adapters.layers(pipe)
         self.graphs: list[Graphs] = []
+        self.cache, self._caching = cache, False
+        if cache is not None:
+            caching.try_out(adapters.denoisers(pipe), self._two_steps)
         for name, module in adapters.denoisers(pipe).items():
             able = blocks and by_blocks(module)
             if blocks and not able:
@@ -124,6 +135,37 @@ class DiffusersPolicy(ChainPolicy):
 
         return counted
 
+    # -- features kept between steps
+
+    @contextmanager
+    def cached(self) -> Iterator[None]:
+        self._caching = self.cache is not None
+        try:
+            yield
+        finally:
+            self._caching = False
+
+    @contextmanager
+    def _features_kept(self) -> Iterator[None]:
+        """An empty cache for the length of a trajectory, if it is to have one; what runs is then decided by values, and not recorded."""
+        if self.cache is None or not self._caching:
+            yield
+            return
+        recording = [graphs for graphs in self.graphs if graphs.on]
+        for graphs in recording:
+            graphs.on = False
+        try:
+            with self.cache.on(adapters.denoisers(self.pipe).values()):
+                yield
+        finally:
+            self.parts_called, self.parts_run = self.cache.called, self.cache.run
+            for graphs in recording:
+                graphs.on = True
+
+    def _two_steps(self) -> None:
+        with torch.no_grad():
+            self.seam.run([PROBE], None, (0, 1), lambda step, prediction, latent: latent)
+
     # -- what a chain needs
 
     def start(self, prompts: Prompts, seeds: Sequence[int]) -> Tensor:
@@ -131,7 +173,8 @@ class DiffusersPolicy(ChainPolicy):
         return self.seam.start(prompts.text, [torch.Generator().manual_seed(seed) for seed in seeds])
 
     def drive(self, prompts: Prompts, x: Tensor, steps: Sequence[int], on_step: OnStep) -> None:
-        self.seam.run(prompts.text, x, steps, on_step)
+        with self._features_kept():
+            self.seam.run(prompts.text, x, steps, on_step)
 
     def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor:
         seen: list[Tensor] = []

@@ -237,6 +237,7 @@ def _check_together(config: Config, settings: Any) -> list[str]:
             f"optimizer.schedule: got {config.optimizer.schedule}, which ends with updates, and {limits[0]} before; allowed is constant"
         )
     problems += _not_free(sampler.pipeline_args)
+    problems += _check_cache(config, needs.exact_steps) if sampler.cache is not None else []
     if needs.differentiable_reward:
         problems += _differentiable(config)
     return problems
@@ -252,6 +253,26 @@ def _not_free(arguments: dict[str, Any]) -> list[str]:
             problems.append(
                 f"sampler.pipeline_args: got {shown(key)}, it is not free; allowed are others of the pipeline's call"
             )
+    return problems
+
+
+def _check_cache(config: Config, exact: bool) -> list[str]:
+    """What cannot go with features that are kept between steps; exact: the rule's samples need every step."""
+    got, problems = f"sampler.cache: got {config.sampler.cache.name}", []  # type: ignore[union-attr]
+    if exact:
+        free = ", ".join(name for name, rule in RULES.items() if not rule().needs.exact_steps)
+        problems.append(
+            f"{got}, {config.rule['name']} learns from the steps a sample was made by, which must be the network's own; "
+            f"allowed is null, or a rule that learns from finished samples alone: {free}"
+        )
+    if config.speed == "compile":
+        problems.append(
+            f"{got} with speed compile, compiled blocks are not left out; allowed are speed=auto, eager, graphs"
+        )
+    if config.memory.shard != "none":  # a process that left a block out would not take part in gathering it
+        problems.append(
+            f"{got} with memory.shard {config.memory.shard}, processes that hold blocks together run all of them; allowed is one of the two"
+        )
     return problems
 
 

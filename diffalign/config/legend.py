@@ -35,7 +35,7 @@ def written(value: Any) -> str:
 
 
 def every() -> Iterator[Key]:
-    """Every key of a config but those of its rule, in the schema's order; sections are no keys."""
+    """Every key of a config but those of its rule, in the schema's order, those within one after it; sections are no keys."""
     raw, whole = properties(Config), in_full()
     for name, of in raw.items():
         if name == "rule":
@@ -43,7 +43,7 @@ def every() -> Iterator[Key]:
         elif hasattr(Config.model_fields[name].annotation, "model_fields"):
             for inner, part in of["properties"].items():
                 # Names that come from tables are in the whole schema alone.
-                yield _key(f"{name}.{inner}", {**_names(whole[name]["properties"][inner]), **part})
+                yield from _with_inner(f"{name}.{inner}", {**_names(whole[name]["properties"][inner]), **part})
         else:
             yield _key(name, {**_names(whole[name]), **of})
 
@@ -51,9 +51,7 @@ def every() -> Iterator[Key]:
 def rule_keys(name: str) -> Iterator[Key]:
     """Every setting of a rule, those within one after it."""
     for key, of in properties(RULES[name].Settings).items():
-        yield _key(f"rule.{key}", of)
-        within = [part["properties"] for part in of.get("anyOf", ()) if "properties" in part]
-        yield from (_key(f"rule.{key}.{inner}", part) for found in within for inner, part in found.items())
+        yield from _with_inner(f"rule.{key}", of)
 
 
 def explained(config: Config) -> list[str]:
@@ -71,6 +69,13 @@ def explained(config: Config) -> list[str]:
         for key, inner in value.items():
             lines.append(f"  {key}: {written(inner)}  # {known[f'{section}.{key}'].said(inner)}")
     return lines
+
+
+def _with_inner(name: str, of: dict[str, Any]) -> Iterator[Key]:
+    """A key, and those of the section that may stand there."""
+    yield _key(name, of)
+    within = [part["properties"] for part in of.get("anyOf", ()) if "properties" in part]
+    yield from (_key(f"{name}.{inner}", part) for found in within for inner, part in found.items())
 
 
 def _key(name: str, of: dict[str, Any]) -> Key:

@@ -11,6 +11,7 @@ from diffalign.config.decided import Decided
 from diffalign.config.hardware import Attention, Checkpoint, MemorySection, Speed
 from diffalign.config.kinds import ASKED, FREE, HELD, Decay, Precision
 from diffalign.config.limits import BudgetConfig, GuardConfig
+from diffalign.config.sampling import SamplerConfig
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import SETS
 from diffalign.rules import RULES, Rule
@@ -50,25 +51,6 @@ class PromptsConfig(Settings):
     )
     groups: int = Field(4, ge=1, le=LARGEST, description="prompts per update")
     group_size: int = Field(16, ge=1, le=LARGEST, description="samples per prompt")
-
-
-class SamplerConfig(Settings):
-    """How trajectories are sampled, in training and evaluation."""
-
-    model_config = ConfigDict(json_schema_extra=HELD)
-
-    process: str = Field("flow_sde", description="how a step follows from a prediction")
-    noise_level: float = Field(
-        0.7, ge=0, le=100, description="a of flow_sde, eta of dance_sde and ddim", json_schema_extra=ASKED
-    )
-    steps: int = Field(10, ge=2, le=1000, description="calls of the network a sample")
-    guidance_scale: float | None = Field(
-        1.0, ge=0, description="how far the prompt pulls; 1: not; null: not passed on, the pipeline's own default"
-    )
-    sigmas: Literal["pipeline", "linear"] = Field("pipeline", description="noise levels: the scheduler's, or even")
-    pipeline_args: dict[str, Any] = Field(
-        {}, description="further arguments of the pipeline's call: height, width, ..."
-    )
 
 
 class LoraSection(Settings):

@@ -189,7 +189,7 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
     plans = [rule.plan(schedule, k, numpy_generator(config.seed, Purpose.PLAN, k)) for k in range(20)]
     if any(other != plans[0] for other in plans):
         notes = [*notes, "the plan is drawn anew for every update; this is the first one's"]
-    notes = [*config.told, *notes, *remarks.weights(config, rule), remarks.evaluations(config)]
+    notes = [*config.told, *notes, *remarks.weights(config, rule), *remarks.cache(config), remarks.evaluations(config)]
     plan = plans[0]
     forward, backward = (network.calls * rows for rows in _rows(config, rule, levels))
     again = backward if config.checkpoint in ("spans", "both") else 0  # whole calls that run again for the gradient

@@ -15,6 +15,13 @@ def weights(config: Config, rule: Rule) -> list[str]:
     return [f"one reward: its weight {weights[0]:g} cancels in advantages of scale {scale}"]
 
 
+def cache(config: Config) -> list[str]:
+    """Of calls that a cache will cut short."""
+    if config.sampler.cache is None:
+        return []
+    return ["sampler.cache: rows of sampling are counted whole; which blocks are spared is known as they are drawn"]
+
+
 def evaluations(config: Config) -> str:
     """What evaluations cost."""
     evaluation, book_of = config.evaluation, config.book

@@ -78,10 +78,16 @@ class AWM(forward.ForwardRule):
     def needs(self) -> Needs:
         s = self.settings
         implicit = s.implicit != "none"
-        anchored = (
-            s.kl > 0 or s.anchor > 0 or implicit
-        )  # a group without spread still draws its implicit rewards together
-        return Needs(groups=True, reference=s.referred, stochastic_sampler=s.noise, anchored=anchored, looks=implicit)
+        return Needs(
+            groups=True,
+            reference=s.referred,
+            stochastic_sampler=s.noise,
+            anchored=s.kl > 0
+            or s.anchor > 0
+            or implicit,  # a group without spread still draws its implicit rewards together
+            looks=implicit,
+            exact_steps=False,
+        )
 
     def decays(self, update: int) -> dict[str, float]:
         s = self.settings

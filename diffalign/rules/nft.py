@@ -44,7 +44,7 @@ class NFT(forward.ForwardRule):
     def needs(self) -> Needs:
         s = self.settings
         # At A = 0 the loss still draws v towards v_old.
-        return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise, anchored=True)
+        return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise, anchored=True, exact_steps=False)
 
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)

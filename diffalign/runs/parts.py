@@ -16,6 +16,7 @@ from diffalign.config import Config
 from diffalign.config.adapters import of_the_model
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.models import calls, compiling, decoding, encoders, loading, lora, lora_files, merging
+from diffalign.models.caching import Cache
 from diffalign.models.encodings import Kept
 from diffalign.models.places import Adapter, found, given
 from diffalign.processes import PROCESSES
@@ -215,6 +216,7 @@ def policy(
             kept=kept,
             recorder=recorder(config),
             lossy=compiled(config),
+            cache=None if sampler.cache is None else Cache(sampler.cache.threshold),
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"sampler: {type(pipe).__name__} does not accept these settings: {one_line(error)}") from error

@@ -13,6 +13,7 @@ TOTAL, VALID, COUNT = "reward/total", "reward/valid", "eval/n"
 RATE, DIVERSITY, DRIFT = "lr", "pictures/diversity", "pictures/drift"
 BLANK, LATENT = "pictures/blank", "latents/rms"
 RESET = "reference_reset"  # of an update after which the reference became the present model
+SPARED = "cache/spared"  # share of its rollouts' calls of blocks that a cache answered
 # What a run had taken up to an evaluation, by kind.
 SPENT = {kind: f"spent/{kind}" for kind in ("rows", "reward_calls", "seconds")}
 _FIXED = {"total", "valid"}

@@ -97,7 +97,7 @@ class Trainer:
         if self.rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(index)
-        started, forward, backward = time.perf_counter(), self.policy.rows_forward, self.policy.rows_backward
+        started, before = time.perf_counter(), self._counters()
         sampled = self._sample(index, clock)
         update = sampled.update
         if not update.flat:
@@ -116,12 +116,16 @@ class Trainer:
         self.whole = True
         seconds = {f"seconds/{phase}": value for phase, value in clock.seconds.items()}
         seconds["seconds/total"] = time.perf_counter() - started
-        rows = self.world.gather((self.policy.rows_forward - forward, self.policy.rows_backward - backward))
-        nfe = dict(
-            zip(("nfe", "nfe_backward"), (float(sum(column)) for column in zip(*rows, strict=True)), strict=True)
-        )
+        counted = self.world.gather([now - then for now, then in zip(self._counters(), before, strict=True)])
+        forward, backward, called, run = (float(sum(column)) for column in zip(*counted, strict=True))
+        spent = {"nfe": forward, "nfe_backward": backward, **({keys.SPARED: 1 - run / called} if called else {})}
         rate = {keys.RATE: float(self.optimizer.param_groups[0]["lr"])}
-        return replace(update, metrics={**update.metrics, **rate, **seconds, **nfe})
+        return replace(update, metrics={**update.metrics, **rate, **seconds, **spent})
+
+    def _counters(self) -> tuple[int, int, int, int]:
+        """What the policy has counted so far."""
+        policy = self.policy
+        return policy.rows_forward, policy.rows_backward, policy.parts_called, policy.parts_run
 
     def _reset(self, index: int, update: Update) -> Update:
         """Let the reference be the present model if the rule says so, and note that."""
@@ -154,7 +158,10 @@ class Trainer:
         rows = self.world.rows(len(prompts), self.dealt)
 
         def own() -> tuple[Rollout, Scores | None]:
-            with self.policy.shadow(plan.sampled_by) if plan.sampled_by else nullcontext():
+            with (
+                self.policy.shadow(plan.sampled_by) if plan.sampled_by else nullcontext(),
+                nullcontext() if self.rule.needs.exact_steps else self.policy.cached(),
+            ):
                 work = functools.partial(self.sampling.run, prompts.select(rows), plan, clock)
                 return fitting(self.policy, work, self.notify)
 

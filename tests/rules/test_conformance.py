@@ -1,6 +1,7 @@
 """One list, one promise: every rule in `RULES`, and small forms of what the protocol must carry, on the Gaussian chain."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -44,6 +45,25 @@ def ready(rule: Rule, process: str = "flow_sde") -> ToyPolicy:
     policy = ToyPolicy(process=process)
     policy.add_shadows(rule.decays(0))
     return policy
+
+
+@every_rule
+def test_a_cache_of_features_is_for_rules_alone_whose_terms_are_of_finished_samples(make):
+    entered = []
+
+    class Caching(ToyPolicy):
+        @contextmanager
+        def cached(self):
+            entered.append(True)
+            yield
+
+    rule, policy = make(), Caching()
+    trainer = toy_trainer(rule, policy, groups=2, group_size=4)
+    trainer.gradient(0)
+    plan = rule.plan(policy.schedule, 0, np.random.default_rng(0))
+    finished = all(term.through == "forward" for terms in plan.updates for term in terms)
+    assert bool(entered) == (not rule.needs.exact_steps)
+    assert finished or not entered
 
 
 @every_rule

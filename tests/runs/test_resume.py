@@ -370,3 +370,30 @@ def test_somebody_elses_files_are_not_written_over(tmp_path):
     (tmp_path / "b" / "config.yaml").mkdir(parents=True)
     with pytest.raises(UserError, match="config.yaml is a folder, a run has a file there"):
         open_run(config_of(tmp_path / "b"))
+
+
+def test_a_run_with_a_cache_of_features_resumes_bit_for_bit(tmp_path):
+    """Its samples do not depend on what was drawn before."""
+
+    def trained(place, updates):
+        cached = "sampler.cache={name: first_block, threshold: 10}"  # every step but the first is spared
+        flux = ("model=shapes-flux", "sampler.pipeline_args={height: 64, width: 64, max_sequence_length: 16}")
+        config = tiny_config(
+            place,
+            cached,
+            *flux,
+            "evaluation.enabled=false",
+            "output.samples=1",
+            f"updates={updates}",
+            name="nft/shapes-sd3",
+        )
+        session.train(config, quiet=True)
+        rows, _ = scanned(place, METRICS)
+        return load_file(place / "adapter" / "pytorch_lora_weights.safetensors"), rows
+
+    straight, rows = trained(tmp_path / "straight", 2)
+    trained(tmp_path / "run", 1)
+    resumed, _ = trained(tmp_path / "run", 2)
+    assert same(straight, resumed)
+    spared = [row["cache/spared"] for row in rows if "nfe" in row]
+    assert spared == pytest.approx([2 * 5 / 18] * 2)  # two of three steps, five of six blocks

@@ -1,0 +1,45 @@
+"""The keys of a config that say how trajectories are sampled. Data only."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from diffalign.config.kinds import ASKED, HELD
+from diffalign.runtime.settings import Settings
+
+
+class CacheConfig(Settings):
+    """Keys of `sampler.cache:`."""
+
+    name: Literal["first_block"] = Field(
+        description="first_block: where the first block's change is nearly that of the step before, the others are not run"
+    )
+    threshold: float = Field(
+        0.1, ge=0, le=10, description="difference of the two changes, relative, below which they are left out; 0: never"
+    )
+
+
+class SamplerConfig(Settings):
+    """How trajectories are sampled, in training and evaluation."""
+
+    model_config = ConfigDict(json_schema_extra=HELD)
+
+    process: str = Field("flow_sde", description="how a step follows from a prediction")
+    noise_level: float = Field(
+        0.7, ge=0, le=100, description="a of flow_sde, eta of dance_sde and ddim", json_schema_extra=ASKED
+    )
+    steps: int = Field(10, ge=2, le=1000, description="calls of the network a sample")
+    guidance_scale: float | None = Field(
+        1.0, ge=0, description="how far the prompt pulls; 1: not; null: not passed on, the pipeline's own default"
+    )
+    sigmas: Literal["pipeline", "linear"] = Field("pipeline", description="noise levels: the scheduler's, or even")
+    cache: CacheConfig | None = Field(
+        None,
+        description="training samples by features kept between steps: sooner, and others; nft, awm; null: none",
+        json_schema_extra=ASKED,
+    )
+    pipeline_args: dict[str, Any] = Field(
+        {}, description="further arguments of the pipeline's call: height, width, ..."
+    )
