@@ -8,14 +8,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from diffalign.errors import Unscored
 from diffalign.protocols import START, TrainablePolicy
-from diffalign.rewards.scorer import Scorer, Tally
+from diffalign.rewards.scorer import Scorer
 from diffalign.rules import Rule
 from diffalign.runtime import keys
 from diffalign.runtime.distributed import ALONE, World
@@ -23,26 +23,9 @@ from diffalign.runtime.memory import fitting
 from diffalign.runtime.progress import Progress, silent
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.backward import Backward, Logged
-from diffalign.training.scoring import Clock, Sampling, describe, joined, joined_scores, looked
-from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Scores, Span, Term, Tree, Update
-
-
-@dataclass
-class Sampled:
-    """What an update starts from: this process's rollout, which rows it has of all prompts, the credit of all, and what is known so far."""
-
-    rollout: Rollout
-    rows: list[int]
-    prompts: Prompts
-    credit: Credit | None
-    update: Update
-
-    def own(self, rows: dict[str, Floats] | None = None) -> Credit | None:
-        """This process's part of the credit, with further numbers about all leaves."""
-        if self.credit is None:
-            return None
-        whole = replace(self.credit, rows={**self.credit.rows, **(rows or {})})
-        return whole.select(Tree.grow(len(self.prompts), self.rollout.plan.branch), self.rows)
+from diffalign.training.sampled import Sampled, settled, tallied
+from diffalign.training.scoring import Clock, Sampling, describe, joined_scores, looked
+from diffalign.types import Credit, Plan, Prompts, Rollout, Scores, Span, Term, Tree, Update
 
 
 class Trainer:
@@ -147,7 +130,7 @@ class Trainer:
         """The gradient of update `index`'s first optimiser step, left in the parameters' `grad`; nothing else moves."""
         sampled = self._sample(index, Clock.of(self.policy))
         terms = sampled.rollout.plan.updates[0]
-        credit = self._settled(terms, sampled)
+        credit = settled(terms, sampled, self.backward, self.world, self.notify)
         logged = self._gradient(terms, sampled, credit, first=True, where=f"update {index + 1}")
         return _with(sampled.update, logged)
 
@@ -190,11 +173,11 @@ class Trainer:
         skipped = 0
         for number, terms in enumerate(sampled.rollout.plan.updates):
             first, where = number == 0, f"update {index + 1}"
-            credit = self._settled(terms, sampled)
+            credit = settled(terms, sampled, self.backward, self.world, self.notify)
             work = functools.partial(self._gradient, terms, sampled, credit, first=first, where=where)
             logged = self.world.together(functools.partial(fitting, self.policy, work, self.notify))
             logged = self.world.average(logged, len(sampled.rollout.prompts) / len(sampled.prompts))
-            counts = self._counts(where)
+            counts = tallied(self.world, self.backward.tally, self.max_invalid, where)
             norm = self._step()
             skipped += norm is None
             logged |= {"skipped_nonfinite": 1.0} if norm is None else {"grad_norm": norm, "skipped_nonfinite": 0.0}
@@ -207,20 +190,6 @@ class Trainer:
             values.update(missing)
         update = _with(update, {name: float(np.mean(each)) for name, each in values.items()})
         return replace(update, steps=len(sampled.rollout.plan.updates), nonfinite=skipped)
-
-    def _counts(self, where: str) -> Tally:
-        """What the step just taken a gradient of asked rewards about, in all processes.
-
-        Raises:
-            Unscored: if too many samples have no score.
-        """
-        whole = Tally()
-        for part in self.world.gather(self.backward.tally):
-            whole = Tally(whole.asked + part.asked, whole.unscored + part.unscored, whole.missing + part.missing)
-        if whole.unscored and (whole.unscored > self.max_invalid * whole.asked or whole.unscored == whole.asked):
-            lines = [f"{name}: {count} of {whole.asked}" for name, count in whole.missing.items()]
-            raise Unscored(f"{where}: samples without a score, {', '.join(lines)}")
-        return whole
 
     def _gradient(
         self,
@@ -241,26 +210,6 @@ class Trainer:
         return self.backward.accumulate(
             terms, sampled.rollout, credit, first=first, where=where, total=len(sampled.prompts)
         )
-
-    def _settled(self, terms: tuple[Term, ...], sampled: Sampled) -> list[Credit | None]:
-        """This process's credit for each term of an optimiser step, with what the rule finds out about groups beforehand."""
-        if not self.rule.needs.looks:
-            return [sampled.own()] * len(terms)
-        work = functools.partial(
-            fitting, self.policy, functools.partial(self.backward.look, terms, sampled.rollout), self.notify
-        )
-        by_process = self.world.gather((sampled.rows, self.world.together(work)))
-        assert sampled.credit is not None
-        tree = Tree.grow(len(sampled.prompts), sampled.rollout.plan.branch)
-        group = sampled.prompts.group[tree.leaf_root]
-        settled = []
-        for place in range(len(terms)):
-            names = by_process[0][1][place]
-            looked = {
-                name: joined([(rows, own[place][name]) for rows, own in by_process if rows], tree) for name in names
-            }
-            settled.append(sampled.own(self.rule.settle(looked, sampled.credit, group)))
-        return settled
 
     def _step(self) -> float | None:
         """Clip and step; returns the gradient's norm before, None where it is not finite and the step is skipped."""
