@@ -162,6 +162,9 @@ class ScoringConfig(Settings):
         json_schema_extra={**ASKED, "allowed": "first, middle, all or uniform:N"},
     )
     reduce: Literal["mean", "min"] = Field("mean", description="over those frames", json_schema_extra=ASKED)
+    probe: bool = Field(
+        True, description="try rewards in other trainers' forms on two samples first; false: where calls cost money"
+    )
 
 
 class Config(Settings):

@@ -133,6 +133,10 @@ def run(
 def _scorer(task: Task, say: Callable[[str], None]) -> Scorer:
     try:
         scorer = Scorer({name: load_reward(name) for name in task.rewards})
+        if grouped := [name for name, reward in scorer.rewards.items() if reward.grouped]:
+            raise UserError(
+                f"rewards: {grouped[0]} compares the samples of a group; allowed here are those that score one by one"
+            )
         scorer.greet(say)
     except UserError as error:
         raise UserError(*(line.replace("rewards: ", "--reward: ", 1) for line in error.problems)) from error

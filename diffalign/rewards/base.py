@@ -21,12 +21,20 @@ class Reward(ABC):
     """One number a sample; NaN where there is none, never a stand-in.
 
     background: whether it may score in a thread of its own while sampling goes on; foreign: whether it is a user's code, of which nothing
-    is known; files: the user's, which its scores depend on.
+    is known; files: the user's, which its scores depend on; recognised: how a user's is called, as its signature tells; probed: whether
+    that is tried before a run begins; clips: whether it is shown whole videos; keeps_gradient: whether its
+    pictures are tensors that can have one; grouped: whether it compares the samples of a group, which has one of `sizes`.
     """
 
     background: bool = False
     foreign: bool = False
     files: tuple[Path, ...] = ()
+    recognised: str = ""
+    probed: bool = False
+    clips: bool = True
+    keeps_gradient: bool = True
+    grouped: bool = False
+    sizes: tuple[int, ...] = ()
 
     @property
     def said(self) -> str:
@@ -67,7 +75,7 @@ class Wrapped(Reward):
 
     foreign = True
 
-    def __init__(self, function: Callable[[Media, Prompts], Any], background: bool = False) -> None:
+    def __init__(self, function: Callable[..., Any], background: bool = False) -> None:
         self.function = function
         self.background = background or getattr(function, "background", False)
 

@@ -8,7 +8,8 @@ while sampling goes on) where they apply. What `rewards check` shows and expects
 shapes), and of its three samples, one as asked, another one and noise, the `known` scores within `tolerance`, or that they are
 `ordered`: the first above the second.
 
-Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`; a module-level
+Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`, and those that were written for
+other trainers (see `takes`), `#part` after the name picks one of several scores; a module-level
 `DIFFERENTIABLE = ["function"]` says which of its functions have a gradient to the pixels. An installed package gives it a bare name by
 an entry point in the group `diffalign.rewards`. `http://host:port/score` is a reward behind a server, several addresses with | between
 them one behind several.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
+from diffalign.rewards import takes
 from diffalign.runtime.extras import missing
 from diffalign.runtime.files import HUB_ID, is_file
 
@@ -35,11 +37,12 @@ from diffalign.runtime.files import HUB_ID, is_file
 class Entry:
     """Where a reward is and what it promises. needs: keys its samples' metadata must have; weights: where its weights are unless
     `place` says otherwise; extra: the module it needs from an optional extra; range: of its scores; memory: GiB of its weights;
-    background: it may score in a thread of its own; urls: of its servers; known, tolerance, ordered: what `rewards check` expects."""
+    background: it may score in a thread of its own; urls: of its servers;
+    part: of what a user's function returns; known, tolerance, ordered: what `rewards check` expects."""
 
     name: str
     source: str  # a module name or a file
-    attribute: str
+    attribute: str  # in it; of a user's perhaps a method of what is there: thing.score
     differentiable: bool = False
     modality: str = "any"  # image: sees one frame at a time; video: needs several; any: gets what there is
     about: str = ""
@@ -56,6 +59,7 @@ class Entry:
     ordered: bool = False
     place: str | None = None
     urls: tuple[str, ...] = ()
+    part: str = ""
 
     @property
     def missing(self) -> str:
@@ -204,7 +208,9 @@ def find(name: str) -> Entry:
             able = ", ".join(key for key, entry in known.items() if entry.weights)
             raise LookupError(f"got {name!r}; NAME@PLACE is for rewards with weights: {able}")
         return replace(known[bare], name=name, place=place)
-    return _function(name, plugged(name) or name)
+    bare, mark, part = name.partition("#")
+    point = None if ":" in bare else plugged(bare)
+    return _function(name, name if point is None else f"{point}{mark}{part}")
 
 
 def known(name: str, field: str) -> Entry:
@@ -223,6 +229,9 @@ def _function(name: str, place: str) -> Entry:
     """The entry of `./file.py:function` or `package.module:function`."""
     known = builtin()
     source, _, attribute = place.rpartition(":")
+    attribute, marked, part = attribute.partition("#")
+    if marked and not part:
+        raise LookupError(f"got {name!r}; after # stands a part of its answer, such as {name}VQ")
     if not source:
         if name.endswith(".py"):
             raise LookupError(f"got {name!r}; name the function in it: {name}:FUNCTION")
@@ -242,11 +251,15 @@ def _function(name: str, place: str) -> Entry:
         except ValueError as error:
             raise LookupError(f"{source} is not Python text ({error})") from error
         defined = _defined(body)
-        if attribute not in defined and "*" not in defined:
+        if attribute.partition(".")[0] not in defined and "*" not in defined:
             raise LookupError(
                 f"{source} defines no function {attribute!r}, it defines {', '.join(sorted(defined)) or 'nothing'}"
             )
-        return Entry(name, str(path.resolve()), attribute, _differentiable(body, attribute, source))
+        try:
+            takes.check_source(body, attribute, _literal(body, "TAKES"))
+        except takes.Unrecognised as error:
+            raise LookupError(str(error)) from error
+        return Entry(name, str(path.resolve()), attribute, _differentiable(body, attribute, source), part=part)
     try:
         spec = importlib.util.find_spec(source)
     except (ImportError, ValueError) as error:
@@ -259,6 +272,7 @@ def _function(name: str, place: str) -> Entry:
         source,
         attribute,
         bool(known_source) and _differentiable(_parsed(Path(str(spec.origin))), attribute, source),
+        part=part,
     )
 
 

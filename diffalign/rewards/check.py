@@ -29,12 +29,13 @@ def check(name: str) -> list[str]:
         Fault: if a score is missing, all are equal, one is not what is known, or the weights look as if nobody had trained them.
     """
     entry = find(name)
+    reward = load(name)
     kinds = {"text": _writing, "sign": _signs}
     wanted, shots = kinds.get(entry.shown, _videos if entry.modality == "video" else _pictures)()
     pixels = torch.from_numpy(shots).permute(0, 1, 4, 2, 3) / 255
     keys = np.arange(3)
-    prompts = Prompts([wanted["prompt"]] * 3, keys, keys, keys, [wanted] * 3)
-    reward = load(name)
+    reward.sizes = (3,) if reward.grouped else ()
+    prompts = Prompts([wanted["prompt"]] * 3, np.zeros_like(keys), keys, keys, [wanted] * 3)
     scores = Scorer({name: reward}).scores(Media(pixels), prompts)
     values = scores.by_name[name]
     if not scores.valid.all():
@@ -51,7 +52,8 @@ def check(name: str) -> list[str]:
     kind = "differentiable" if entry.differentiable else "black box"
     if not entry.known:
         lines.append("no known values" + (", but the right order" if entry.ordered else ""))
-    return [f"{name}, {kind}: {wanted['prompt']!r}", *lines, "ok"]
+    told = [f"takes     {reward.recognised}"] if reward.recognised else []
+    return [f"{name}, {kind}: {wanted['prompt']!r}", *told, *lines, "ok"]
 
 
 def _check_known(entry: Entry, values: NDArray[np.float64]) -> None:

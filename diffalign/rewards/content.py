@@ -53,8 +53,9 @@ def own_files(entry: Entry, seen: set[Path]) -> tuple[Path, ...]:
     if entry.source.endswith(".py"):
         source = Path(entry.source)
         code = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-        near = [Path(path).absolute() for path in (*(p for p in code if p), *seen)]
-        files |= {source, *(path for path in near if source.parent in path.parents and _own(path))}
+        beneath = os.path.join(source.parent, "")  # as text: thousands of modules are held against it
+        near = (os.path.abspath(path) for path in (*(p for p in code if p), *seen))
+        files |= {source, *(path for path in map(Path, (p for p in near if p.startswith(beneath))) if _own(path))}
     if entry.place and (place := Path(entry.place)).exists():
         files |= {place.absolute()} if place.is_file() else {p.absolute() for p in place.rglob("*") if p.is_file()}
     return tuple(sorted(files))

@@ -6,26 +6,40 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import operator
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from diffalign.errors import UserError, shown
 from diffalign.rewards import content
 from diffalign.rewards.base import Reward, Wrapped
 from diffalign.rewards.catalog import Entry, find
+from diffalign.rewards.foreign import adapted
 from diffalign.rewards.frames import PerFrame
 from diffalign.rewards.isolated import FAILURES, switches, users, why
 from diffalign.rewards.remote import Remote
+from diffalign.rewards.takes import Unrecognised
 
 
-def load(name: str, deadline: float = 300.0, batch: int = 16, frames: str = "all", reduce: str = "mean") -> Reward:
-    """The reward of a name; classes are created without arguments, or with the place of their weights.
+def load(
+    name: str,
+    deadline: float = 300.0,
+    batch: int = 16,
+    frames: str = "all",
+    reduce: str = "mean",
+    device: str | None = None,
+) -> Reward:
+    """The reward of a name; those that ship are created without arguments, or with the place of their weights, others as `adapted` says.
 
-    deadline, batch: of `Remote`; frames, reduce: of `PerFrame`, which shows videos to the rewards for pictures that come with the tool.
+    deadline, batch: of `Remote`; frames, reduce: of `PerFrame`, which shows videos to rewards for pictures; device: where a user's reward
+    that asks for one is made, None: the first CUDA device, else the CPU.
 
     Raises:
-        UserError: if its module cannot be imported or lacks the function.
+        UserError: if its module cannot be imported, lacks the function, or has one whose call cannot be told.
     """
     try:
         entry = find(name)
@@ -34,33 +48,63 @@ def load(name: str, deadline: float = 300.0, batch: int = 16, frames: str = "all
     if entry.urls:
         return Remote(name, entry.urls, deadline, batch)
     with content.opened() as seen, switches():
-        reward = _loaded(entry)
+        ships = entry.source.startswith("reward_models.")
+        reward = _shipped(entry) if ships else _users(entry, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reward.background = reward.background or entry.background
-    reward = PerFrame(reward, frames, reduce) if entry.modality == "image" else reward
-    reward.foreign = not entry.source.startswith("reward_models.")
+    if entry.modality == "image" or not reward.clips:
+        inner, reward = reward, PerFrame(reward, frames, reduce)
+        reward.recognised, reward.probed = inner.recognised, inner.probed
+    reward.foreign = not ships
     reward.files = content.own_files(entry, seen)
     return reward
 
 
-def _loaded(entry: Entry) -> Reward:
-    """An entry's object, imported and created."""
-    try:
-        module = _module(entry)
-    except FAILURES as error:
-        raise UserError(f"rewards: {entry.name}: cannot be imported: {why(error)}") from error
-    target = getattr(module, entry.attribute, None)
-    if not callable(target):
-        what = f"is {shown(target)}" if hasattr(module, entry.attribute) else "is not there"
-        raise UserError(
-            f"rewards: {entry.name}: {entry.attribute!r} in {entry.source} {what}, allowed is what can be called"
-        )
-    made = _made(entry, target) if inspect.isclass(target) else target
+def _shipped(entry: Entry) -> Reward:
+    """The object of a reward that comes with the tool."""
+    target = _target(entry, _imported(entry))
+    made = _created(entry, target, *filter(None, [entry.place])) if inspect.isclass(target) else target
     return made if isinstance(made, Reward) else Wrapped(made, entry.background)
 
 
-def _made(entry: Entry, kind: Any) -> Any:
+def _users(entry: Entry, device: str) -> Reward:
+    """A user's, in whatever form it is."""
+    module = _imported(entry)
+    told, where = getattr(module, "TAKES", None), torch.device(device)
+    made: Reward = _created(entry, adapted, entry.attribute, _target(entry, module), told, entry.part, where)
+    if entry.differentiable and not made.keeps_gradient:
+        raise UserError(
+            f"rewards: {entry.name}: DIFFERENTIABLE names it, and it takes {made.recognised}; allowed with a gradient are float tensors"
+        )
+    return made
+
+
+def _imported(entry: Entry) -> Any:
     try:
-        return kind() if entry.place is None else kind(entry.place)
+        return _module(entry)
+    except FAILURES as error:
+        raise UserError(f"rewards: {entry.name}: cannot be imported: {why(error)}") from error
+
+
+def _target(entry: Entry, module: Any) -> Any:
+    """What the entry names, which may be a method of it: `thing.score`."""
+    try:
+        target = operator.attrgetter(entry.attribute)(module)
+    except AttributeError:
+        what = "is not there"
+    else:
+        if callable(target):
+            return target
+        what = f"is {shown(target)}"
+    raise UserError(
+        f"rewards: {entry.name}: {entry.attribute!r} in {entry.source} {what}, allowed is what can be called"
+    )
+
+
+def _created(entry: Entry, make: Callable[..., Any], *given: Any) -> Any:
+    try:
+        return make(*given)
+    except Unrecognised as error:
+        raise UserError(f"rewards: {entry.name}: {error}") from error
     except FAILURES as error:
         raise UserError(f"rewards: {entry.name}: cannot be created: {why(error)}") from error
 
@@ -78,7 +122,8 @@ def _module(entry: Entry) -> Any:
     sys.modules[spec.name] = module
     beside = str(path.parent)
     # It may import what stands beside it, as a script may, and not what another reward has beside it under that name.
-    for other in [key for key in sys.modules if key.partition(".")[0] in _names(path.parent)]:
+    near = _names(path.parent)
+    for other in [key for key in sys.modules if key.partition(".")[0] in near]:
         if path.parent not in Path(getattr(sys.modules[other], "__file__", None) or "").parents:
             del sys.modules[other]
     sys.path.insert(0, beside)

@@ -29,6 +29,7 @@ class Narrow(Wrapped):
     def __init__(self, reward: Reward) -> None:
         super().__init__(reward, reward.background)
         self.foreign, self.files = reward.foreign, reward.files
+        self.recognised, self.probed = reward.recognised, reward.probed
         for network in reward.networks():
             network.to(torch.bfloat16)
 

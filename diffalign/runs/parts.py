@@ -127,11 +127,32 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
 
 def _reward(config: Config, name: str, say: Callable[[str], None]) -> Reward:
     scoring = config.scoring
-    reward = load_reward(name, scoring.deadline, scoring.batch, scoring.frames, scoring.reduce)
+    reward = load_reward(name, scoring.deadline, scoring.batch, scoring.frames, scoring.reduce, device(config))
+    if reward.grouped:
+        reward.sizes = whole_groups(config, name)
     reward.greet(say)
     if config.checkpoint != "none":
         reward.checkpoint()
     return reward
+
+
+def whole_groups(config: Config, name: str) -> tuple[int, ...]:
+    """How many samples a group has in training and in evaluations, for a reward that compares them.
+
+    Raises:
+        UserError: if a micro-batch would hold a part of one.
+    """
+    sizes = {"prompts.group_size": config.prompts.group_size}
+    if config.evaluation.enabled:
+        sizes["evaluation.images_per_prompt"] = config.evaluation.images_per_prompt
+    if problems := [
+        f"{key}: got {size} with optimizer.micro_batch {config.micro_batch}, {name} compares the samples of a group; allowed are 2 or more "
+        "that divide it"
+        for key, size in sizes.items()
+        if size < 2 or config.micro_batch % size
+    ]:
+        raise UserError(*problems)
+    return tuple(sizes.values())
 
 
 def _narrowed(config: Config, name: str, wide: Reward, say: Callable[[str], None]) -> Reward:

@@ -24,6 +24,7 @@ from diffalign.runs.guards import Guards
 from diffalign.runs.introducing import introduce
 from diffalign.runs.listeners import listeners
 from diffalign.runs.outputs import AVERAGES, Outputs, published
+from diffalign.runs.probing import probe
 from diffalign.runs.progress import Reporter
 from diffalign.runs.reach import Reach
 from diffalign.runs.resume import DECIDED, with_kept
@@ -131,6 +132,7 @@ class Session:
                 reporter.say(f"{key}: {value!r}, as the run began; this version's default is another")
         batch = self.trainer.draw(0).select(range(self.policy.micro_batch))
         introduce(config, made, batch, reporter.say)
+        probe(config, made, self.trainer.draw, reporter.say)
         self.budget, self.spent = Budget.of(config), Spent()
         self.held: float | None = None  # GiB, once they were told
         self.skipped = self.nonfinite = self.unscored = 0  # updates; gradients and updates in a row
