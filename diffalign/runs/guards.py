@@ -18,7 +18,7 @@ from diffalign.runtime import keys
 Row = dict[str, float]
 FIRST = 2  # updates that later ones are compared with: the first is the base model's, a broken run's third can be gone already
 ALIKE, FLAT, CLIPPED, BLANK = 0.6, 0.9, 0.9, 0.1
-DRIFTED, STEEP = 1.5, 30.0  # of latents' size either way, and of the gradient's norm, against the first updates
+DRIFTED, STEEP = 2.0, 30.0  # of latents' size either way, and of the gradient's norm, against the first updates
 
 
 @dataclass
