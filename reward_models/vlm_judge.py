@@ -2,14 +2,17 @@
 
 `vlm_judge` asks one yes-no question a sample; the score is P(yes) / (P(yes) + P(no)) from the probabilities of its first token. Endpoints
 that give none are read as yes (1) or no (0), which leaves a group without spread more often. `vlm_points` asks for points from 1 to 5, as
-UnifiedReward and models like it give them; a whole number is replaced by its mean over the probabilities. What is neither has no score.
-A question of one's own, with {prompt} where the prompt goes, is a file: `#MODEL;FILE`.
+UnifiedReward and models like it give them; a whole number is replaced by its mean over the probabilities. Lines for several axes, as
+UnifiedReward 2.0 writes them ("Alignment Score (1-5): 3.2"), give their mean. What is neither, an answer that was cut, and one whose listed
+probabilities leave out more than 0.05, has no score. A question of one's own, with {prompt} where the prompt goes, is a file:
+`#MODEL;FILE`.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import re
 from abc import abstractmethod
@@ -52,9 +55,19 @@ POINTS = (
     'How well does this image show what the prompt "{prompt}" asks for, and how good is it to look at? Give points from 1 (bad) to 5 '
     '(excellent). End with a line "Final Score: " and the points.'
 )
-GIVEN = re.compile(r"score\W{0,6}(\d+(?:\.\d+)?)", re.IGNORECASE)
-ALONE = re.compile(r"\s*(\d+(?:\.\d+)?)\W*")
+# "Final Score: 4", "**Style Score (1-5):** 3.2", '"score": 4': a name, perhaps the range in brackets, then a colon or at once a number
+GIVEN = re.compile(
+    r"(?P<axis>\w*)[ _]?score[\"'*_ ]*(?:\([^)\n]*\))?[\"'*_ ]*(?:[:=]|(?=\d))[\"'*_ ]*(?P<number>\d+(?:\.\d+)?)?(?=(?P<rest>[^\n]*))",
+    re.IGNORECASE,
+)
+ALONE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)(?P<rest>\W*)")
+MORE = re.compile(
+    r"\s*(?:\([^)]*\)\s*)?(?:-|\u2013|to\b)\s*\d|\s*(?:/|out of)\s*(?!5\b)\d|[\w.]*\w"
+)  # a range, another scale, "4th"
+AXES = 3  # lines that are an answer by axes
 LEAST, MOST = 1.0, 5.0
+OUTSIDE = 0.05  # probability that the listed tokens may leave out
+MOST_LIKELY = 1.01  # of all tokens together, but for rounding
 FRAMES = 4  # of a video that are shown
 AT_ONCE = 8  # requests on their way
 
@@ -105,7 +118,8 @@ class _Asked(Reward):
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
             "max_tokens": self.length,
-            "temperature": 0,
+            "temperature": 0,  # servers draw by the model's own settings unless told
+            "seed": 0,
             "logprobs": True,
             "top_logprobs": 20,
         }
@@ -132,9 +146,6 @@ class VLMPoints(_Asked):
 
     def read(self, answer: Any) -> float:
         return points(answer) / MOST
-
-
-MOST_LIKELY = 1.01  # of all words together, but for rounding
 
 
 def _data(frame: np.ndarray) -> str:
@@ -165,47 +176,85 @@ def _likely(token: Any) -> dict[str, float]:
         raise Fault(f"{str(token)[:200]!r} is no token of a chat completion") from error
 
 
+def _left_out(likely: dict[str, float]) -> bool:
+    """Whether the listed tokens leave out more than may be: what was listed is then no picture of what could have been said.
+
+    Raises:
+        Fault: if they add up to more than 1.
+    """
+    # Where one token is listed under several spellings, each has the same probability to the last bit: it counts once.
+    total = sum(p for _, p in {(_word(token), p) for token, p in likely.items()})
+    if total > MOST_LIKELY:
+        raise Fault(f"{str(likely)[:200]}: probabilities of an answer's first token add up to more than 1")
+    return total < 1 - OUTSIDE
+
+
 def probability(answer: Any) -> float:
-    """P(yes) / (P(yes) + P(no)) of an answer; NaN if it says neither.
+    """P(yes) / (P(yes) + P(no)) of an answer; NaN if it says neither, or lists too little of what it could have said.
 
     Raises:
         Fault: if it is no answer of such an endpoint.
     """
     text, tokens = _said(answer)
     likely = _likely(tokens[0]) if tokens else {}
-    # Where one token is listed under several spellings, each has the same probability to the last bit: it counts once.
+    if not likely:
+        return {"yes": 1.0, "no": 0.0}.get(_word(text), math.nan)
+    if _left_out(likely):
+        return math.nan
     spelt = {(_word(token), p) for token, p in likely.items()}
     yes, no = (sum(p for token, p in spelt if token == word) for word in ("yes", "no"))
-    if yes + no > MOST_LIKELY:
-        raise Fault(f"{str(likely)[:200]}: probabilities of an answer's first token add up to more than 1")
-    if yes + no > 0:
-        return yes / (yes + no)
-    return {"yes": 1.0, "no": 0.0}.get(_word(text), math.nan)
+    return yes / (yes + no) if yes + no > 0 else math.nan
 
 
 def points(answer: Any) -> float:
-    """The last points that an answer gives, in [1, 5]; NaN if it gives none.
+    """The points that an answer gives at its end, or the mean of its axes' points, in [1, 5]; NaN if it gives none or was cut.
 
     Raises:
         Fault: if it is no answer of such an endpoint.
     """
     text, tokens = _said(answer)
-    found = list(GIVEN.finditer(text)) or [*filter(None, [ALONE.fullmatch(text)])]
-    if not found:
+    if answer["choices"][0].get("finish_reason") == "length" or _broken(text):
         return math.nan
-    given = float(found[-1].group(1))
-    if "." not in found[-1].group(1):
+    found = list(GIVEN.finditer(text)) or [*filter(None, [ALONE.fullmatch(text)])]
+    by_axis = {axis: line for line in found if (axis := line.groupdict().get("axis", "").strip("_").lower())}
+    if len(by_axis) >= AXES and "final" not in by_axis:
+        return sum(_number(line, tokens) for line in by_axis.values()) / len(by_axis)
+    final = [by_axis["final"]] if "final" in by_axis else found[-1:]
+    return _number(final[0], tokens) if final else math.nan
+
+
+def _broken(text: str) -> bool:
+    """Whether an answer begins as JSON and is none."""
+    inner = text.strip().removeprefix("```json").removesuffix("```").strip()
+    if not inner.startswith("{"):
+        return False
+    try:
+        json.loads(inner)
+    except ValueError:
+        return True
+    return False
+
+
+def _number(line: re.Match[str], tokens: list[dict[str, Any]]) -> float:
+    """The points of a line; NaN for none, for a range such as the question's own, and for what is not in [1, 5]."""
+    if line["number"] is None or MORE.match(line["rest"]):
+        return math.nan
+    given = float(line["number"])
+    if "." not in line["number"]:
         end = 0
         for token in tokens:
             end += len(token.get("token", ""))
-            if end >= found[-1].end():  # the token that is the number
+            if end >= line.end("number"):  # the token that is the number
                 given = _mean_points(_likely(token), given)
                 break
     return given if LEAST <= given <= MOST else math.nan
 
 
 def _mean_points(likely: dict[str, float], given: float) -> float:
-    """sum k P(k) / sum P(k) over the whole points that could have been given; what was given where there are none."""
+    """sum k P(k) / sum P(k) over the whole points that could have been given; what was given where no probabilities are listed, NaN where
+    they leave out too much."""
+    if likely and _left_out(likely):
+        return math.nan
     numbers = [(float(word), p) for word, p in likely.items() if word.strip() in set("12345")]
     total = sum(p for _, p in numbers)
     return sum(k * p for k, p in numbers) / total if total > 0 else given

@@ -36,8 +36,7 @@ def version(entry: Entry, files: Sequence[Path] = ()) -> str | None:
         if spec is None or spec.origin is None:
             return None
         code = _digest([Path(spec.origin)])
-    local = Path(place)
-    if place and local.exists():  # a file may be replaced under its name
+    for local in map(Path, entry.places):  # a file may be replaced under its name
         files = [local] if local.is_file() else sorted(p for p in local.rglob("*") if p.is_file())
         place += "".join(f"|{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
     return f"{entry.attribute} {code} {place}"

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
-from diffalign.rewards import takes
+from diffalign.rewards import metadata, takes
 from diffalign.runtime.extras import missing
 from diffalign.runtime.files import HUB_ID, is_file
 
@@ -67,39 +67,21 @@ class Entry:
         mend = missing(self.extra) if self.extra else ""
         return f"{self.extra}; {mend}" if mend else ""
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where its weights are, and the file of `PLACE;FILE`; a place that is there whole is one, whatever its name has in it."""
+        place = self.place or self.weights
+        return tuple(part for part in ([place] if Path(place).exists() else place.split(";", 1)) if part)
+
     def unfit(self, prompts: Iterable[dict[str, Any]]) -> str:
         """What prompts' metadata lack that this reward needs, or have in another form; empty if they fit."""
         for prompt in prompts:
             for key in self.needs:
                 if key not in prompt:
                     return f"needs {key!r} in every prompt's metadata"
-                if not _FORMS.get(key, _is_text)(prompt[key]):
-                    return f"got {key!r} {prompt[key]!r} of {prompt.get('prompt')!r}, allowed is {_ALLOWED.get(key, 'a text')}"
+                if wanted := metadata.wanted(key, prompt[key]):
+                    return f"got {key!r} {prompt[key]!r} of {prompt.get('prompt')!r}, allowed is {wanted}"
         return ""
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_include(value: Any) -> bool:
-    """GenEval's clauses: objects with a class and a count, perhaps a color, perhaps a position relative to an earlier one."""
-
-    def clause(number: int, given: Any) -> bool:
-        if not isinstance(given, dict) or not isinstance(given.get("class"), str):
-            return False
-        count, position = given.get("count"), given.get("position", ("", 0))
-        return (
-            (type(count) is int and count > 0 and isinstance(given.get("color", ""), str))
-            and (isinstance(position, (list, tuple)) and len(position) == 2 and isinstance(position[0], str))
-            and (type(position[1]) is int and (0 <= position[1] < number or "position" not in given))
-        )
-
-    return isinstance(value, list) and bool(value) and all(clause(k, given) for k, given in enumerate(value))
-
-
-_FORMS = {"include": _is_include}
-_ALLOWED = {"include": 'a list of objects such as {"class": "star", "count": 2, "color": "red"}'}
 
 
 def _literal(body: list[ast.stmt], name: str) -> Any:
@@ -282,10 +264,12 @@ def problems(name: str, prompts: Iterable[dict[str, Any]]) -> tuple[list[str], s
         entry = find(name)
     except LookupError as error:
         return [f": {error}"], ""
-    problems, place = [], entry.place
-    if place is not None and not (
-        Path(place).exists() or HUB_ID.fullmatch(place) or place.startswith(("http://", "https://"))
-    ):
-        problems.append(f": {place} is not there; allowed is a file, a folder or a hub id")
+    place = entry.place or ""
+    elsewhere = HUB_ID.fullmatch(place.partition(";")[0]) or place.startswith(("http://", "https://"))
+    problems = [
+        f": {part} is not there; allowed is a file" + ("" if place.endswith(f";{part}") else ", a folder or a hub id")
+        for part in (entry.places if place else ())
+        if not (Path(part).exists() or (elsewhere and place.startswith(part)))
+    ]
     unfit = entry.unfit(prompts)
     return problems, f" {unfit}" if unfit else ""

@@ -73,7 +73,10 @@ def _pictures() -> tuple[dict[str, Any], NDArray[np.uint8]]:
     right = render((Object("circle", "red", 32, 32, 12),))
     wrong = render((Object("square", "blue", 20, 40, 9), Object("star", "green", 44, 20, 9)))
     noise = np.random.default_rng(0).integers(0, 256, right.shape, dtype=np.uint8)
-    return caption(Combination("colors", (("circle", "red"),))), np.stack([right, wrong, noise])[:, None]
+    asked = ("Is there a circle in the image?", "Is the circle red?")
+    questions = [{"question": question, "answer": "Yes"} for question in asked]
+    wanted = caption(Combination("colors", (("circle", "red"),)))
+    return {**wanted, "questions": questions}, np.stack([right, wrong, noise])[:, None]
 
 
 def _writing() -> tuple[dict[str, Any], NDArray[np.uint8]]:

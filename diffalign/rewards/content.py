@@ -56,8 +56,9 @@ def own_files(entry: Entry, seen: set[Path]) -> tuple[Path, ...]:
         beneath = os.path.join(source.parent, "")  # as text: thousands of modules are held against it
         near = (os.path.abspath(path) for path in (*(p for p in code if p), *seen))
         files |= {source, *(path for path in map(Path, (p for p in near if p.startswith(beneath))) if _own(path))}
-    if entry.place and (place := Path(entry.place)).exists():
-        files |= {place.absolute()} if place.is_file() else {p.absolute() for p in place.rglob("*") if p.is_file()}
+    for place in map(Path, entry.places if entry.place else ()):
+        if place.exists():
+            files |= {place.absolute()} if place.is_file() else {p.absolute() for p in place.rglob("*") if p.is_file()}
     return tuple(sorted(files))
 
 

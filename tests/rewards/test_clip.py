@@ -306,7 +306,7 @@ def test_a_place_is_for_rewards_with_weights():
     with pytest.raises(
         LookupError,
         match="is for rewards with weights: aesthetic, clipscore, geneval_like, geneval_like_partial, hpsv2, hpsv2.1, "
-        "imagereward, pickscore, vlm_judge, vlm_points",
+        "imagereward, pickscore, q_realign, q_realign_aesthetic, soft_tifa, soft_tifa_am, vlm_ask, vlm_judge, vlm_points",
     ):
         catalog.find("soft_colour@here")
 

@@ -1,10 +1,13 @@
 """Text in pictures: what is wanted, how near it is, and what is read."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from diffalign.errors import UserError
 from diffalign.rewards.load import load
 from diffalign.types import Media, Prompts
 from reward_models import ocr
@@ -55,7 +58,11 @@ def written(*words):
     return torch.from_numpy(np.stack(shots)).permute(0, 3, 1, 2)[:, None].float() / 255
 
 
-def test_what_stands_there_is_read():
+def test_what_stands_there_is_read_without_a_network(monkeypatch):
+    def none(*args, **kwargs):
+        raise AssertionError("asked for a connection")
+
+    monkeypatch.setattr("socket.socket.connect", none)
     pixels = written("STAR", "STAB", "MOON", "")
     keys = np.arange(4)
     prompts = Prompts(['says "star"'] * 4, keys, keys, keys, [{}] * 4)
@@ -64,11 +71,22 @@ def test_what_stands_there_is_read():
 
 
 def test_the_reader_gets_its_colours_in_its_own_order(monkeypatch):
-    """RapidOCR takes BGR as OpenCV reads it."""
+    """An array is taken to be BGR, as OpenCV reads files; a picture of PIL is turned by the package itself: both must come to the same."""
+    from rapidocr.utils.load_image import LoadImage
+
     reward = load("ocr").reward
     seen = []
-    monkeypatch.setattr(reward, "read", lambda picture: (seen.append(picture), (None, None))[1])
-    red = np.zeros((4, 4, 3), np.uint8)
-    red[..., 0] = 255
-    assert reward.seen(red) == ""
-    assert seen[0][0, 0].tolist() == [0, 0, 255]
+    read = reward.read
+    monkeypatch.setattr(reward, "read", lambda picture: (seen.append(picture), read(picture))[1])
+    picture = Image.new("RGB", (256, 96), "blue")
+    ImageDraw.Draw(picture).text((30, 20), "STAR", fill="red", font=ImageFont.load_default(44))
+    assert reward.seen(np.asarray(picture)) == "star"
+    np.testing.assert_array_equal(seen[0], LoadImage()(picture))
+    assert seen[0][0, 0].tolist() == [255, 0, 0]  # of the blue ground
+
+
+def test_a_reader_without_its_engine_is_refused_at_once(monkeypatch):
+    """The package alone imports, and would fail at the first picture of a run."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"needs rapidocr and onnxruntime: pip install 'diffalign\[ocr\]'"):
+        load("ocr")

@@ -29,7 +29,7 @@ def answer(text, **likely):
 
 def test_the_score_is_the_share_of_yes():
     assert probability(answer("Yes", Yes=0.6, No=0.2, Maybe=0.2)) == pytest.approx(0.75)
-    assert probability(answer("no", **{" yes": 0.1, "Yes": 0.2, "NO": 0.3})) == pytest.approx(0.5)
+    assert probability(answer("no", **{" yes": 0.1, "Yes": 0.2, "NO": 0.3, "I": 0.4})) == pytest.approx(0.5)
     assert probability(answer("Yes.")) == 1
     assert probability(answer("no")) == 0
     assert math.isnan(probability(answer("I cannot tell")))
@@ -39,9 +39,18 @@ def test_the_score_is_the_share_of_yes():
 
 def test_a_token_that_is_listed_under_two_spellings_counts_once():
     # "Yes", " Yes" and a special token may share an id: a tokenizer that decodes it in three ways lists it three times.
-    assert probability(answer("Yes", **{"Yes": 0.3, " Yes": 0.3, "yes.": 0.3, "No": 0.1})) == pytest.approx(0.75)
+    assert probability(answer("Yes", **{"Yes": 0.6, " Yes": 0.6, "yes.": 0.6, "No": 0.4})) == pytest.approx(0.6)
     with pytest.raises(Fault, match="add up to more than 1"):
         probability(answer("Yes", **{"Yes": 0.6, " Yes": 0.55, "No": 0.1}))
+
+
+def test_j30_what_the_list_leaves_out_may_be_a_twentieth():
+    """Of the tokens that were not listed nobody knows which words they are."""
+    assert probability(answer("Yes", Yes=0.6, No=0.36)) == pytest.approx(0.625)
+    assert math.isnan(probability(answer("Yes", Yes=0.6, No=0.34)))
+    assert math.isnan(probability(answer("Yes", Yes=0.3, No=0.1, I=0.3)))
+    assert points(scored("4", "4", **{"3": 0.48, "4": 0.48})) == 3.5
+    assert math.isnan(points(scored("4", "4", **{"3": 0.47, "4": 0.47})))
 
 
 @pytest.mark.parametrize("strange", [{}, {"choices": []}, {"choices": [{}]}, [], 5, {"choices": [{"message": "x"}]}])
@@ -75,6 +84,8 @@ def test_every_sample_is_asked_about_with_its_own_prompt_and_picture(monkeypatch
     assert found == pytest.approx([0.9, 0.1, 0.1])
     assert server.bodies[0][1] == "Bearer key"
     assert {body["model"] for body, _ in server.bodies} == {"tiny"}
+    fixed = {"temperature": 0, "seed": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
+    assert all(body | fixed == body for body, _ in server.bodies)
     server.close()
 
 
@@ -100,6 +111,42 @@ def test_points_are_the_last_ones_given_or_their_mean_over_what_could_have_been(
     assert points(scored("Final Score: 3.7", "3.7", **told)) == 3.7
     for nothing in ("no idea", "Final Score: 9", "Final Score: 0", "Final Score: none", ""):
         assert math.isnan(points(answer(nothing))), nothing
+
+
+AXES = "Alignment Score (1-5): 2.5\nPhysics Score (1-5): 3.5\nStyle Score (1-5): 3"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (AXES, 3.0),
+        ("Alignment Score (1-5): X\nPhysics Score (1-5): Y\nStyle Score (1-5): Z\n\n" + AXES, 3.0),
+        (f"{AXES}\nFinal Score: 4.5", 4.5),
+        (AXES.replace("3.5", "nan"), None),
+        (AXES.replace("3.5", "35"), None),
+        ("Score: 3 for colour.\nFinal Score: nan", None),
+        ("Final Score (1-5): 4", 4.0),
+        ("Final Score: 4/5. That score stands.", 4.0),
+        ("Score: 2, and so the Final Score: 4 out of 5", 4.0),
+        ("Final Score: 4/10", None),
+        ("Final Score: 1 (bad) to 5 (excellent)", None),
+        ("Final Score: 1-5", None),
+        ('I give points from 1 (bad) to 5 (excellent). End with a line "Final Score: " and the points.', None),
+        ('{"colour_score": 2, "final_score": 4}', 4.0),
+        ('```json\n{"score": 3}\n```', 3.0),
+        ('{"colour_score": 2, "final_sc', None),
+    ],
+)
+def test_j30_an_answer_that_is_no_score_gives_none(text, expected):
+    found = points(answer(text))
+    assert math.isnan(found) if expected is None else found == expected
+
+
+def test_j30_an_answer_that_was_cut_gives_none():
+    cut = answer("Final Score: 4")
+    assert points(cut) == 4
+    cut["choices"][0]["finish_reason"] = "length"
+    assert math.isnan(points(cut))
 
 
 def test_points_are_asked_for_in_the_users_own_words(tmp_path):

@@ -1,0 +1,68 @@
+"""P(yes) of a vision-language model in process: VQAScore (arXiv 2404.01291) on any Qwen-VL of transformers, with a gradient to the pixels.
+
+`vlm_ask@PLACE` takes another model than Qwen3-VL 8B, `vlm_ask@PLACE;FILE` the question of a file, with {prompt} where the prompt goes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffalign.rewards.base import Reward
+from diffalign.rewards.frames import chosen
+from diffalign.types import Media, Prompts
+from reward_models import _first_token
+from reward_models._first_token import FirstToken, Question, said
+
+REWARDS = {
+    "vlm_ask": {
+        "object": "Ask",
+        "differentiable": True,
+        "modality": "any",
+        "about": "P(yes) of a vision-language model asked whether the picture, or four of a video's frames, show the prompt",
+        "range": "0 to 1",
+        "memory": 16.3,
+        "weights": "Qwen/Qwen3-VL-8B-Instruct",
+        "licence": "Apache-2.0",
+        "ordered": True,
+    }
+}
+REPO = str(REWARDS["vlm_ask"]["weights"])
+QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'  # VQAScore's
+YES, NO = said("yes"), said("no")
+FRAMES = "uniform:4"
+
+
+class Ask(Reward):
+    """Scores (N,) with gradient to the pixels: the probability, over all tokens, that the answer begins with yes."""
+
+    def __init__(self, place: str | None = None) -> None:
+        where, _, file = (place or "").partition(";")
+        self.asked = Path(file).read_text(encoding="utf-8") if file else QUESTION
+        if "{prompt}" not in self.asked:
+            raise ValueError(f"{file} does not say where the prompt goes; allowed is a text with {{prompt}} in it")
+        self.model = FirstToken.load("vlm_ask", REPO, where or None)
+        self.model.apart(YES, NO)
+        self.left = float("nan")  # probability that went to other words, at the last call
+
+    def __call__(self, media: Media, prompts: Prompts) -> Tensor:
+        frames = torch.from_numpy(chosen(FRAMES, media.pixels.shape[1])).to(media.pixels.device)
+        texts = [self.asked.replace("{prompt}", text) for text in prompts.text]
+        questions = [Question(row, text, (YES, NO)) for row, text in enumerate(texts)]
+        log_p = self.model.ask(media.pixels[:, frames], questions)
+        self.left = _first_token.outside(log_p)
+        return log_p[:, 0].exp()
+
+    def checkpoint(self) -> None:
+        """Keep only the inputs of layers for the gradient."""
+        self.model.checkpoint()
+
+    def problems(self) -> list[str]:
+        """What looks wrong with its weights."""
+        return _first_token.untrained(self.left, "yes and no")
+
+    def networks(self) -> list[torch.nn.Module]:
+        """What may be moved between uses."""
+        return [self.model.net]
