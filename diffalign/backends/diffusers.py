@@ -48,6 +48,7 @@ class DiffusersPolicy(ChainPolicy):
         recorder: what records the networks' calls, see `models.graphs`; None: they run one kernel at a time.
         lossy: whether a replay may differ from a rollout in its last bits: compiled blocks.
         cache: of features, for rollouts within `cached`; None: there is none.
+        fps: frames per second of its videos, None: not known.
 
     Raises:
         UserError: for a pipeline that cannot be called so, or not with such a cache.
@@ -71,10 +72,11 @@ class DiffusersPolicy(ChainPolicy):
         recorder: Tools | None = None,
         lossy: bool = False,
         cache: Cache | None = None,
+        fps: float | None = None,
     ) -> None:
         arguments = call_arguments(steps, guidance_scale, call)
         self.seam = seam = Seam(pipe, process.kind, sigmas, arguments, kept)
-        self.pipe, self.arguments = pipe, arguments
+        self.pipe, self.arguments, self.fps = pipe, arguments, fps
         self.parameters = parameters or {}
         super().__init__(seam.timesteps, seam.levels, process, noise_level, micro_batch, stretches)
         blocks, spans = checkpoint in ("blocks", "both"), checkpoint in ("spans", "both")
@@ -197,7 +199,7 @@ class DiffusersPolicy(ChainPolicy):
         wanted = self._checkpoint_decoder and torch.is_grad_enabled() and x.requires_grad
         decoded = rerun(decode, x, use_reentrant=False) if wanted else decode(x)
         frames = decoded[:, None] if decoded.ndim == 4 else decoded
-        return Media(frames.float())
+        return Media(frames.float(), self.fps)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

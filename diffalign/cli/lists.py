@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -62,10 +63,10 @@ class Names(click.Group):
         return click.Command(cmd_name, callback=lambda: _facts(cmd_name))
 
 
-@app.group(cls=Names, invoke_without_command=True, subcommand_metavar="[NAME | check NAME]")
+@app.group(cls=Names, invoke_without_command=True, subcommand_metavar="[NAME | check NAME | fetch NAME]")
 @click.pass_context
 def rewards(context: click.Context) -> None:
-    """List the rewards, say all of one, or check one."""
+    """List the rewards, say all of one, check one, or fetch what one asks with."""
     if context.invoked_subcommand is None:
         from diffalign.rewards import catalog
 
@@ -115,3 +116,13 @@ def check(name: str) -> None:
     from diffalign.rewards.check import check as check_reward
 
     show(check_reward(name))
+
+
+@rewards.command()
+@click.argument("name")
+@click.option("--from", "source", required=True, metavar="PLACE", help="Wheel, checkout or file of its authors.")
+def fetch(name: str, source: str) -> None:
+    """Take the question that NAME asks its model from its authors' files: it does not come with this package."""
+    from diffalign.rewards import catalog, templates
+
+    show([str(templates.fetch(catalog.known(name, "rewards"), Path(source)))])

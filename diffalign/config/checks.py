@@ -184,7 +184,7 @@ def _check_rewards(config: Config, prompts: list[Entry]) -> list[str]:
     problems: list[str] = []
     for section, names in (("rewards", list(config.rewards)), ("eval_rewards", config.eval_rewards)):
         for name in names:
-            others, unfit = catalog.problems(name, prompts)
+            others, unfit = catalog.problems(name, prompts, config.sampler.fps)
             suits = "shapes-motion" if "motion" in unfit else "shapes"
             problems += [f"{section}: {name}{problem}" for problem in others]
             problems += [f"{section}: {name}{unfit}; prompts.source: {suits} suits it"] if unfit else []

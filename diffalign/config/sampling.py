@@ -43,3 +43,6 @@ class SamplerConfig(Settings):
     pipeline_args: dict[str, Any] = Field(
         {}, description="further arguments of the pipeline's call: height, width, ..."
     )
+    fps: float | None = Field(
+        None, gt=0, le=1000, description="frames per second of videos, for rewards that go by time; null: not known"
+    )

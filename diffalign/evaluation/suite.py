@@ -22,6 +22,7 @@ from diffalign.evaluation import judging, report, samples
 from diffalign.evaluation.samples import Drawn
 from diffalign.evaluation.task import Task, task_of
 from diffalign.models.notes import files_of
+from diffalign.rewards.load import Judges
 from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime import json_text, numbered
@@ -132,7 +133,8 @@ def run(
 
 def _scorer(task: Task, say: Callable[[str], None]) -> Scorer:
     try:
-        scorer = Scorer({name: load_reward(name) for name in task.rewards})
+        judges: Judges = {}
+        scorer = Scorer({name: load_reward(name, judges=judges) for name in task.rewards})
         if grouped := [name for name, reward in scorer.rewards.items() if reward.grouped]:
             raise UserError(
                 f"rewards: {grouped[0]} compares the samples of a group; allowed here are those that score one by one"

@@ -94,11 +94,11 @@ def judges(config: Config) -> tuple[dict[str, float], dict[str, float]]:
     training, evaluating = {}, {}
     for name in dict.fromkeys([*config.rewards, *config.eval_rewards]):
         entry = find(name)
-        own = narrow and entry.differentiable
+        own, network = narrow and entry.differentiable and not entry.narrow, entry.network
         if name in config.rewards:
-            training[f"{name} in bfloat16" if own else name] = entry.memory * GIB / (2 if own else 1)
+            training[f"{network} in bfloat16" if own else network] = entry.memory * GIB / (2 if own else 1)
         if config.evaluation.enabled:
-            evaluating[name] = entry.memory * GIB
+            evaluating[network] = entry.memory * GIB
     return training, evaluating
 
 

@@ -110,14 +110,15 @@ def _nearest(model: str, rule: str | None) -> tuple[str, dict[str, Any]]:
     if not models.path(model):
         if problems := configs.check_model(model):
             raise UserError(*(f"--{problem}" for problem in problems))
-        usual = families.usual(model)
-        process = usual.process
-        kind = families.table()[usual.family]["model"] if usual.family else ""
+        known = families.usual(model)
+        process = known.process
+        kind = families.table()[known.family]["model"] if known.family else ""
     found: list[tuple[bool, bool, str, dict[str, Any]]] = []  # another rule, a variant, its name, its settings
     for title, path in configs.presets().items():
         raw = yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
         if kind and raw.get("model") == kind:
-            found.append((raw["rule"]["name"] != (rule or "flow_grpo"), "-shapes" in path.stem, title, raw))
+            usual = path.stem in families.table() or path.stem.startswith("shapes")
+            found.append((raw["rule"]["name"] != (rule or "flow_grpo"), not usual, title, raw))
         elif not kind and title == BEGINNINGS[process]:
             found.append((False, False, title, {k: v for k, v in raw.items() if k not in ("sampler", "precision")}))
     _, _, title, raw = min(found, key=lambda each: each[:3])

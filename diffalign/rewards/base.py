@@ -70,6 +70,44 @@ class Reward(ABC):
             network.to("cpu")
 
 
+class Judge(ABC):
+    """A network that gives a sample several numbers, each of which is a reward."""
+
+    columns: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __call__(self, media: Media, prompts: Prompts) -> Tensor:
+        """Numbers (N, K) of media, one for each of `columns`."""
+
+    @abstractmethod
+    def networks(self) -> list[torch.nn.Module]:
+        """Its networks, see `Reward`."""
+
+    @abstractmethod
+    def checkpoint(self) -> None:
+        """See `Reward`; asked again it changes nothing."""
+
+
+class Column(Reward):
+    """One of a judge's numbers as a reward; those of one judge are answered together."""
+
+    def __init__(self, judge: Judge, column: str) -> None:
+        self.judge, self._number = judge, judge.columns.index(column)
+
+    def __call__(self, media: Media, prompts: Prompts) -> Tensor:
+        return self.of(self.judge(media, prompts))
+
+    def of(self, answer: Tensor) -> Tensor:
+        """Scores (N,) from the judge's numbers (N, K)."""
+        return answer[:, self._number]
+
+    def networks(self) -> list[torch.nn.Module]:
+        return self.judge.networks()
+
+    def checkpoint(self) -> None:
+        self.judge.checkpoint()
+
+
 class Wrapped(Reward):
     """A function, or an object of a class of its own, as a reward."""
 

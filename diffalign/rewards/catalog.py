@@ -3,10 +3,11 @@
     REWARDS = {"name": {"object": "Class or function", "differentiable": False, "modality": "image", "about": "one line"}}
 
 with `range`, `needs` (keys of the prompts' metadata), `weights` (where its weights are, with a class that takes another place:
-`name@PLACE`), `licence`, `memory` (GiB of its weights), `extra` (a module of an optional extra) and `background` (it works on the CPU,
-while sampling goes on) where they apply. What `rewards check` shows and expects: `shown` ("text": writing, "sign": a stop sign, else
-shapes), and of its three samples, one as asked, another one and noise, the `known` scores within `tolerance`, or that they are
-`ordered`: the first above the second.
+`name@PLACE`), `licence`, `memory` (GiB of its weights), `narrow` (on a card they are bfloat16, in evaluations too), `extra` (a module of
+an optional extra), `background` (it works on the CPU, while sampling goes on), `timed` (it needs videos' frames per second), `column` (its
+object is a judge that gives several numbers, and this is one of them) and `template` (what `rewards fetch` looks for) where they apply.
+What `rewards check` shows and expects: `shown` ("text": writing, "sign": a stop sign, else shapes), and of its three samples, one as
+asked, another one and noise, the `known` scores within `tolerance`, or that they are `ordered`: the first above the second.
 
 Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`, and those that were written for
 other trainers (see `takes`), `#part` after the name picks one of several scores; a module-level
@@ -21,8 +22,8 @@ import ast
 import difflib
 import importlib.util
 import urllib.parse
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ from diffalign.runtime.files import HUB_ID, is_file
 class Entry:
     """Where a reward is and what it promises. needs: keys its samples' metadata must have; weights: where its weights are unless
     `place` says otherwise; extra: the module it needs from an optional extra; range: of its scores; memory: GiB of its weights;
-    background: it may score in a thread of its own; urls: of its servers;
-    part: of what a user's function returns; known, tolerance, ordered: what `rewards check` expects."""
+    narrow: whether they are bfloat16; background: it may score in a thread of its own; timed: it needs frames per second; column: of a
+    judge's numbers; template: where the text that it asks with is; urls: of its servers; part: of what a user's function returns; known,
+    tolerance, ordered: what `rewards check` expects."""
 
     name: str
     source: str  # a module name or a file
@@ -52,7 +54,11 @@ class Entry:
     extra: str = ""
     range: str = ""
     memory: float = 0.0
+    narrow: bool = False
     background: bool = False
+    timed: bool = False
+    column: str = ""
+    template: Mapping[str, Any] = field(default_factory=dict, hash=False)
     shown: str = ""
     known: tuple[float, ...] = ()
     tolerance: float = 1e-6
@@ -60,6 +66,11 @@ class Entry:
     place: str | None = None
     urls: tuple[str, ...] = ()
     part: str = ""
+
+    @property
+    def network(self) -> str:
+        """A name for its weights: rewards of one judge share them."""
+        return f"{self.source}:{self.attribute}@{self.place}" if self.column else self.name
 
     @property
     def missing(self) -> str:
@@ -258,8 +269,9 @@ def _function(name: str, place: str) -> Entry:
     )
 
 
-def problems(name: str, prompts: Iterable[dict[str, Any]]) -> tuple[list[str], str]:
-    """What keeps a reward from being used, each to stand after its name; and what these prompts lack for it, empty if they fit."""
+def problems(name: str, prompts: Iterable[dict[str, Any]], fps: float | None = None) -> tuple[list[str], str]:
+    """What keeps a reward from being used, each to stand after its name; and what these prompts lack for it, empty if they fit. fps: of
+    videos, None: not known."""
     try:
         entry = find(name)
     except LookupError as error:
@@ -271,5 +283,9 @@ def problems(name: str, prompts: Iterable[dict[str, Any]]) -> tuple[list[str], s
         for part in (entry.places if place else ())
         if not (Path(part).exists() or (elsewhere and place.startswith(part)))
     ]
+    if entry.timed and fps is None:
+        problems.append(
+            " goes by time, and how many frames a second there are is not said; in a config sampler.fps does"
+        )
     unfit = entry.unfit(prompts)
     return problems, f" {unfit}" if unfit else ""

@@ -19,6 +19,7 @@ from diffalign.shapes.captions import Combination, caption
 from diffalign.shapes.world import Object, render
 from diffalign.types import Media, Prompts
 
+FPS = 8.0  # of the videos here
 LABELS = ("as asked", "another", "noise")
 
 
@@ -36,7 +37,7 @@ def check(name: str) -> list[str]:
     keys = np.arange(3)
     reward.sizes = (3,) if reward.grouped else ()
     prompts = Prompts([wanted["prompt"]] * 3, np.zeros_like(keys), keys, keys, [wanted] * 3)
-    scores = Scorer({name: reward}).scores(Media(pixels), prompts)
+    scores = Scorer({name: reward}).scores(Media(pixels, FPS), prompts)
     values = scores.by_name[name]
     if not scores.valid.all():
         raise Fault(f"reward {name}: gave {values.tolist()} for three samples, a score is not finite")
@@ -46,7 +47,7 @@ def check(name: str) -> list[str]:
     for problem in reward.problems():
         raise Fault(f"reward {name}: {problem}")
     if entry.differentiable:
-        _check_gradient(name, reward, Media(pixels.float().requires_grad_()), prompts)
+        _check_gradient(name, reward, Media(pixels.float().requires_grad_(), FPS), prompts)
     beside = [f", known is {value:g}" for value in entry.known] or [""] * 3
     lines = [f"{label:9} {value:.4f}{known}" for label, value, known in zip(LABELS, values, beside, strict=True)]
     kind = "differentiable" if entry.differentiable else "black box"

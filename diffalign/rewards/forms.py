@@ -76,7 +76,9 @@ def _files(media: Media, folder: Path, clips: bool) -> list[str]:
     return paths
 
 
-def _film(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
+def _film(path: Path, frames: NDArray[np.uint8], fps: float | None) -> None:
+    if fps is None:
+        raise Fault("takes files of videos, and how many frames a second they have is not said; sampler.fps says it")
     if mend := missing("imageio"):
         raise Fault(f"takes files of videos, which need imageio; {mend}")
     from imageio.v2 import mimwrite

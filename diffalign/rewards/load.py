@@ -16,13 +16,15 @@ import torch
 
 from diffalign.errors import UserError, shown
 from diffalign.rewards import content
-from diffalign.rewards.base import Reward, Wrapped
+from diffalign.rewards.base import Column, Judge, Reward, Wrapped
 from diffalign.rewards.catalog import Entry, find
 from diffalign.rewards.foreign import adapted
 from diffalign.rewards.frames import PerFrame
 from diffalign.rewards.isolated import FAILURES, switches, users, why
 from diffalign.rewards.remote import Remote
 from diffalign.rewards.takes import Unrecognised
+
+Judges = dict[str, Judge]  # by the name of their network
 
 
 def load(
@@ -32,11 +34,13 @@ def load(
     frames: str = "all",
     reduce: str = "mean",
     device: str | None = None,
+    judges: Judges | None = None,
 ) -> Reward:
     """The reward of a name; those that ship are created without arguments, or with the place of their weights, others as `adapted` says.
 
     deadline, batch: of `Remote`; frames, reduce: of `PerFrame`, which shows videos to rewards for pictures; device: where a user's reward
-    that asks for one is made, None: the first CUDA device, else the CPU.
+    that asks for one is made, None: the first CUDA device, else the CPU; judges: those loaded before, which are used again, and get what is
+    loaded: rewards of one judge share it.
 
     Raises:
         UserError: if its module cannot be imported, lacks the function, or has one whose call cannot be told.
@@ -49,7 +53,10 @@ def load(
         return Remote(name, entry.urls, deadline, batch)
     with content.opened() as seen, switches():
         ships = entry.source.startswith("reward_models.")
-        reward = _shipped(entry) if ships else _users(entry, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if ships:
+            reward = _shipped(entry, {} if judges is None else judges)
+        else:
+            reward = _users(entry, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reward.background = reward.background or entry.background
     if entry.modality == "image" or not reward.clips:
         inner, reward = reward, PerFrame(reward, frames, reduce)
@@ -59,10 +66,14 @@ def load(
     return reward
 
 
-def _shipped(entry: Entry) -> Reward:
-    """The object of a reward that comes with the tool."""
+def _shipped(entry: Entry, judges: Judges) -> Reward:
+    """The object of a reward that comes with the tool, or a column of a judge that may be there."""
+    if entry.column and entry.network in judges:
+        return Column(judges[entry.network], entry.column)
     target = _target(entry, _imported(entry))
     made = _created(entry, target, *filter(None, [entry.place])) if inspect.isclass(target) else target
+    if entry.column:
+        return Column(judges.setdefault(entry.network, made), entry.column)
     return made if isinstance(made, Reward) else Wrapped(made, entry.background)
 
 

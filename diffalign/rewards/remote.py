@@ -100,7 +100,7 @@ class Remote(Reward):
         return {
             "prompts": [prompts.text[k] for k in rows],
             "metadata": [prompts.metadata[k] for k in rows],
-            "fps": media.fps,
+            **({} if media.fps is None else {"fps": media.fps}),
             "media": packed(Media(media.pixels[index], media.fps)),
         }
 

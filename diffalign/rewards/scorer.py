@@ -17,13 +17,14 @@ from torch import Tensor
 
 from diffalign.errors import Fault, RewardFailed
 from diffalign.protocols import RewardFunction
-from diffalign.rewards.base import Reward, as_reward, check_media, numbers
+from diffalign.rewards.base import Column, Judge, Reward, as_reward, check_media, numbers
 from diffalign.rewards.isolated import FAILURES, PAUSES, own, passing, staying, undisturbed, why
 from diffalign.runtime import keys
 from diffalign.runtime.memory import out_of_memory
 from diffalign.types import Floats, Media, Prompts, Scores
 
 LARGEST = float(np.finfo(np.float32).max)
+Known = dict[Judge, Tensor]  # what judges answered to the samples at hand
 Callables = Mapping[str, "Reward | Callable[[Media, Prompts], Any]"]
 
 
@@ -68,7 +69,7 @@ class Scorer:
     def _alone(self, reward: Reward) -> None:
         """Let the network that was asked last leave for another one."""
         if self._offload and reward.networks() and self._there is not reward:
-            if self._there is not None:
+            if self._there is not None and _asks(self._there) is not _asks(reward):
                 self._there.rest()
             self._there = reward
 
@@ -86,13 +87,14 @@ class Scorer:
         aside = any(reward.background for reward in self.rewards.values())
         copy = Media(media.pixels.detach().cpu(), media.fps) if aside else media
         answers: dict[str, Callable[[], Floats]] = {}
+        known: Known = {}
         for name, reward in self.rewards.items():
             if reward.background:
-                work = functools.partial(_scored, name, reward, copy, prompts)
+                work = functools.partial(_scored, name, reward, copy, prompts, {})
                 answers[name] = self._thread(name).submit(work).result
             else:
                 self._alone(reward)
-                values = _scored(name, reward, media, prompts)
+                values = _scored(name, reward, media, prompts, known)
                 answers[name] = functools.partial(lambda values: values, values)
 
         def finish() -> Scores:
@@ -133,8 +135,9 @@ class Scorer:
             valid = torch.ones(len(prompts), dtype=torch.bool, device=media.pixels.device)
             shown = Media(_guarded(check_media(media).pixels, valid), media.fps)
             total = media.pixels.new_zeros(len(prompts))
+            known: Known = {}
             for name, function in self.rewards.items():
-                value = _asked(name, function, shown, prompts)
+                value = _asked(name, function, shown, prompts, known)
                 if torch.is_grad_enabled() and not self._reaches(name, value, shown):
                     raise Fault(f"reward {name}: has no gradient to the pictures")
                 if tuple(torch.as_tensor(value).shape) != (len(prompts),):
@@ -183,12 +186,17 @@ def _note(seen: dict[str, Tensor], key: str, value: Tensor) -> None:
         seen[key] = given.mean()
 
 
+def _asks(reward: Reward) -> Reward | Judge:
+    """Whose network it is."""
+    return reward.judge if isinstance(reward, Column) else reward
+
+
 @torch.no_grad()
-def _scored(name: str, reward: Reward, media: Media, prompts: Prompts) -> Floats:
+def _scored(name: str, reward: Reward, media: Media, prompts: Prompts, known: Known) -> Floats:
     """One reward's scores (N,); what may pass is tried again."""
     for pause in (*PAUSES, None):
         try:
-            values = numbers(_asked(name, reward, media, prompts), len(prompts))
+            values = numbers(_asked(name, reward, media, prompts, known), len(prompts))
             break
         except RewardFailed as error:
             if pause is None or error.__cause__ is None or not passing(error.__cause__):
@@ -199,9 +207,13 @@ def _scored(name: str, reward: Reward, media: Media, prompts: Prompts) -> Floats
     return np.where(np.abs(values) <= LARGEST, values, np.nan)  # sums of larger ones would not be finite
 
 
-def _asked(name: str, reward: Reward, media: Media, prompts: Prompts) -> Any:
-    """What a reward returns for samples of its own."""
+def _asked(name: str, reward: Reward, media: Media, prompts: Prompts, known: Known) -> Any:
+    """What a reward returns for samples of its own; a judge that several share is asked once for those at hand."""
     try:
+        if isinstance(reward, Column):
+            if reward.judge not in known:
+                known[reward.judge] = reward.judge(*own(media, prompts))
+            return reward.of(known[reward.judge])
         given = own(media, prompts)
         with staying() if reward.background else undisturbed(prompts) if reward.foreign else nullcontext():
             return reward(*given)

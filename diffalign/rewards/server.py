@@ -91,10 +91,10 @@ class Served:
             raise ValueError(f"media: {len(pixels)} samples for {len(texts)} prompts")
         keys = np.arange(len(texts))
         entries = [{"prompt": text, **m} for text, m in zip(texts, metadata, strict=True)]
-        fps = body.get("fps", 8.0)
-        if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < 1000:
+        fps = body.get("fps")
+        if "fps" in body and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < 1000):
             raise ValueError(f"fps: got {shown(fps)}, allowed are numbers above 0")
-        media = check_media(Media(pixels.to(self._device), float(fps)))
+        media = check_media(Media(pixels.to(self._device), fps))
         return media, Prompts(texts, keys, keys, keys, entries)
 
 

@@ -1,7 +1,7 @@
 """The wire format of rewards behind a server.
 
-A request is JSON: `prompts` (n texts), `metadata` (n objects), `fps`, and `media`: either {"format": "png", "data": n lists of one
-base64 PNG a frame} or {"format": "raw", "shape": [n, frames, height, width, 3], "data": base64 of uint8}. The answer is
+A request is JSON: `prompts` (n texts), `metadata` (n objects), `fps` where it is known, and `media`: either {"format": "png", "data": n
+lists of one base64 PNG a frame} or {"format": "raw", "shape": [n, frames, height, width, 3], "data": base64 of uint8}. The answer is
 {"name": ..., "version": ..., "scores": n numbers, null where there is none}. Pixels travel as uint8 without loss, never pickled.
 """
 

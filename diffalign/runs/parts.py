@@ -23,6 +23,7 @@ from diffalign.processes import PROCESSES
 from diffalign.protocols import START
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import find
+from diffalign.rewards.load import Judges
 from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.narrow import Narrow
 from diffalign.rewards.scorer import Scorer
@@ -118,16 +119,17 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
         compiling.compile_blocks(pipe)
     decoding.cut(pipe, config.memory.decode)
     judging = dict.fromkeys([*config.eval_rewards, *config.rewards])
-    judges = {name: _reward(config, name, say) for name in judging}
+    loaded: Judges = {}
+    judges = {name: _reward(config, name, say, loaded) for name in judging}
     training = {name: _narrowed(config, name, judges[name], say) for name in config.rewards}
     offload = config.memory.judges == "offloaded"
     scorers = Scorer(training, config.rewards, offload), Scorer(judges, offload=offload)
     return Parts(place, policy(config, pipe, parameters, kept), *scorers, frozen, start)
 
 
-def _reward(config: Config, name: str, say: Callable[[str], None]) -> Reward:
+def _reward(config: Config, name: str, say: Callable[[str], None], judges: Judges | None = None) -> Reward:
     scoring = config.scoring
-    reward = load_reward(name, scoring.deadline, scoring.batch, scoring.frames, scoring.reduce, device(config))
+    reward = load_reward(name, scoring.deadline, scoring.batch, scoring.frames, scoring.reduce, device(config), judges)
     if reward.grouped:
         reward.sizes = whole_groups(config, name)
     reward.greet(say)
@@ -159,7 +161,10 @@ def _narrowed(config: Config, name: str, wide: Reward, say: Callable[[str], None
     """A reward as it is asked in training: in bfloat16 if the config says so and it is a learned one, which has a gradient."""
     if config.memory.judge_precision != "bfloat16":
         return wide
-    if find(name).differentiable and wide.networks():
+    entry = find(name)
+    if entry.narrow:
+        return wide  # it is held in bfloat16 on a card as it is
+    if entry.differentiable and wide.networks():
         return Narrow(_reward(config, name, say))
     say(f"memory.judge_precision: {name} has no network that is held in bfloat16, it stays as it is")
     return wide
@@ -238,6 +243,7 @@ def policy(
             recorder=recorder(config),
             lossy=compiled(config),
             cache=None if sampler.cache is None else Cache(sampler.cache.threshold),
+            fps=sampler.fps,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"sampler: {type(pipe).__name__} does not accept these settings: {one_line(error)}") from error

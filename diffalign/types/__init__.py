@@ -174,10 +174,10 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Media:
-    """Finished pictures or videos: pixels (N, F, 3, H, W) float in [0, 1]; F = 1 for pictures; frames per second."""
+    """Finished pictures or videos: pixels (N, F, 3, H, W) float in [0, 1]; F = 1 for pictures; frames per second, None: not known."""
 
     pixels: Tensor
-    fps: float = 8.0
+    fps: float | None = None
 
 
 @dataclass(frozen=True)

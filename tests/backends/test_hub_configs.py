@@ -69,7 +69,7 @@ def one_a_family() -> list:
     seen: set[str] = set()
     params = []
     for name in CONFIGS:
-        model = name.split("/")[1]
+        model = config.load(name).model
         params.append(pytest.param(name, marks=[pytest.mark.slow] if model in seen else []))
         seen.add(model)
     return params

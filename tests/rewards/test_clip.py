@@ -306,7 +306,8 @@ def test_a_place_is_for_rewards_with_weights():
     with pytest.raises(
         LookupError,
         match="is for rewards with weights: aesthetic, clipscore, geneval_like, geneval_like_partial, hpsv2, hpsv2.1, "
-        "imagereward, pickscore, q_realign, q_realign_aesthetic, soft_tifa, soft_tifa_am, vlm_ask, vlm_judge, vlm_points",
+        "hpsv3, imagereward, pickscore, q_realign, q_realign_aesthetic, soft_tifa, soft_tifa_am, videoreward, videoreward_vq, "
+        "videoreward_mq, videoreward_ta, vlm_ask, vlm_judge, vlm_points",
     ):
         catalog.find("soft_colour@here")
 
