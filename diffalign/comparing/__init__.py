@@ -13,7 +13,8 @@ from diffalign.errors import Fault, UserError
 from diffalign.runtime import launcher
 
 if TYPE_CHECKING:
-    from diffalign.comparing.comparison import Comparison, Unit
+    from diffalign.comparing.comparison import Comparison
+    from diffalign.comparing.methods import Unit
 
 
 def opened(
@@ -44,22 +45,33 @@ def opened(
     return open_comparison(words, () if seeds is None else seeds_of(seeds), wish, out)
 
 
-def trained(comparison: Comparison, jobs: int, say: Callable[[str], None]) -> dict[Unit, str]:
+def trained(
+    comparison: Comparison, jobs: int | None, say: Callable[[str], None], ray: str | None = None
+) -> dict[Unit, str]:
     """Train the units that are not finished; those that failed, with what they said last.
+
+    jobs: units at a time, None: one on this machine, on a cluster as many as it has room for; ray: the cluster's address, None: this
+    machine trains.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, once all have saved.
-        UserError: if another process compares in the folder.
+        UserError: if another process compares in the folder, or there is no such cluster.
     """
     from diffalign.comparing import facts
-    from diffalign.comparing.running import Runner
+    from diffalign.comparing.cluster import connected
+    from diffalign.comparing.running import Runner, held
 
-    with comparison.held():
+    with held(comparison.place):
         waiting = [unit for unit in comparison.units if not unit.finished]
         if not waiting:
             return {}
-        comparison.noted(facts.of_run(jobs, len(waiting)))
-        return Runner(jobs, say).run(waiting)
+        if ray is None:
+            comparison.noted(facts.of_run(jobs or 1, len(waiting)))
+            return Runner(jobs or 1, say).run(waiting)
+        with connected(ray, jobs) as cluster:
+            cluster.check(waiting)
+            comparison.noted({**facts.of_run(jobs, len(waiting)), "machine": cluster.said})
+            return Runner(jobs or len(waiting), say, cluster).run(waiting)
 
 
 def reported(comparison: Comparison, failed: Mapping[Unit, str] | None = None) -> list[str]:

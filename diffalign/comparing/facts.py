@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from datetime import datetime, timezone
 from typing import Any
 
+from diffalign.runtime import launcher
+
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "numpy")
 
 
-def of_run(jobs: int, units: int) -> dict[str, Any]:
-    """Of the command that trains now: so many units, so many at a time."""
+def of_run(jobs: int | None, units: int) -> dict[str, Any]:
+    """Of the command that trains now: so many units, so many at a time; None: as many as there was room for."""
     import torch
 
     cards = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
@@ -21,7 +22,7 @@ def of_run(jobs: int, units: int) -> dict[str, Any]:
         "units": units,
         "jobs": jobs,
         "machine": ", ".join(dict.fromkeys(cards)) or f"{platform.machine()} CPU",
-        "cores": os.cpu_count(),
+        "cores": launcher.cpus(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import diffalign
-from diffalign.comparing import wording
+from diffalign.comparing import tuned, wording
 from diffalign.comparing.results import KINDS, MethodResult, Results
 from diffalign.comparing.units import Found
 from diffalign.evaluation.intervals import Interval
@@ -50,6 +50,11 @@ def facts(results: Results) -> dict[str, Any]:
             for pair in results.pairs
         ],
         "target": None if target is None else asdict(target),
+        "tuning": {
+            "alike": tuned.alike(comparison.methods),
+            "said": tuned.said(comparison.methods),
+            "methods": {method.label: method.tuned for method in comparison.methods},
+        },
         "runs": list(comparison.runs),
     }
 

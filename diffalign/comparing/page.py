@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from diffalign import config as configs
-from diffalign.comparing import wording
+from diffalign.comparing import tuned, wording
 from diffalign.comparing.curves import Curve, curve
 from diffalign.comparing.results import Pair, Results
 from diffalign.comparing.units import Found
@@ -45,6 +45,8 @@ def write(results: Results, place: Path) -> None:
         "settings": _settings(results),
         "shared": _shared(results),
         "left_out": wording.left_out(results),
+        "tuning": tuned.said(results.comparison.methods),
+        "tried": tuned.table(results.comparison.methods),
     }
     write_text(place / "index.html", pages.render(PAGE, {"interval": wording.interval}, **values))
 

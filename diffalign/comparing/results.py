@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from diffalign.comparing import statistics, units
-from diffalign.comparing.comparison import Comparison, Method, Unit
+from diffalign.comparing.comparison import Comparison
+from diffalign.comparing.methods import Method, Unit
 from diffalign.comparing.statistics import Cost, Difference
 from diffalign.comparing.units import Found
 from diffalign.errors import Fault, UserError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffalign import config as configs
-from diffalign.comparing.comparison import Unit, shared
+from diffalign.comparing.methods import Unit, shared
 from diffalign.errors import Fault, UserError
 from diffalign.evaluation.results import Evaluation
 from diffalign.runs.folder import CONFIG

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from diffalign.comparing import tuned
 from diffalign.comparing.results import MethodResult, Pair, Results
 from diffalign.comparing.statistics import Cost
 from diffalign.evaluation.intervals import Interval
@@ -137,6 +138,8 @@ def lines(results: Results) -> list[str]:
         for label, costs in target.costs.items():
             each = ", ".join(f"{KINDS[kind]} {cost(part)}" for kind, part in costs.items())
             found.append(f"  {label}: {each}")
+    if told := tuned.said(results.comparison.methods):
+        found += ["", *told]
     if missing := left_out(results):
         found += ["", *(f"left out: {line}" for line in missing)]
     return found

@@ -23,7 +23,12 @@ FILE = "schema.json"  # beside the folders of configs
 BESIDE = ".diffalign.schema.json"  # beside a user's config, wherever that is
 TITLE = "a config of diffalign"
 TEXT = {"type": "string"}
-_OURS = ("title", "resume", "allowed")  # titles are the keys again; the others are read by `marks` and `legend`
+_OURS = (
+    "title",
+    "resume",
+    "allowed",
+    "tune",
+)  # titles are the keys again; the others are read by `marks`, `legend` and `tune`
 
 
 def line(schema: str) -> str:

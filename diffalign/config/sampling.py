@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from diffalign.config.kinds import ASKED, HELD
-from diffalign.runtime.settings import Settings
+from diffalign.runtime.settings import Settings, factors
 
 
 class CacheConfig(Settings):
@@ -28,7 +28,11 @@ class SamplerConfig(Settings):
 
     process: str = Field("flow_sde", description="how a step follows from a prediction")
     noise_level: float = Field(
-        0.7, ge=0, le=100, description="a of flow_sde, eta of dance_sde and ddim", json_schema_extra=ASKED
+        0.7,
+        ge=0,
+        le=100,
+        description="a of flow_sde, eta of dance_sde and ddim",
+        json_schema_extra=ASKED | factors(0.5, 2),
     )
     steps: int = Field(10, ge=2, le=1000, description="calls of the network a sample")
     guidance_scale: float | None = Field(

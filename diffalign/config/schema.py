@@ -15,7 +15,7 @@ from diffalign.config.sampling import SamplerConfig
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import SETS
 from diffalign.rules import RULES, Rule
-from diffalign.runtime.settings import Settings
+from diffalign.runtime.settings import Settings, factors
 from diffalign.shapes.captions import SPLITS, TASKS
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
@@ -75,7 +75,9 @@ class OptimizerConfig(Settings):
 
     model_config = ConfigDict(json_schema_extra=ASKED)
 
-    lr: float = Field(3e-4, gt=0, le=10, description="learning rate, the highest of its schedule")
+    lr: float = Field(
+        3e-4, gt=0, le=10, description="learning rate, the highest of its schedule", json_schema_extra=factors(0.1, 10)
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="what lr does after the warm-up: stays, or falls to 0 at the last update"
     )

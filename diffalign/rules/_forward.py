@@ -19,6 +19,7 @@ from diffalign.protocols import Policy
 from diffalign.rules._merging import MergeSettings, merged
 from diffalign.rules._rule import ReferenceSettings, Rule
 from diffalign.runtime.randomness import Purpose, normal
+from diffalign.runtime.settings import factors
 from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class ForwardSettings(ReferenceSettings, MergeSettings):
     shared_noise: bool = Field(False, description="one noise for all samples of a group")
     scale: Literal["group", "batch", "none"] = Field("batch", description="what advantages are divided by")
     advantage_limit: float = Field(5.0, gt=0, description="advantages are clipped to +- this, and divided by it")
-    kl: float = Field(0.0, ge=0, description="weight of mean (v - v_reference)^2")
+    kl: float = Field(0.0, ge=0, description="weight of mean (v - v_reference)^2", json_schema_extra=factors(0.1, 10))
     noise: bool = Field(False, description="sample with the process's noise; false: deterministically")
     inner_updates: int = Field(1, ge=1, description="optimiser steps per rollout")
 

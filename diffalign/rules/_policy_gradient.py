@@ -14,6 +14,7 @@ from diffalign.protocols import Needs, Policy, Transition
 from diffalign.rules._merging import MergeSettings, merged
 from diffalign.rules._rule import ReferenceSettings, Rule, RuleSettings
 from diffalign.rules._trust import Step, TrustSettings, bounded
+from diffalign.runtime.settings import factors
 from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ class PolicyGradientSettings(MergeSettings):
     )
     inner_updates: int = Field(1, ge=1, description="optimiser steps per rollout")
     shared_start: bool = Field(False, description="one initial noise per group")
+
+    def unused(self) -> set[str]:
+        """Keys that nothing uses with these settings."""
+        return super().unused() | ({"clip"} if self.inner_updates == 1 else set())  # on a first pass every ratio is 1
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
@@ -72,8 +77,10 @@ class PolicyGradientSettings(MergeSettings):
 class SurrogateSettings(ReferenceSettings, PolicyGradientSettings):
     """Keys of rules with a clipped surrogate and a divergence from the base model."""
 
-    clip: float = Field(1e-4, gt=0, description=CLIP)
-    kl: float = Field(0.0, ge=0, description="weight of the divergence from the base model")
+    clip: float = Field(1e-4, gt=0, description=CLIP, json_schema_extra=factors(0.1, 10))
+    kl: float = Field(
+        0.0, ge=0, description="weight of the divergence from the base model", json_schema_extra=factors(0.1, 10)
+    )
     kl_space: Literal["prediction", "mean"] = Field(
         "prediction", description="prediction: mean (v - v_reference)^2; mean: that of the steps' Gaussians, per dim"
     )

@@ -24,6 +24,10 @@ class RuleSettings(Settings):
         """What is wrong with these settings for a sampler of `steps` steps."""
         return []
 
+    def unused(self) -> set[str]:
+        """Keys that nothing uses with these settings, so that there is no use in trying other values."""
+        return set()
+
     def idle(self, names: Iterable[str], without: str) -> list[str]:
         """A problem for every key that was changed though nothing uses it."""
         changed = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]

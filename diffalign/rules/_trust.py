@@ -28,6 +28,10 @@ class TrustSettings(RuleSettings):
         1e-5, ge=0, description="of that divergence, a mean over latent dims: beyond it a sample may only come back"
     )
 
+    def unused(self) -> set[str]:
+        """Keys that nothing uses with these settings."""
+        return super().unused() | ({"clip"} if self.trust == "kl" else set())
+
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
         problems = super().problems(steps)

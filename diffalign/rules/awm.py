@@ -15,6 +15,7 @@ from pydantic import Field
 from diffalign import ops
 from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _forward as forward
+from diffalign.runtime.settings import factors
 from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
 if TYPE_CHECKING:
@@ -37,8 +38,12 @@ class AWM(forward.ForwardRule):
             "ghuber", description="w, of the squared error and t"
         )
         power: float = Field(0.25, gt=0, le=1, description="p of ghuber")
-        clip: float = Field(1.0, gt=0, description="half-width of the ratio's range")
-        anchor: float = Field(1.0, ge=0, description="weight of mean (v - v_anchor)^2, to a slow copy")
+        clip: float = Field(
+            1.0, gt=0, description="half-width of the ratio's range", json_schema_extra=factors(0.1, 10)
+        )
+        anchor: float = Field(
+            1.0, ge=0, description="weight of mean (v - v_anchor)^2, to a slow copy", json_schema_extra=factors(0.1, 10)
+        )
         anchor_decay: float = Field(
             0.3, ge=0, le=1, description="of the copy per update, reached from 0 in steps of 0.001"
         )
@@ -71,6 +76,10 @@ class AWM(forward.ForwardRule):
             if self.implicit_to == "anchor" and not (self.anchor > 0 and self.anchor_decay > 0):
                 problems.append("rule.implicit_to: got anchor; allowed with rule.anchor and rule.anchor_decay above 0")
             return problems
+
+        def unused(self) -> set[str]:
+            """Keys that nothing uses with these settings."""
+            return {"clip"} if self.inner_updates == 1 else set()  # on a first pass every ratio is 1
 
     settings: Settings
 

@@ -13,6 +13,7 @@ from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _policy_gradient as policy_gradient
 from diffalign.rules import _trust as trust
 from diffalign.rules._merging import merged
+from diffalign.runtime.settings import factors
 from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
 MOST_LEAVES = 4096  # of one sample
@@ -33,7 +34,10 @@ class BranchGRPO(policy_gradient.SurrogateRule):
         splits: list[int] = Field([0, 1, 2], min_length=1, description="steps where every node gets children")
         factor: int = Field(2, ge=1, description="K: children of a node at a split")
         sibling_noise: float = Field(
-            4.0, gt=0, description="s: siblings' noises correlate by 1 / (1 + s^2), each stays standard normal"
+            4.0,
+            gt=0,
+            description="s: siblings' noises correlate by 1 / (1 + s^2), each stays standard normal",
+            json_schema_extra=factors(0.25, 4),
         )
         fusion: float = Field(0.0, ge=0, description="beta: leaves weigh in proportion to path density^beta; 0: alike")
         normalise: Literal["depth", "leaves"] = Field(

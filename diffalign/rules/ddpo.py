@@ -14,6 +14,7 @@ from diffalign.rules import _policy_gradient as policy_gradient
 from diffalign.rules import _trust as trust
 from diffalign.rules._merging import columns, merged
 from diffalign.rules._rule import Rule
+from diffalign.runtime.settings import factors
 from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree, Update
 
 
@@ -31,9 +32,18 @@ class DDPO(Rule):
         estimator: Literal["importance", "score"] = Field(
             "importance", description="importance: DDPO-IS, clipped ratios; score: DDPO-SF, REINFORCE"
         )
-        clip: float = Field(1e-4, gt=0, description=f"{policy_gradient.CLIP}; of the importance estimator")
+        clip: float = Field(
+            1e-4,
+            gt=0,
+            description=f"{policy_gradient.CLIP}; of the importance estimator",
+            json_schema_extra=factors(0.1, 10),
+        )
         history: int = Field(32, ge=2, description="last rewards of a prompt that its statistics are made of")
         history_least: int = Field(16, ge=2, description="with fewer, the batch's statistics are used")
+
+        def unused(self) -> set[str]:
+            """Keys that nothing uses with these settings."""
+            return super().unused() | ({"clip"} if self.estimator == "score" else set())
 
         def problems(self, steps: int) -> list[str]:
             """What is wrong with these settings for a sampler of `steps` steps."""

@@ -17,6 +17,7 @@ from diffalign import ops
 from diffalign.protocols import Loss, Policy, RewardFunction
 from diffalign.rules import _policy_gradient as policy_gradient
 from diffalign.rules import _trust as trust
+from diffalign.runtime.settings import factors
 from diffalign.types import Credit, Plan, Rollout, Schedule, Term, Update
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class GRPOGuard(policy_gradient.GroupRule):
     class Settings(policy_gradient.GroupSettings):
         """Keys of `rule:` for grpo_guard."""
 
-        clip: float = Field(2e-6, gt=0, description="half-width of the normalised ratio's range")
+        clip: float = Field(
+            2e-6, gt=0, description="half-width of the normalised ratio's range", json_schema_extra=factors(0.1, 10)
+        )
         clip_std: float | None = Field(
             None, gt=0, description="in place of `clip`, in units of the log-ratio's running std, once there is one"
         )
@@ -44,6 +47,10 @@ class GRPOGuard(policy_gradient.GroupRule):
             "equal",
             description="a step's weight: inv_dt: 1 / |dt| (paper); equal: alike on predictions; std: its noise",
         )
+
+        def unused(self) -> set[str]:
+            """Keys that nothing uses with these settings."""
+            return super().unused() | (set() if self.clip_std is None else {"clip"})
 
     settings: Settings
 

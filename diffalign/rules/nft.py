@@ -10,6 +10,7 @@ from pydantic import Field
 from diffalign import ops
 from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _forward as forward
+from diffalign.runtime.settings import factors
 from diffalign.types import Credit, Plan, Rollout, Schedule, Term, Update
 
 LEAST_ERROR = 1e-5  # of the self-normalised loss
@@ -29,14 +30,19 @@ class NFT(forward.ForwardRule):
         """Keys of `rule:` for nft."""
 
         beta: float = Field(
-            1.0, gt=0, description="b: how far v+ and v- lie from the old policy; small: faster, less stable"
+            1.0,
+            gt=0,
+            description="b: how far v+ and v- lie from the old policy; small: faster, less stable",
+            json_schema_extra=factors(0.1, 10),
         )
         space: Literal["clean", "prediction"] = Field(
             "clean",
             description="clean: errors of the implied x_0, each divided by its own size; prediction: of the velocity",
         )
         old_decay: float = Field(0.5, ge=0, le=1, description="of the old policy per update, reached in steps of 0.001")
-        kl: float = Field(1e-4, ge=0, description="weight of mean (v - v_reference)^2")
+        kl: float = Field(
+            1e-4, ge=0, description="weight of mean (v - v_reference)^2", json_schema_extra=factors(0.1, 10)
+        )
 
     settings: Settings
 

@@ -24,6 +24,7 @@ from diffalign import ops
 from diffalign.errors import UserError
 from diffalign.protocols import GraphBytes, Loss, Needs, Policy, RewardFunction
 from diffalign.rules._rule import Rule, RuleSettings
+from diffalign.runtime.settings import counts
 from diffalign.types import Credit, Plan, Prompts, Rollout, Schedule, Scores, Span, Term, Tree, Update
 
 DECAY = 0.9  # of running gradient norms, per update
@@ -45,10 +46,14 @@ class RLRSettings(RuleSettings):
     """Keys of `rule:` for rlr."""
 
     depth: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], _count(0)] = Field(
-        1, description="K: last steps with the reward's gradient; 0: none, REINFORCE; auto: as memory_gib allows"
+        1,
+        description="K: last steps with the reward's gradient; 0: none, REINFORCE; auto: as memory_gib allows",
+        json_schema_extra=counts(0, 3),
     )
     span: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], _count(1)] = Field(
-        2, description="h: noisy steps in the span that borrows its last one's noise; auto: as memory_gib allows"
+        2,
+        description="h: noisy steps in the span that borrows its last one's noise; auto: as memory_gib allows",
+        json_schema_extra=counts(1, 3),
     )
     cover: Literal["lr", "zo", "is", "none"] = Field(
         "lr",

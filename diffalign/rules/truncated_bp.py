@@ -22,6 +22,7 @@ from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _forward as forward
 from diffalign.rules._rule import Rule, RuleSettings
 from diffalign.runtime.randomness import Purpose
+from diffalign.runtime.settings import counts
 from diffalign.types import Credit, Plan, Rollout, Schedule, Term
 
 Some = Annotated[int, Field(ge=1)]
@@ -48,7 +49,9 @@ class TruncatedBP(Rule):
         """Keys of `rule:` for truncated_bp."""
 
         depth: Annotated[Some | tuple[Some, Some] | Literal["all"], BeforeValidator(_depth)] = Field(
-            1, description="K: steps with gradient; [low, high]: drawn anew every update; all: exact"
+            1,
+            description="K: steps with gradient; [low, high]: drawn anew every update; all: exact",
+            json_schema_extra=counts(1, 5),
         )
         objective: Literal["linear", "hinge"] = Field("linear", description="hinge: rewards above `target` do not pull")
         target: float | None = Field(None, description="of the hinge, in the reward's units", allow_inf_nan=False)

@@ -28,10 +28,10 @@ class Seen:
 
     trained: frozenset[str]
     last: int
-    patience: int = 2
     rows: list[Row] = field(default_factory=list)
     evaluations: list[Summary] = field(default_factory=list)
     drift: float | None = None
+    patience: int = 2
 
     def mean(self, key: str, rows: Sequence[Row]) -> float | None:
         """Of a number over some rows; None where none of them has it."""
@@ -173,7 +173,7 @@ class Guards(Listener):
         logged: Callable[[], list[Row]] = list,
     ) -> None:
         self.seen, self.stop, self.say, self.logged = (
-            Seen(frozenset(trained), settings.last, settings.patience),
+            Seen(frozenset(trained), settings.last, patience=settings.patience),
             settings.stop,
             say,
             logged,

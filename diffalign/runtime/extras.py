@@ -36,6 +36,8 @@ PARTS = {
     "tensorboard": Part("tensorboard", "trackers"),
     "wandb": Part("wandb", "trackers"),
     "trackio": Part("trackio", "trackio"),
+    "optuna": Part("optuna", "tune"),
+    "ray": Part("ray", "ray"),
 }
 
 

@@ -27,6 +27,13 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") in ("", "0")
 
 
+def cpus() -> int:
+    """How many CPUs this process may use: of a job's share of a machine, those that it was given."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def child(threads: int) -> dict[str, str]:
     """The environment of a process that shares this machine with others like it: so many threads, unless the user has said otherwise."""
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", **os.environ}

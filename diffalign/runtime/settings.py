@@ -7,6 +7,16 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
+def factors(low: float, high: float) -> dict[str, Any]:
+    """`json_schema_extra` of a number that `diffalign tune` tries: its value times `low` to `high`, evenly in its logarithm."""
+    return {"tune": {"factors": [low, high]}}
+
+
+def counts(low: int, high: int) -> dict[str, Any]:
+    """`json_schema_extra` of a whole number that `diffalign tune` tries: `low` to `high`, its value among them."""
+    return {"tune": {"counts": [low, high]}}
+
+
 class Settings(BaseModel):
     """Frozen; unknown keys, NaN and infinity are errors, and so is a truth value where a number is meant."""
 

@@ -294,6 +294,37 @@ def test_the_page_says_everything_and_asks_for_nothing(made):
         assert (made / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_was_tuned_is_said_everywhere(copied):
+    written = json.loads((copied / "comparison.json").read_text())
+    facts = {
+        "trials": 20,
+        "failed": 1,
+        "budget": {"rows": 4000.0},
+        "captions": "validation",
+        "judge": GOLD,
+        "changed": [],
+    }
+    facts["ranges"] = [{"key": "optimizer.lr", "low": 1e-4, "high": 1e-2, "factors": [0.1, 10]}]
+    facts["best"] = {"settings": {"optimizer.lr": 3e-3}}
+    written["methods"][0]["tuned"] = facts
+    (copied / "comparison.json").write_text(json.dumps(written))
+    lines = comparing.reported(comparing.opened((), copied))
+    said = "Settings were not tuned alike, so that a difference may be the tuning's:"
+    assert said in lines
+    assert "nft: not tuned" in lines
+    page, found = html.unescape((copied / "index.html").read_text()), json.loads((copied / "results.json").read_text())
+    assert said in page
+    assert "<td>20, 1 failed</td><td>optimizer.lr</td><td>0.0001 to 0.01</td><td>0.003</td>" in page
+    assert found["tuning"]["alike"] is False
+    assert found["tuning"]["methods"] == {"flow_grpo": facts, "nft": None}
+    written["methods"][1]["tuned"] = facts
+    (copied / "comparison.json").write_text(json.dumps(written))
+    effort = "20 trials of rows=4000 each, chosen by the gain of jpeg_compressibility on validation captions"
+    assert f"Settings were tuned beforehand, for all methods alike: {effort}." in comparing.reported(
+        comparing.opened((), copied)
+    )
+
+
 def test_the_table_for_papers(made):
     lines = (made / "table.tex").read_text().splitlines()
     rows = [line for line in lines if line.endswith(r" \\")]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -9,9 +10,10 @@ import time
 import filelock
 import pytest
 
-from diffalign.comparing.comparison import Method, Unit
-from diffalign.comparing.running import LOG, Runner, last_line
+from diffalign.comparing.methods import Method, Unit
+from diffalign.comparing.running import LOG, Here, Runner, last_line
 from diffalign.errors import Interrupted
+from diffalign.runtime import launcher
 
 BEGUN = "import pathlib, sys, time, signal; place = pathlib.Path(sys.argv[1]); (place / 'began').write_text(str(time.time()))\n"
 QUICK = BEGUN + "time.sleep(0.3); (place / 'ended').write_text(str(time.time()))"
@@ -31,9 +33,8 @@ def units(tmp_path, count=4):
 
 
 def runner(jobs, programs, said):
-    return Runner(
-        jobs, said.append, lambda unit: [sys.executable, "-c", programs.get(unit.seed, QUICK), str(unit.place)]
-    )
+    command = lambda unit: [sys.executable, "-c", programs.get(unit.seed, QUICK), str(unit.place)]  # noqa: E731
+    return Runner(jobs, said.append, Here(jobs, command))
 
 
 def times(unit):
@@ -104,5 +105,13 @@ def test_threads_are_shared_out(tmp_path, monkeypatch):
     (unit,) = units(tmp_path, 1)
     program = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['OMP_WAIT_POLICY'])"
     runner(1, {0: program}, []).run([unit])
-    assert last_line(unit.place / LOG) == f"{os.cpu_count()} passive"
-    assert Runner(10_000, print).threads == 1
+    assert last_line(unit.place / LOG) == f"{launcher.cpus()} passive"
+    assert Here(10_000).threads == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to CPUs")
+def test_cpus_of_others_are_not_counted():
+    bound = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    program = "from diffalign.comparing.running import Here\nprint(Here(1).threads)"
+    done = subprocess.run([sys.executable, "-c", bound + program], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"

@@ -23,6 +23,7 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "marks": marks.table,
     "decided": families.decided,
     "rules": tables.rules,
+    "ranges": tables.ranges,
     "rewards": tables.rewards,
     "presets": tables.presets,
     "embedded pipelines": tables.embedded,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign import config as configs
+from diffalign.comparing.tuning.spaces import declared
 from diffalign.config.json_schema import summary
 from diffalign.rewards import catalog
 from diffalign.rules import RULES
@@ -33,6 +34,23 @@ def rules() -> list[str]:
     return table(
         ("rule", "what it does", "reward", "noisy sampler", "samples a prompt", "settings", "file"), map(row, RULES)
     )
+
+
+def ranges() -> list[str]:
+    """What `diffalign tune` tries of each key that declares it."""
+
+    def said(found: dict[str, Any]) -> str:
+        if "factors" in found:
+            low, high = found["factors"]
+            return f"{low:g} to {high:g} times the config's value, evenly in its logarithm"
+        return "{} to {}, whole numbers".format(*found["counts"])
+
+    sections = {name: field.annotation for name, field in configs.Config.model_fields.items()}
+    every = {name: declared(of) for name, of in sections.items() if hasattr(of, "model_fields")}
+    rows = [(f"`{name}.{key}`", "all", said(found)) for name, own in every.items() for key, found in own.items()]
+    for name, rule in RULES.items():
+        rows += [(f"`rule.{key}`", f"`{name}`", said(found)) for key, found in declared(rule.Settings).items()]
+    return table(("key", "rule", "tried"), rows)
 
 
 def rewards() -> list[str]:
