@@ -17,6 +17,7 @@ REWARDS = {
         "differentiable": True,
         "modality": "image",
         "about": "LAION aesthetic v2: how people liked such pictures; does not look at the prompt",
+        "family": "LAION aesthetics",
         "range": "1 to 10, base models about 5 to 6",
         "weights": "openai/clip-vit-large-patch14 and trl-lib/ddpo-aesthetic-predictor",
         "licence": "MIT and Apache-2.0",

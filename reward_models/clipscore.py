@@ -14,6 +14,7 @@ REWARDS = {
         "differentiable": True,
         "modality": "image",
         "about": "cosine between text and picture, not multiplied and not cut off",
+        "family": "CLIP",
         "range": "-1 to 1, usually 0.2 to 0.35",
         "memory": 1.7,
         "weights": "openai/clip-vit-large-patch14",

@@ -28,6 +28,7 @@ REWARDS = {
         "narrow": True,
         "weights": "MizzenAI/HPSv3 and Qwen/Qwen2-VL-7B-Instruct",
         "licence": "Apache-2.0",
+        "family": "HPD",
         "ordered": True,
         "template": {
             "file": "hpsv3/dataset/data_collator_qwen.py",

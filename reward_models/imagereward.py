@@ -23,6 +23,7 @@ REWARDS = {
         "differentiable": True,
         "modality": "image",
         "about": "human preference of ImageReward's raters, standardised",
+        "family": "ImageReward",
         "range": "about -2 to 2, mean 0 over its own data",
         "weights": "zai-org/ImageReward and google-bert/bert-base-uncased",
         "licence": "Apache-2.0",

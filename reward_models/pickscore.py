@@ -14,6 +14,7 @@ REWARDS = {
         "differentiable": True,
         "modality": "image",
         "about": "preference of Pick-a-Pic's users: exp(scale) cos(text, picture) / 26",
+        "family": "Pick-a-Pic",
         "range": "usually 0.7 to 0.95",
         "memory": 3.9,
         "weights": "yuvalkirstain/PickScore_v1",

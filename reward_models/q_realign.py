@@ -28,6 +28,7 @@ REWARDS = {
         "memory": 1.6,
         "weights": "q-future/Q-ReAlign-Mini-0.8B",
         "licence": "code MIT, weights not read",
+        "family": "IQA",
     },
     "q_realign_aesthetic": {
         "object": "Aesthetic",
@@ -38,6 +39,7 @@ REWARDS = {
         "memory": 1.6,
         "weights": "q-future/Q-ReAlign-Mini-0.8B",
         "licence": "code MIT, weights not read",
+        "family": "IQA",
     },
 }
 REPO = str(REWARDS["q_realign"]["weights"])

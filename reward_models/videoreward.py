@@ -33,6 +33,7 @@ REWARDS = {
         "column": "sum",
         "weights": "KwaiVGI/VideoReward and Qwen/Qwen2-VL-2B-Instruct",
         "licence": "Apache-2.0",
+        "family": "VideoAlign",
         "template": {
             "file": "prompt_template.py",
             "names": ["DETAILED_PROMPT_WITH_SPECIAL_TOKEN"],
@@ -51,6 +52,7 @@ REWARDS = {
         "column": "VQ",
         "weights": "KwaiVGI/VideoReward and Qwen/Qwen2-VL-2B-Instruct",
         "licence": "Apache-2.0",
+        "family": "VideoAlign",
     },
     "videoreward_mq": {
         "object": "VideoReward",
@@ -64,6 +66,7 @@ REWARDS = {
         "column": "MQ",
         "weights": "KwaiVGI/VideoReward and Qwen/Qwen2-VL-2B-Instruct",
         "licence": "Apache-2.0",
+        "family": "VideoAlign",
     },
     "videoreward_ta": {
         "object": "VideoReward",
@@ -77,6 +80,7 @@ REWARDS = {
         "column": "TA",
         "weights": "KwaiVGI/VideoReward and Qwen/Qwen2-VL-2B-Instruct",
         "licence": "Apache-2.0",
+        "family": "VideoAlign",
     },
 }
 NAME, REPO, BASE = "videoreward", "KwaiVGI/VideoReward", "Qwen/Qwen2-VL-2B-Instruct"

@@ -26,6 +26,7 @@ REWARDS = {
         "memory": 16.3,
         "weights": "Qwen/Qwen3-VL-8B-Instruct",
         "licence": "Apache-2.0",
+        "family": "zero-shot VLM",
         "ordered": True,
     }
 }

@@ -19,7 +19,6 @@ import diffalign
 from diffalign import config as configs
 from diffalign.cli.completion import A_CONFIG
 from diffalign.errors import LONGEST, CardFailed, Fault, Interrupted, UserError, shortened
-from diffalign.evaluation.task import SUITES
 from diffalign.runtime import launcher
 from diffalign.runtime.options import A_CALL, VRAM, Number, Place
 from diffalign.runtime.streams import forgive
@@ -108,32 +107,6 @@ def sample(target: str, strength: float, more: tuple[str, ...], arguments: tuple
     with Display() as display:
         drawn = pictures.sample(source, texts, asked.pop("count"), **asked, progress=display.doing)
     show(map(pictures.label, drawn))
-
-
-@app.command()
-@click.argument("targets", nargs=-1, required=True, metavar="RUN|ADAPTER|MODEL...")
-@click.option("--suite", required=True, metavar="NAME|FILE", help=f"{', '.join(SUITES)}, a file.")
-@click.option("--prompts", help="Other prompts for the suite's rewards: a set's name or a file.")
-@click.option("--reward", "rewards", multiple=True, help="What judges, instead of the suite's; several times.")
-@click.option("--split", type=click.Choice(("train", "validation", "test")), default="test", show_default=True)
-@click.option("-n", "samples", type=click.IntRange(1, 1000), default=4, show_default=True, help="Samples a prompt.")
-@A_CALL
-@click.option("--batch", type=click.IntRange(1, 1024), default=16, show_default=True, help="Samples at a time.")
-@click.option(
-    "--drift/--no-drift",
-    default=True,
-    show_default=True,
-    help="Also run adapters' calls without them, to measure how far predictions are from the base model's: twice the work.",
-)
-@click.option("--fresh", is_flag=True, help="Make again what is there.")
-@click.option("--out", required=True, type=Place(file_okay=False, path_type=Path), help="Folder to write to.")
-def evaluate(targets: tuple[str, ...], suite: str, out: Path, **asked: Any) -> None:
-    """Judge models and adapters on a suite of prompts, all from the same noises, with intervals, grids and a page."""
-    from diffalign.evaluation import suite as suites
-    from diffalign.runtime.display import Display
-
-    with Display(quiet=not launcher.leads()) as display:
-        suites.evaluate(targets, suite, out, say=display.result, progress=display.doing, **asked)
 
 
 @app.command()

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import diffalign
 from diffalign.comparing import tuned, wording
 from diffalign.comparing.results import KINDS, MethodResult, Results
 from diffalign.comparing.units import Found
-from diffalign.evaluation.intervals import Interval
+from diffalign.report.latex import escaped, plus_minus
 from diffalign.runtime.files import write_text
 
 
@@ -118,14 +117,6 @@ def _row(each: Found, label: str, judges: tuple[str, ...]) -> dict[str, Any]:
     return row
 
 
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-
-
-def escaped(text: str) -> str:
-    """A text as LaTeX sets it."""
-    return re.sub(r"[\\~^&%$#_{}]", lambda found: SPECIAL.get(found[0], "\\" + found[0]), text)
-
-
 def latex(results: Results) -> str:
     """The methods as a booktabs table: values and gains with half-widths of 95 % intervals over seeds. Bold is what is told apart from
     every other method, by Holm's p-values, and above them."""
@@ -149,13 +140,9 @@ def latex(results: Results) -> str:
                 cells += ["--", "--"]
                 continue
             judged = method.judges[judge]
-            value, gain = _cell(judged.value, ".3f"), _cell(judged.gain, "+.3f")
+            value = plus_minus(judged.value.value, judged.value.ends, ".3f")
+            gain = plus_minus(judged.gain.value, judged.gain.ends, "+.3f")
             cells += [rf"\textbf{{{value}}}" if results.best(judge) == method.label else value, gain]
         cells.append(wording.spent(method, "rows").replace(",", "{,}") if method.found else "--")
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def _cell(found: Interval, form: str) -> str:
-    text = format(found.value, form)
-    return text if found.ends is None else rf"{text} $\pm$ {(found.ends[1] - found.ends[0]) / 2:.3f}"

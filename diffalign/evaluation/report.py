@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +12,15 @@ import numpy as np
 from PIL import Image
 
 from diffalign import __version__
-from diffalign.evaluation import intervals, samples
+from diffalign.evaluation import found, samples, tables
 from diffalign.evaluation.intervals import Interval
 from diffalign.evaluation.samples import Drawn
-from diffalign.prompts.book import same_text
 from diffalign.report import pages, pictures
 from diffalign.report.pictures import strips
-from diffalign.rewards import distances
+from diffalign.rewards import catalog
 from diffalign.runtime.files import write_text
 from diffalign.sampling import sources
+from diffalign.types import Integers
 
 if TYPE_CHECKING:
     from diffalign.evaluation.task import Task
@@ -31,100 +32,48 @@ SHOWN = 6  # prompts, and samples of each, in the grid
 def write(
     task: Task, labels: list[str], models: Sequence[sources.Source], drawn: Sequence[Drawn | None], out: Path
 ) -> Path:
-    """Write `report.json`, `scores.jsonl`, `grid.png` and `index.html`; returns the page."""
+    """Write `report.json`, `table.csv`, `table.tex`, `scores.jsonl`, `grid.png` and `index.html`; returns the page."""
     whole = [one for one in drawn if one is not None]
-    rows = [
-        _row(task, label, model, one, _base(models, whole, number))
-        for number, (label, model, one) in enumerate(zip(labels, models, whole, strict=True))
-    ]
     report = {
-        "prompts": {"source": task.source, "split": task.split, "count": len(task.entries), "digest": task.digest()},
+        "suite": task.name,
+        "prompts": {"source": task.source, "split": task.split, "count": len(task.entries), "digest": task.digest()}
+        | ({} if task.copy is None else {"published": asdict(task.copy)}),
         "samples_per_prompt": task.samples,
         "seed": task.seed,
         "drawn_at_once": _batches(task, whole),
         "rewards": list(task.rewards),
+        "judges": {name: _judge(name) for name in task.rewards},
+        "columns": {column: _prompts(task, *values) for column, values in task.columns().items()},
+        "column": task.overall,
+        "overall": f"mean of the means by {task.overall}" if task.overall else "mean over samples",
+        "comparable": task.comparable,
         "diffalign": __version__,
-        "models": rows,
+        "models": found.rows(task, labels, models, whole),
     }
     write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
+    write_text(out / "table.csv", tables.text(report))
+    write_text(out / "table.tex", tables.latex(report))
     write_text(out / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in _lines(task, labels, whole)))
     _grid(task, whole).save(out / "grid.png")
     _page(task, report, labels, whole, out / "index.html")
     return out / "index.html"
 
 
+def _prompts(task: Task, which: Integers, names: list[str]) -> dict[str, int]:
+    """How many prompts a column's values have."""
+    return {name: len(np.unique(task.prompt[which == number])) for number, name in enumerate(names)}
+
+
+def _judge(name: str) -> dict[str, str]:
+    """What stands in the footer of a judge: where its weights are, under which licence, what it learned from."""
+    entry = catalog.find(name)
+    return {"weights": entry.place or entry.weights, "licence": entry.licence, "family": entry.family}
+
+
 def _batches(task: Task, drawn: Sequence[Drawn]) -> list[int]:
     """How many samples were drawn at a time; of samples of older versions that is not known."""
     sizes = np.array([samples.batch(one.folder, row) for one in drawn for row in range(task.total)])
     return sorted({int(size) for size in sizes[np.isfinite(sizes)]})
-
-
-def _base(models: Sequence[sources.Source], drawn: Sequence[Drawn], number: int) -> Drawn | None:
-    """What a model with adapters is held against: the same model and call without."""
-    own = models[number]
-    if not own.adapters:
-        return None
-    for other, drawn_without in zip(models, drawn, strict=True):
-        if not other.adapters and (other.model, other.call, other.revision, other.weights) == (
-            own.model,
-            own.call,
-            own.revision,
-            own.weights,
-        ):
-            return drawn_without
-    return None
-
-
-def groups(task: Task) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Prompt and task of every sample (total,), and the names of the tasks, in the order of the prompts."""
-    names = list(dict.fromkeys(str(entry.get("tag", "")) for entry in task.entries))
-    tags = np.array([names.index(str(entry.get("tag", ""))) for entry in task.entries])
-    places = np.repeat(np.arange(len(task.entries)), task.samples)
-    return same_text(task.entries)[places], tags[places], names
-
-
-def _row(task: Task, label: str, model: sources.Source, own: Drawn, base: Drawn | None) -> dict[str, Any]:
-    """One model's results; gains are paired with the base's samples of the same noise."""
-    prompt, tag, names = groups(task)
-    scores: dict[str, Any] = {}
-    for name, values in own.scores.items():
-        if not np.isfinite(values).any():
-            scores[name] = {"unscored": len(values)}
-            continue
-        entry: dict[str, Any] = {
-            "mean": intervals.mean(values, prompt).facts(),
-            "unscored": int((~np.isfinite(values)).sum()),
-        }
-        if len(names) > 1:
-            parts = {n: intervals.mean(values[tag == k], prompt[tag == k]).facts() for k, n in enumerate(names)}
-            entry |= {"tasks": parts, "mean_of_tasks": intervals.mean_of_means(values, prompt, tag).facts()}
-        if base is not None:
-            entry["gain"] = intervals.gain(values, base.scores[name], prompt).facts()
-            gains = values - base.scores[name]
-            if len(names) > 1 and np.isfinite(gains).any():
-                entry["gain_of_tasks"] = intervals.mean_of_means(gains, prompt, tag).facts()
-        scores[name] = entry
-    pictures = _thumbnails(task, own)
-    row = {
-        "label": label,
-        "model": model.model,
-        "adapters": [f"{a.folder} at {a.strength:g}" for a in model.adapters],
-        "call": {key: value for key, value in model.call.items() if key != "sigmas"},
-        "scores": scores,
-    }
-    if task.samples > 1:
-        row["diversity"] = intervals.hall(distances.diversity(pictures, prompt), prompt).facts()
-    if base is not None:
-        apart = distances.drift(pictures, _thumbnails(task, base))
-        row["drift"] = intervals.hall(apart, prompt).facts()
-        apart = np.array([samples.drift(own.folder, k) for k in range(task.total)])
-        if np.isfinite(apart).any():
-            row["prediction_drift"] = intervals.hall(apart, prompt).facts()
-    return row
-
-
-def _thumbnails(task: Task, drawn: Drawn) -> np.ndarray:
-    return np.concatenate([distances.thumbnails(samples.read(drawn.folder, row)[None]) for row in range(task.total)])
 
 
 def _lines(task: Task, labels: Sequence[str], drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
@@ -153,10 +102,10 @@ def _grid(task: Task, drawn: Sequence[Drawn]) -> Image.Image:
 
 
 def _page(task: Task, report: dict[str, Any], labels: Sequence[str], drawn: Sequence[Drawn], path: Path) -> None:
-    def shown(interval: Any) -> str:
+    def shown(interval: Any, form: str = ".3f") -> str:
         if not isinstance(interval, dict):  # a base model has no gain
             return ""
-        return Interval.of(interval).text()
+        return Interval.of(interval).text(form)
 
     groups_shown = [
         {
@@ -171,7 +120,12 @@ def _page(task: Task, report: dict[str, Any], labels: Sequence[str], drawn: Sequ
         }
         for part in _shown(task)
     ]
-    write_text(path, pages.render(PAGE, {"shown": shown}, report=report, groups=groups_shown))
+    filters: dict[str, Callable[..., Any]] = {
+        "shown": shown,
+        "overall": lambda score: found.at(score, report["column"]),
+        "at": found.at,
+    }
+    write_text(path, pages.render(PAGE, filters, report=report, groups=groups_shown))
 
 
 def _scores(drawn: Drawn, row: int) -> str:

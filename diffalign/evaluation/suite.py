@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from diffalign.errors import Fault, UserError, one_line
-from diffalign.evaluation import judging, report, samples
+from diffalign.evaluation import exporting, found, judging, report, samples
 from diffalign.evaluation.samples import Drawn
 from diffalign.evaluation.task import Task, task_of
 from diffalign.models.notes import files_of
@@ -28,6 +28,7 @@ from diffalign.rewards.scorer import Scorer
 from diffalign.runtime import json_text, numbered
 from diffalign.runtime.device import on_cards
 from diffalign.runtime.distributed import World
+from diffalign.runtime.extras import missing
 from diffalign.runtime.files import make_folder, write_text
 from diffalign.runtime.progress import Progress, silent
 from diffalign.sampling import sources
@@ -43,9 +44,9 @@ def evaluate(
     out: Path | str,
     *,
     prompts: str | None = None,
-    rewards: Sequence[str] = (),
+    judges: Sequence[str] = (),
     split: str = "test",
-    samples: int = 4,
+    samples: int | None = None,
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
@@ -55,6 +56,8 @@ def evaluate(
     batch: int = 16,
     drift: bool = True,
     fresh: bool = False,
+    export: str | None = None,
+    fps: int = 16,
     say: Callable[[str], None] = print,
     progress: Progress = silent,
 ) -> Path:
@@ -62,19 +65,22 @@ def evaluate(
 
     Args:
         targets: runs, adapters, models; before the first adapter of a model, that model without is judged too.
-        suite: a name of `task.SUITES`, a set of prompts or a file of them; prompts: others for the suite's rewards.
-        samples: of every prompt; batch: how many are drawn at a time.
+        suite: a name of `catalog.SUITES`, a set of prompts or a file of them; prompts: the published ones' copy, or others.
+        judges: rewards that judge instead of the suite's.
+        samples: of every prompt, None: as many as the suite has; batch: how many are drawn at a time.
         steps, guidance, arguments (KEY=VALUE), precision, quantize: of the pipelines and their calls, where they are not to be as trained.
         drift: also compare predictions with the base model's, which is twice the work.
         fresh: make again what `out` holds.
+        export: also write the samples as others' tools want them, vbench; fps: of videos in it.
 
     Raises:
         UserError, Fault: see `run`.
     """
-    task = task_of(suite, prompts, rewards, split, samples, seed, batch, drift)
-    return run(
-        task, models_of(targets, arguments, steps, guidance, precision, quantize), Path(out), fresh, say, progress
-    )
+    if export is not None and (mend := missing("imageio")):
+        raise UserError(f"--export: {export} needs imageio; {mend}")
+    task = task_of(suite, prompts, judges, split, samples, seed, batch, drift, say)
+    models = models_of(targets, arguments, steps, guidance, precision, quantize)
+    return run(task, models, Path(out), fresh, say, progress, fps if export else None)
 
 
 def models_of(
@@ -103,8 +109,9 @@ def run(
     fresh: bool,
     say: Callable[[str], None],
     progress: Progress = silent,
+    exported: int | None = None,
 ) -> Path:
-    """Evaluate models on a task; returns the page to look at.
+    """Evaluate models on a task; returns the page to look at. exported: frames per second of videos for VBench, None: none are written.
 
     Raises:
         UserError: if `out` holds another evaluation or cannot be written, or a model or reward does not load.
@@ -115,7 +122,8 @@ def run(
     tell = say if world.leads else lambda line: None
     for model in models:
         sources.check(model)
-    for line in dict.fromkeys(filter(None, (model.remark for model in models))):
+    remarks = [*(model.remark for model in models), *(found.warning(task, found.trained_on(model)) for model in models)]
+    for line in dict.fromkeys(filter(None, remarks)):
         tell(line)
     try:
         world.lead(lambda: _open(task, models, out, fresh))
@@ -125,6 +133,10 @@ def run(
         ]
         page = world.lead(lambda: report.write(task, list(labels(models)), models, drawn, out))
         tell(str(page))
+        if exported is not None:
+            folders = [out / label for label in labels(models)]
+            for place in world.lead(lambda: exporting.vbench(task, folders, out, exported, tell)):
+                tell(str(place))
         world.lead(lambda: _complete(drawn, scorer))
         return page
     finally:
@@ -141,7 +153,7 @@ def _scorer(task: Task, say: Callable[[str], None]) -> Scorer:
             )
         scorer.greet(say)
     except UserError as error:
-        raise UserError(*(line.replace("rewards: ", "--reward: ", 1) for line in error.problems)) from error
+        raise UserError(*(line.replace("rewards: ", "--judges: ", 1) for line in error.problems)) from error
     return scorer
 
 

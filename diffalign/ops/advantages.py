@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -86,6 +87,44 @@ def standardised(reward: Floats, compared: Floats, limit: float = 5.0) -> Floats
     if not len(compared) or _flat(compared, resolution(compared)):
         return np.zeros_like(reward)
     return np.clip((reward - compared.mean()) / compared.std(), -limit, limit)
+
+
+def decoupled(parts: Sequence[Floats], valid: NDArray[np.bool_], limit: float = 5.0) -> Floats:
+    """GDPO's last step (arXiv 2601.05242): the sum of rewards' own weighted advantages (N,), standardised over the whole update.
+
+    Clipped to +-limit. Exactly 0 where invalid, and where no reward tells a sample from its group: every part is 0 there.
+    """
+    total: Floats = np.sum(parts, 0)
+    told = valid & np.any(np.asarray(parts) != 0, axis=0)
+    return np.where(told, standardised(total, total[valid], limit), 0.0)
+
+
+def shares(parts: Mapping[str, Floats], group: NDArray[np.int64], valid: NDArray[np.bool_]) -> dict[str, float]:
+    """How much each part (N,) has of the spread within groups of their sum: cov(part, sum) / var(sum), which add up to 1.
+
+    Below 0: it goes against the others. Empty where the sum has no spread.
+    """
+    _, index = np.unique(group[valid], return_inverse=True)
+    counts = np.bincount(index)
+    apart = {}
+    for name, part in parts.items():
+        values = part[valid]
+        apart[name] = values - (np.bincount(index, values) / counts)[index]
+    total = np.sum(list(apart.values()), 0)
+    spread = float((total**2).sum())
+    return {name: float((own * total).sum()) / spread for name, own in apart.items()} if spread > 0 else {}
+
+
+def spread(reward: Floats, group: NDArray[np.int64]) -> float:
+    """The mean over groups of the population's standard deviation within each; rewards (N,) that are not finite are left out, and groups
+    with fewer than two others. 0 where all are flat, NaN where there is no such group."""
+    finite = np.isfinite(reward)
+    within = []
+    for name in np.unique(group[finite]):
+        values = reward[finite & (group == name)]
+        if len(values) > 1:
+            within.append(0.0 if _flat(values, resolution(values)) else float(values.std()))
+    return float(np.mean(within)) if within else math.nan
 
 
 def leave_one_out(reward: Floats, group: NDArray[np.int64], valid: NDArray[np.bool_]) -> Floats:

@@ -40,7 +40,7 @@ def read(source: str, tasks: Sequence[str], split: str, field: str = "prompts.so
         what = "is a folder" if is_folder(path) else "is no file"
         raise UserError(
             f"{field}: {shown(source)} {what}; allowed are {', '.join(prompt_sets.SETS)}, "
-            f"a file ({', '.join(READERS)}), NAME@PLACE of {', '.join(prompt_sets.published.NAMES)}"
+            f"a file ({', '.join(READERS)}), NAME@PLACE of {', '.join(prompt_sets.published.PUBLISHED)}"
         )
     problems: list[str] = []
     entries: list[Entry] = []

@@ -5,9 +5,10 @@
 with `range`, `needs` (keys of the prompts' metadata), `weights` (where its weights are, with a class that takes another place:
 `name@PLACE`), `licence`, `memory` (GiB of its weights), `narrow` (on a card they are bfloat16, in evaluations too), `extra` (a module of
 an optional extra), `background` (it works on the CPU, while sampling goes on), `timed` (it needs videos' frames per second), `column` (its
-object is a judge that gives several numbers, and this is one of them) and `template` (what `rewards fetch` looks for) where they apply.
-What `rewards check` shows and expects: `shown` ("text": writing, "sign": a stop sign, else shapes), and of its three samples, one as
-asked, another one and noise, the `known` scores within `tolerance`, or that they are `ordered`: the first above the second.
+object is a judge that gives several numbers, and this is one of them), `template` (what `rewards fetch` looks for) and `family` (the data
+or model it learned from, one name for all that share it) where they apply. What `rewards check` shows and expects: `shown` ("text":
+writing, "sign": a stop sign, else shapes), and of its three samples, one as asked, another one and noise, the `known` scores within
+`tolerance`, or that they are `ordered`: the first above the second.
 
 Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`, and those that were written for
 other trainers (see `takes`), `#part` after the name picks one of several scores; a module-level
@@ -39,8 +40,8 @@ class Entry:
     """Where a reward is and what it promises. needs: keys its samples' metadata must have; weights: where its weights are unless
     `place` says otherwise; extra: the module it needs from an optional extra; range: of its scores; memory: GiB of its weights;
     narrow: whether they are bfloat16; background: it may score in a thread of its own; timed: it needs frames per second; column: of a
-    judge's numbers; template: where the text that it asks with is; urls: of its servers; part: of what a user's function returns; known,
-    tolerance, ordered: what `rewards check` expects."""
+    judge's numbers; template: where the text that it asks with is; family: the data or model that it learned from, which others share;
+    urls: of its servers; part: of what a user's function returns; known, tolerance, ordered: what `rewards check` expects."""
 
     name: str
     source: str  # a module name or a file
@@ -59,6 +60,7 @@ class Entry:
     timed: bool = False
     column: str = ""
     template: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    family: str = ""
     shown: str = ""
     known: tuple[float, ...] = ()
     tolerance: float = 1e-6

@@ -5,7 +5,8 @@ Importing this needs neither torch nor diffusers: settings are checked before ei
 
 from __future__ import annotations
 
-from diffalign.rules._rule import Rule
+from diffalign.rules._merging import shares, units
+from diffalign.rules._rule import Rule, RuleSettings
 from diffalign.rules.awm import AWM
 from diffalign.rules.branch_grpo import BranchGRPO
 from diffalign.rules.ddpo import DDPO
@@ -19,4 +20,18 @@ RULES: dict[str, type[Rule]] = {
     rule.name: rule for rule in (FlowGRPO, GRPOGuard, BranchGRPO, DDPO, TruncatedBP, RLR, AWM, NFT)
 }
 
-__all__ = ["AWM", "DDPO", "NFT", "RLR", "RULES", "BranchGRPO", "FlowGRPO", "GRPOGuard", "Rule", "TruncatedBP"]
+__all__ = [
+    "AWM",
+    "DDPO",
+    "NFT",
+    "RLR",
+    "RULES",
+    "BranchGRPO",
+    "FlowGRPO",
+    "GRPOGuard",
+    "Rule",
+    "RuleSettings",
+    "TruncatedBP",
+    "shares",
+    "units",
+]

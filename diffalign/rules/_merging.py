@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from diffalign import ops
 from diffalign.errors import UserError
-from diffalign.rules._rule import RuleSettings
+from diffalign.rules._rule import RuleSettings, UnitSettings
 from diffalign.types import Floats, Integers, Scores
 
 
-class MergeSettings(RuleSettings):
+class MergeSettings(UnitSettings):
     """Keys of rules that learn from scores."""
 
-    combine: Literal["sum", "normalised"] = Field(
-        "sum", description="several rewards: sum: weighted, then normalised; normalised: each by itself, then weighted"
+    combine: Literal["sum", "normalised", "gdpo"] = Field(
+        "sum",
+        description="several rewards: summed; normalised: each by itself first; gdpo: and the sum over the update",
     )
     gate: dict[str, float] = Field({}, description="reward: least; samples below it count as the worst of their group")
     advantage_limit: float = Field(5.0, gt=0, description="advantages are clipped to +- this")
+
+    def problems(self, steps: int) -> list[str]:
+        """What is wrong with these settings for a sampler of `steps` steps."""
+        problems = super().problems(steps)
+        if self.combine != "sum":
+            problems += self.idle(("unit",), "rule.combine: sum, which alone depends on rewards' units")
+        if self.combine == "gdpo" and (scale := getattr(self, "scale", "group")) != "group":
+            problems.append(f"rule.scale: got {scale}, gdpo normalises each reward within its prompt; allowed is group")
+        return problems
 
 
 def columns(scores: Scores, group: Integers, settings: MergeSettings) -> dict[str, Floats]:
@@ -39,11 +50,16 @@ def columns(scores: Scores, group: Integers, settings: MergeSettings) -> dict[st
 
 
 def merged(
-    scores: Scores, group: Integers, settings: MergeSettings, of: Callable[[str, Floats, float], list[Floats]]
+    scores: Scores,
+    group: Integers,
+    settings: MergeSettings,
+    of: Callable[[str, Floats, float], list[Floats]],
+    valid: Sequence[NDArray[np.bool_]] | None = None,
 ) -> list[Floats]:
     """Advantages of scores whose samples' prompts are `group` (N,): of the weighted sum, or the weighted sum of those of every reward.
 
-    of: a column's name, values (N,), anything where invalid, and relative rounding, to advantages, any number of arrays.
+    of: a column's name, values (N,), anything where invalid, and relative rounding, to advantages, any number of arrays; valid: whether
+    what each of these is of has a score, None: one array, of the samples.
     """
     # A sum is as coarse as its coarsest part, whatever its own numbers look like.
     coarse = {name: ops.advantages.resolution(scores.by_name[name][scores.valid]) for name in scores.weights}
@@ -56,5 +72,36 @@ def merged(
         return advantages["total"]
     # sum_k w_k A(r_k), clipped as A is
     parts = [[weight * part for part in advantages[name]] for name, weight in scores.weights.items()]
-    limit = settings.advantage_limit
-    return [np.clip(np.sum(level, 0), -limit, limit) for level in zip(*parts, strict=True)]
+    limit, levels = settings.advantage_limit, list(zip(*parts, strict=True))
+    if settings.combine == "normalised":
+        return [np.clip(np.sum(level, 0), -limit, limit) for level in levels]
+    known = [scores.valid] if valid is None else valid
+    return [ops.advantages.decoupled(level, own, limit) for level, own in zip(levels, known, strict=True)]
+
+
+def shares(scores: Scores, group: Integers, settings: RuleSettings) -> dict[str, float]:
+    """What share each of several rewards has of the advantages' spread within prompts, see `ops.advantages.shares`; empty of one alone."""
+    if len(scores.weights) < 2:
+        return {}
+    values = scores.by_name
+    if isinstance(settings, MergeSettings) and settings.combine != "sum":
+        values = {
+            name: ops.advantages.group_relative(own, group, scores.valid, limit=settings.advantage_limit)
+            for name, own in columns(scores, group, settings).items()
+        }
+    parts = {name: weight * values[name] for name, weight in scores.weights.items()}
+    return ops.advantages.shares(parts, group, scores.valid)
+
+
+def units(scores: Scores, group: Integers) -> dict[str, float]:
+    """What every reward is divided by to have a mean standard deviation of 1 within groups; 1 where it has no weight.
+
+    Raises:
+        UserError: if one has no spread.
+    """
+    found = {name: ops.advantages.spread(values, group) for name, values in scores.by_name.items()}
+    if flat := [name for name, unit in found.items() if scores.weights[name] and not unit > 0]:
+        raise UserError(
+            f"rule.unit: got auto, {', '.join(flat)} has no spread within the first update's prompts; allowed is null"
+        )
+    return {name: unit if scores.weights[name] else 1.0 for name, unit in found.items()}

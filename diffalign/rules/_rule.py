@@ -34,6 +34,15 @@ class RuleSettings(Settings):
         return [f"rule.{name}: got {getattr(self, name)}, has no effect without {without}" for name in changed]
 
 
+class UnitSettings(RuleSettings):
+    """Keys of rules that see rewards' values: what a reward is divided by."""
+
+    unit: Literal["auto"] | None = Field(
+        None,
+        description="auto: rewards are divided by their mean std within prompts before training; null: by 1",
+    )
+
+
 class ReferenceSettings(RuleSettings):
     """Keys of rules with a divergence: what it pulls to. `kl`, its weight, is a rule's own."""
 
@@ -86,11 +95,17 @@ class Rule(ABC):
 
     def __init__(self, settings: Any = None) -> None:
         self.settings = settings or self.Settings()
+        self.units: dict[str, float] = {}  # what each reward is divided by, once that was measured
 
     @property
     def needs(self) -> Needs:
         """What it cannot do without."""
         return Needs()
+
+    @property
+    def measures_units(self) -> bool:
+        """Whether rewards are to be divided by what their spread was before training, measured once and kept."""
+        return isinstance(self.settings, UnitSettings) and self.settings.unit == "auto"
 
     @abstractmethod
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
@@ -132,7 +147,8 @@ class Rule(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be kept to go on, JSON-serialisable."""
-        return {}
+        return {"units": self.units} if self.units else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
+        self.units = dict(state.get("units", {}))

@@ -125,7 +125,8 @@ class BranchGRPO(policy_gradient.SurrogateRule):
                 for v, g, known in zip(values[1:], groups[1:], valid[1:], strict=True)
             ]
 
-        return Credit(self._pruned(merged(scores, leaf_group, s, of), tree, leaf_group, scores.valid))
+        _, known = ops.advantages.fuse(scores.total, scores.valid, tree.parent)
+        return Credit(self._pruned(merged(scores, leaf_group, s, of, known[1:]), tree, leaf_group, scores.valid))
 
     def _pruned(
         self,

@@ -126,9 +126,10 @@ class DDPO(Rule):
             self.rewards.setdefault(name, {}).update({text: last for text, last in joined.items() if last})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rewards": self.rewards}
+        return {**super().state_dict(), "rewards": self.rewards}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.rewards = {
             name: {text: list(values) for text, values in past.items()} for name, past in state["rewards"].items()
         }

@@ -91,9 +91,10 @@ class GRPOGuard(policy_gradient.GroupRule):
             self.spread = spread if self.spread is None else DECAY * self.spread + (1 - DECAY) * spread
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spread": self.spread}
+        return {**super().state_dict(), "spread": self.spread}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.spread = state["spread"]
 
 

@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field
 from diffalign import ops
 from diffalign.errors import UserError
 from diffalign.protocols import GraphBytes, Loss, Needs, Policy, RewardFunction
-from diffalign.rules._rule import Rule, RuleSettings
+from diffalign.rules._rule import Rule, UnitSettings
 from diffalign.runtime.settings import counts
 from diffalign.types import Credit, Plan, Prompts, Rollout, Schedule, Scores, Span, Term, Tree, Update
 
@@ -42,7 +42,7 @@ def _count(least: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class RLRSettings(RuleSettings):
+class RLRSettings(UnitSettings):
     """Keys of `rule:` for rlr."""
 
     depth: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], _count(0)] = Field(
@@ -268,9 +268,10 @@ class RLR(Rule):
 
     def state_dict(self) -> dict[str, Any]:
         norms = {f"{start}-{stop}": norm for (start, stop), norm in self.norms.items()}
-        return {"norms": norms, "depth": self.depth, "span": self.span}
+        return {**super().state_dict(), "norms": norms, "depth": self.depth, "span": self.span}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         spans = {key: key.split("-") for key in state["norms"]}
         self.norms = {(int(start), int(stop)): state["norms"][key] for key, (start, stop) in spans.items()}
         self.depth, self.span = state["depth"], state["span"]

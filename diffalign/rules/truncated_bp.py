@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field
 
 from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _forward as forward
-from diffalign.rules._rule import Rule, RuleSettings
+from diffalign.rules._rule import Rule, UnitSettings
 from diffalign.runtime.randomness import Purpose
 from diffalign.runtime.settings import counts
 from diffalign.types import Credit, Plan, Rollout, Schedule, Term
@@ -45,7 +45,7 @@ class TruncatedBP(Rule):
 
     name: ClassVar[str] = "truncated_bp"
 
-    class Settings(RuleSettings):
+    class Settings(UnitSettings):
         """Keys of `rule:` for truncated_bp."""
 
         depth: Annotated[Some | tuple[Some, Some] | Literal["all"], BeforeValidator(_depth)] = Field(
@@ -54,7 +54,9 @@ class TruncatedBP(Rule):
             json_schema_extra=counts(1, 5),
         )
         objective: Literal["linear", "hinge"] = Field("linear", description="hinge: rewards above `target` do not pull")
-        target: float | None = Field(None, description="of the hinge, in the reward's units", allow_inf_nan=False)
+        target: float | None = Field(
+            None, description="of the hinge, in units of the weighted sum", allow_inf_nan=False
+        )
         noise: bool = Field(False, description="sample with the process's noise, as AlignProp does; false: as DRaFT")
         variants: int = Field(
             0,
@@ -120,7 +122,7 @@ class TruncatedBP(Rule):
 
     @property
     def needs(self) -> Needs:
-        return Needs(differentiable_reward=True, stochastic_sampler=self.settings.noise)
+        return Needs(groups=self.measures_units, differentiable_reward=True, stochastic_sampler=self.settings.noise)
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         """Sample without a graph to where the gradient begins; the rest is the term's. The last step is never noisy."""

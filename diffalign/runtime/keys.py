@@ -32,6 +32,11 @@ def rewards(keys: Iterable[str]) -> dict[str, str]:
     return {key: _unquoted(key.removeprefix("reward/")) for key in means}
 
 
+def share(name: str) -> str:
+    """Of the share that one of several rewards has of an update's advantages."""
+    return f"share/{name}"
+
+
 def invalid(name: str) -> str:
     """Of how many of an update's samples a reward gave no score."""
     return f"invalid/{name}"

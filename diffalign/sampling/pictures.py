@@ -122,12 +122,17 @@ def _write(shot: Any, path: Path, fps: int) -> Path:
         )
     shot = np.round(np.asarray(shot) * 255).astype(np.uint8)
     if shot.ndim == 4:
-        from imageio.v2 import mimwrite
-
-        mimwrite(path.with_suffix(".mp4"), list(shot), fps=fps, macro_block_size=2)
+        write_video(shot, path.with_suffix(".mp4"), fps)
         shot = shot[len(shot) // 2]
     Image.fromarray(shot).save(path)
     return path
+
+
+def write_video(frames: Any, path: Path, fps: int, quality: int = 5) -> None:
+    """Frames (F, H, W, 3) uint8 as mp4; quality: 0 to 10, the best."""
+    from imageio.v2 import mimwrite
+
+    mimwrite(path, list(frames), fps=fps, macro_block_size=2, quality=quality)
 
 
 def _grid(aligned: list[Path], plain: list[Path], n: int, path: Path) -> None:

@@ -15,6 +15,7 @@ from diffalign.protocols import TrainablePolicy
 from diffalign.rewards import distances
 from diffalign.rewards.base import check_media
 from diffalign.rewards.scorer import Scorer
+from diffalign.rules import Rule, RuleSettings, shares, units
 from diffalign.runtime import keys
 from diffalign.runtime.progress import Progress, silent
 from diffalign.types import Floats, Integers, Plan, Prompts, Rollout, Scores, Tree, chunks
@@ -174,11 +175,37 @@ def _edges(rollout: Rollout, step: int) -> Floats:
     return np.zeros(len(rollout.tree.parent[step])) if stored is None else stored.double().cpu().numpy()
 
 
-def describe(scores: Scores, group: Integers) -> Metrics:
-    """Mean of every reward over valid samples, their share, and the share of groups (of the samples' ids) without spread."""
+def divided(
+    weights: dict[str, float],
+    rule: Rule,
+    judge: Callable[[Prompts, Plan], tuple[list[int], Rollout, Scores | None]],
+    prompts: Prompts,
+    steps: int,
+    notify: Callable[[str], None],
+) -> dict[str, float]:
+    """The weights of rewards by their units, which are the rule's own once they were measured.
+
+    judge: scores some prompts' samples of so many steps, by every reward.
+
+    Raises:
+        UserError: if a reward has no spread.
+    """
+    if not rule.units:
+        *_, scores = judge(prompts, Plan.deterministic(steps))
+        assert scores is not None, "units are of samples to the end"
+        rule.units = units(scores, prompts.group)
+        said = ", ".join(f"{name} by {unit:.4g}" for name, unit in rule.units.items())
+        notify(f"rule.unit: auto: divided {said}, the mean std within the first update's prompts")
+    return {name: weight / rule.units[name] for name, weight in weights.items()}
+
+
+def describe(scores: Scores, group: Integers, settings: RuleSettings) -> Metrics:
+    """Mean of every reward over valid samples, what share each of several has of the advantages, the share of valid samples, and of groups
+    (of the samples' ids) without spread; settings: the rule's."""
     valid = scores.valid
     metrics = {keys.VALID: float(valid.mean()), keys.TOTAL: float(scores.total[valid].mean())}
     metrics |= {keys.reward(name): float(values[valid].mean()) for name, values in scores.by_name.items()}
+    metrics |= {keys.share(name): value for name, value in shares(scores, group, settings).items()}
     missing = {name: float((~np.isfinite(values)).sum()) for name, values in scores.by_name.items()}
     metrics |= {keys.invalid(name): count for name, count in missing.items() if count}
     spread = [np.ptp(scores.total[(group == g) & valid]) if ((group == g) & valid).any() else 0.0 for g in set(group)]

@@ -24,7 +24,7 @@ from diffalign.runtime.progress import Progress, silent
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.backward import Backward, Logged
 from diffalign.training.sampled import Sampled, settled, tallied
-from diffalign.training.scoring import Clock, Sampling, describe, joined_scores, looked
+from diffalign.training.scoring import Clock, Sampling, describe, divided, joined_scores, looked
 from diffalign.types import Credit, Plan, Prompts, Rollout, Scores, Span, Term, Tree, Update
 
 
@@ -62,7 +62,7 @@ class Trainer:
     ) -> None:
         self.rule, self.policy, self.scorer, self.optimizer, self.draw = rule, policy, scorer, optimizer, draw
         self.max_grad_norm, self.seed, self.max_invalid, self.notify = max_grad_norm, seed, max_invalid, notify
-        self.world, self.dealt, self.rate = world, policy.micro_batch, rate
+        self.world, self.dealt, self.rate, self.weights = world, policy.micro_batch, rate, dict(scorer.weights)
         self.sampling = Sampling(policy, scorer, rule.needs.log_probs, progress)
         self.backward = Backward(rule, policy, scorer, term_norms or rule.needs.term_norms, progress)
         self.compared = False  # whether it was said how far a compiled first pass is from its rollout
@@ -117,15 +117,6 @@ class Trainer:
         self.policy.follow({START: 0.0})
         return replace(update, metrics={**update.metrics, keys.RESET: 1.0})
 
-    def reaches(self) -> bool:
-        """Whether the adapter changes a prediction, as it is sampled with; before the first step it does not."""
-        part = self.policy.rollout(self.draw(0).select([0]), Plan(0, (False,) * self.policy.schedule.steps, ()))
-        time = torch.full((1,), 0.5)
-        with torch.no_grad():
-            own = self.policy.predict(part, part.x[0], time)
-            with self.policy.reference():
-                return not torch.equal(own, self.policy.predict(part, part.x[0], time))
-
     def gradient(self, index: int) -> Update:
         """The gradient of update `index`'s first optimiser step, left in the parameters' `grad`; nothing else moves."""
         sampled = self._sample(index, Clock.of(self.policy))
@@ -138,6 +129,29 @@ class Trainer:
         """Plan, sample, score and credit."""
         prompts = self.draw(index)
         plan = self.rule.plan(self.policy.schedule, index, numpy_generator(self.seed, Purpose.PLAN, index))
+        if self.rule.measures_units:
+            judge, steps = functools.partial(self._scored, clock=clock), self.policy.schedule.steps
+            self.scorer.weights = divided(self.weights, self.rule, judge, self.draw(0), steps, self.notify)
+        rows, rollout, scores = self._scored(prompts, plan, clock)
+        if scores is None:
+            return Sampled(rollout, rows, prompts, None, Update())
+        tree = Tree.grow(len(prompts), plan.branch)
+        if 1 - scores.valid.mean() > self.max_invalid or not scores.valid.any():
+            raise Unscored(f"update {index + 1}: samples without a score, {self.scorer.unscored(scores.by_name)}")
+        credit = self.rule.credit(tree, scores, prompts)
+        looks = self.world.gather((rows, self.sampling.looks()))
+        group = prompts.group[tree.leaf_root]
+        update = Update(
+            scored=int(scores.valid.sum()),
+            unscored=int((~scores.valid).sum()),
+            flat=not self.rule.needs.anchored and _flat(plan, credit),
+            judged=(prompts.select(tree.leaf_root), scores),
+            metrics=describe(scores, group, self.rule.settings) | looked(looks, tree, group),
+        )
+        return Sampled(rollout, rows, prompts, credit, update)
+
+    def _scored(self, prompts: Prompts, plan: Plan, clock: Clock) -> tuple[list[int], Rollout, Scores | None]:
+        """This process's rows of some prompts, their rollout, and the scores of all, where the plan samples to the end."""
         rows = self.world.rows(len(prompts), self.dealt)
 
         def own() -> tuple[Rollout, Scores | None]:
@@ -149,23 +163,8 @@ class Trainer:
                 return fitting(self.policy, work, self.notify)
 
         rollout, part = self.world.together(own)
-        if part is None:
-            return Sampled(rollout, rows, prompts, None, Update())
         tree = Tree.grow(len(prompts), plan.branch)
-        scores = joined_scores(self.world.gather((rows, part)), tree)
-        if 1 - scores.valid.mean() > self.max_invalid or not scores.valid.any():
-            raise Unscored(f"update {index + 1}: samples without a score, {self.scorer.unscored(scores.by_name)}")
-        credit = self.rule.credit(tree, scores, prompts)
-        looks = self.world.gather((rows, self.sampling.looks()))
-        group = prompts.group[tree.leaf_root]
-        update = Update(
-            scored=int(scores.valid.sum()),
-            unscored=int((~scores.valid).sum()),
-            flat=not self.rule.needs.anchored and _flat(plan, credit),
-            judged=(prompts.select(tree.leaf_root), scores),
-            metrics=describe(scores, group) | looked(looks, tree, group),
-        )
-        return Sampled(rollout, rows, prompts, credit, update)
+        return rows, rollout, part and joined_scores(self.world.gather((rows, part)), tree)
 
     def _train(self, sampled: Sampled, index: int) -> Update:
         """The optimiser steps of one update; what is logged is averaged over them."""

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from diffalign import comparing, config
-from diffalign.comparing import files, results, wording
+from diffalign.comparing import results, wording
 from diffalign.comparing.comparison import Comparison
 from diffalign.comparing.statistics import Difference
 from diffalign.errors import Fault, UserError
 from diffalign.evaluation.intervals import Interval
+from diffalign.report import latex
 from diffalign.runs import session
 from tests.kit.commands import diffalign
 
@@ -330,7 +331,7 @@ def test_the_table_for_papers(made):
     rows = [line for line in lines if line.endswith(r" \\")]
     assert rows[2].startswith(r"flow\_grpo & 2 & ")
     assert len({row.count("&") + (row.count(r"\multicolumn") and 2) for row in rows}) == 1
-    assert files.escaped(r"a_b & 5 % of $\x ~^") == (
+    assert latex.escaped(r"a_b & 5 % of $\x ~^") == (
         r"a\_b \& 5 \% of \$\textbackslash{}x \textasciitilde{}\textasciicircum{}"
     )
 

@@ -186,6 +186,45 @@ def test_overall_scores_are_covered(chances, prompts, likeness):
     assert prompts < 80 or hits / 1000 < 0.98
 
 
+STRATA = np.repeat(np.arange(6), [4 * n for n in (8, 30, 12, 50, 20, 10)])  # four pictures a prompt
+OF_STRATA = np.repeat(np.arange(130), 4)
+
+
+def stratified(rng, kind):
+    """Scores whose prompts differ more than the pictures of one, and more in some strata; their mean of means is 0.5."""
+    prompts = DRAWS[kind](rng, 130) * (1 + np.arange(130) % 3)
+    return prompts[OF_STRATA] + rng.normal(size=520) * 0.3 + STRATA / 5
+
+
+@pytest.mark.parametrize("kind", ["normal", "skewed", "mostly low"])
+def test_means_of_categories_are_covered_over_prompts_in_strata(kind):
+    """Over pictures instead, 0.62 to 0.67 would be."""
+    rng, hits, over_pictures = np.random.default_rng(7), 0, 0
+    for _ in range(1000):
+        values = stratified(rng, kind)
+        found = s.mean_of_means(values, OF_STRATA, STRATA)
+        hits += found.low <= 0.5 <= found.high
+        wrong = s.mean_of_means(values, np.arange(520), STRATA)
+        over_pictures += wrong.low <= 0.5 <= wrong.high
+    assert 0.92 < hits / 1000 < 0.98
+    assert over_pictures / 1000 < 0.85
+
+
+def test_the_interval_of_means_of_categories_is_a_bootstraps_in_strata():
+    """Its half-width is 1.98 (Student's, 90 degrees of freedom) standard deviations of means over prompts drawn again in each stratum."""
+    rng = np.random.default_rng(0)
+    values = stratified(rng, "normal")
+    drawn = []
+    by_prompt = values.reshape(130, 4).mean(1)
+    stratum = STRATA[::4]
+    for _ in range(4000):
+        means = [rng.choice(by_prompt[stratum == k], (stratum == k).sum()).mean() for k in range(6)]
+        drawn.append(np.mean(means))
+    found = s.mean_of_means(values, OF_STRATA, STRATA)
+    # 2 % of sampling, and (n - 1) / n of a bootstrap's variance, of which 8 prompts have most
+    assert (found.high - found.low) / 2 == pytest.approx(1.98 * np.std(drawn), rel=0.08)
+
+
 def test_the_overall_score_is_the_mean_of_the_tasks_not_of_the_samples():
     values = np.array([1.0] * 10 + [0.0] * 2)
     task = np.array([0] * 10 + [1] * 2)

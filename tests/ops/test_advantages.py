@@ -179,3 +179,11 @@ def test_group_numbers_of_any_size_are_told_apart():
     assert np.array_equal(
         advantages.leave_one_out(reward, large, valid), advantages.leave_one_out(reward, np.array([0, 0, 1, 1]), valid)
     )
+
+
+def test_gdpo_leaves_exactly_nothing_to_what_no_reward_tells_apart():
+    parts = [np.array([1.0, 3.0, 0.0, 0.0]), np.array([1.0, 0.0, 0.0, 9.0])]
+    found = advantages.decoupled(parts, np.array([True, True, True, False]))
+    total = np.array([2.0, 3.0, 0.0])  # whose mean counts the flat sample, and not the one without a score
+    np.testing.assert_allclose(found[:2], ((total - total.mean()) / total.std())[:2], rtol=1e-12)
+    np.testing.assert_array_equal(found[2:], 0)

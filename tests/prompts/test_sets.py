@@ -106,7 +106,7 @@ def test_published_sets_are_read_as_they_are_laid_out(tmp_path):
         return prompts.read(source, (), "test")
 
     assert read(f"drawbench@{tmp_path}/drawbench.csv")[0] == {"prompt": "A red car, parked.", "tag": "Colors"}
-    assert read(f"partiprompts@{tmp_path}/parti.tsv") == [{"prompt": "a bee", "tag": "Animals"}]
+    assert read(f"partiprompts@{tmp_path}/parti.tsv") == [{"prompt": "a bee", "tag": "Animals", "challenge": "Basic"}]
     assert len(read(f"hpdv2@{tmp_path}")) == 8
     assert config.load(
         "flow_grpo/shapes-sd3",
@@ -205,7 +205,7 @@ def test_pick_a_pic_has_splits_and_each_caption_once(tmp_path, monkeypatch):
         ("geneval@{bad}", "expected GenEval's evaluation_metadata.jsonl"),
         ("hpdv2@{bad}", "expected a folder with anime.json"),
         ("drawbanch@{bad}", f"allowed are {', '.join(SETS)}"),
-        ("drawbench", "NAME@PLACE of drawbench, partiprompts, hpdv2, geneval, pickapic"),
+        ("drawbench", "NAME@PLACE of drawbench, partiprompts, hpdv2, hpdv3, geneval, geneval2, ocr-prompts, pickapic"),
     ],
 )
 def test_what_is_laid_out_otherwise_is_refused(source, problem, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from diffalign import config
 from diffalign.errors import UserError
-from diffalign.rules import RULES
+from diffalign.rules import RULES, shares
 from diffalign.rules._merging import MergeSettings
 from diffalign.types import Prompts, Scores, Tree
 
@@ -71,3 +71,84 @@ def test_a_sample_without_a_score_gets_nothing_and_changes_nothing(name):
 def test_a_gate_on_a_reward_the_run_lacks_is_told_before_anything_loads():
     with pytest.raises(UserError, match=r"rule.gate: got 'nothing', allowed are rewards of this run: shapes_gen"):
         config.load("flow_grpo/shapes-sd3", ["rule.gate={nothing: 1}"])
+
+
+# -- gdpo
+
+
+def by_hand(columns, weights, valid, limit=5.0):
+    """GDPO on two prompts of four samples: each reward standardised within its prompt, weighed, added up, standardised over all."""
+    total = np.zeros(8)
+    for name, values in columns.items():
+        for rows in (slice(0, 4), slice(4, 8)):
+            own = np.asarray(values, float)[rows][valid[rows]]
+            total[rows][valid[rows]] += weights[name] * ((own - own.mean()) / own.std() if np.ptp(own) else 0 * own)
+    found = (total - total[valid].mean()) / total[valid].std()
+    return np.where(valid, np.clip(found, -limit, limit), 0)
+
+
+GROUPED = [name for name in LEARN if name not in ("ddpo", "branch_grpo")]  # that compare the samples of a prompt
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_gdpo_standardises_the_sum_over_the_update(name):
+    weights, valid = {"big": 1.0, "small": 2.0}, np.arange(8) != 6
+    found = credit(name, judged(weights, valid, big=BIG, small=SMALL), combine="gdpo")[-1]
+    scale = 5.0 if name in ("awm", "nft") else 1.0  # these divide by the limit
+    np.testing.assert_allclose(found * scale, by_hand({"big": BIG, "small": SMALL}, weights, valid), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LEARN)
+def test_gdpo_does_not_see_scales_and_a_constant_reward_changes_nothing(name):
+    weights = {"big": 1.0, "small": 2.0}
+    found = credit(name, judged(weights, big=BIG, small=SMALL), combine="gdpo")
+    moved = credit(name, judged(weights, big=np.array(BIG) * 1000 + 7, small=SMALL), combine="gdpo")
+    third = {**weights, "third": 5.0}
+    constant = credit(name, judged(third, big=BIG, small=SMALL, third=[3] * 8), combine="gdpo")
+    for level, edges in enumerate(found):
+        np.testing.assert_allclose(moved[level], edges, atol=1e-9)  # roundings of 1000 r + 7
+        np.testing.assert_array_equal(constant[level], edges)
+    assert np.isfinite(found[-1]).all()
+    assert np.abs(found[-1]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", LEARN)
+def test_under_gdpo_a_prompt_without_spread_gets_exactly_nothing(name):
+    # values whose standardised sum is no exact 0: a mean that is taken off would show
+    flat = {"a": [0.3, 1.1, 2.7, 0.17, 0.1, 0.1, 0.1, 0.1], "b": [0.1, 0.2, 0.7, 0.9, 0.7, 0.7, 0.7, 0.7]}
+    found = credit(name, judged({"a": 1.0, "b": 1.0}, **flat), combine="gdpo")[-1]
+    if name != "ddpo":  # with few rewards of a prompt it compares with the batch
+        assert (found[4:] == 0).all()
+    assert (credit(name, judged({"a": 1.0, "b": 1.0}, a=[1] * 8, b=[2] * 8), combine="gdpo")[-1] == 0).all()
+
+
+def test_gdpo_on_other_scales_is_refused():
+    given = ["rule.combine=gdpo", "rule.scale=batch"]
+    with pytest.raises(
+        UserError, match=r"rule.scale: got batch, gdpo normalises each reward within its prompt; allowed is group"
+    ):
+        config.load("flow_grpo/shapes-sd3", given)
+    with pytest.raises(UserError, match=r"rule.unit: got auto, has no effect without rule.combine: sum"):
+        config.load("flow_grpo/shapes-sd3", ["rule.combine=normalised", "rule.unit=auto"])
+
+
+# -- shares
+
+
+def test_shares_are_those_of_the_variance_within_prompts():
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(400), 4)
+    a, b = (
+        rng.normal(size=1600) * 3 + group,
+        rng.normal(size=1600),
+    )  # between prompts there is spread that does not count
+    settings = RULES["flow_grpo"].Settings()
+    found = shares(judged({"a": 1.0, "b": 1.0}, a=a, b=b), group, settings)
+    assert sum(found.values()) == pytest.approx(1)
+    assert found["a"] == pytest.approx(0.9, abs=0.02)  # 9 of 10, with 1,200 degrees of freedom
+    equal = shares(judged({"a": 1.0, "b": 1.0}, a=a, b=b), group, settings.model_copy(update={"combine": "gdpo"}))
+    assert equal["a"] == pytest.approx(0.5, abs=0.02)
+    against = shares(judged({"a": 1.0, "b": -1.0}, a=a, b=a / 2), group, settings)
+    assert against == pytest.approx({"a": 2.0, "b": -1.0})
+    assert shares(judged({"a": 1.0}, a=a), group, settings) == {}
+    assert shares(judged({"a": 1.0, "b": 1.0}, a=[1] * 8, b=[2] * 8), np.repeat([0, 1], 4), settings) == {}

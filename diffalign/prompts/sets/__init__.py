@@ -41,7 +41,8 @@ def _reason(error: Exception) -> str:
 
 def has_splits(source: str) -> bool:
     """Whether training, validation and test prompts of a source are apart already."""
-    return source in SETS or source.partition("@")[0] in published.SPLIT_READERS
+    named = published.PUBLISHED.get(source.partition("@")[0])
+    return source in SETS or (named is not None and named.splits)
 
 
 def find(source: str, tasks: Sequence[str], split: str, field: str) -> list[Entry] | None:
@@ -53,14 +54,12 @@ def find(source: str, tasks: Sequence[str], split: str, field: str) -> list[Entr
     if source in SETS:
         return SETS[source](tasks, split)
     name, at, place = source.partition("@")
-    if not at or name not in published.NAMES:
+    if not at or name not in published.PUBLISHED:
         return None
+    known = published.PUBLISHED[name]
     if not place:
-        raise UserError(f"{field}: got {source!r}, expected {published.LAYOUTS[name]} after the @")
+        raise UserError(f"{field}: got {source!r}, expected {known.layout} after the @")
     try:
-        if name in published.SPLIT_READERS:
-            return published.SPLIT_READERS[name](Path(place), split)
-        return published.READERS[name](Path(place))
+        return known.read(Path(place), *([split] if known.splits else []))
     except (OSError, ValueError, KeyError, TypeError, ImportError, csv.Error) as error:
-        wanted = published.LAYOUTS[name]
-        raise UserError(f"{field}: got {source!r}, expected {wanted} ({_reason(error)})") from error
+        raise UserError(f"{field}: got {source!r}, expected {known.layout} ({_reason(error)})") from error

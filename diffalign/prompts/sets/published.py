@@ -1,10 +1,12 @@
-"""Published prompt sets, from the user's copy laid out as published. But for Pick-a-Pic they have no splits: not to be trained on."""
+"""Published prompt sets, from the user's copy laid out as published, or fetched by the user's own command; none is shipped. But for
+Pick-a-Pic they have no splits: not to be trained on."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,6 @@ from diffalign.runtime.extras import PARTS
 
 Entry = dict[str, Any]
 STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPDv2's benchmark, a file each
-LAYOUTS = {
-    "drawbench": "a CSV file with the columns Prompts and Category",
-    "partiprompts": "a TSV file with the columns Prompt and Category",
-    "hpdv2": f"a folder with {', '.join(f'{style}.json' for style in STYLES)}, each a list of prompts",
-    "geneval": "GenEval's evaluation_metadata.jsonl, 553 objects with prompt, tag and include",
-    "pickapic": "Pick-a-Pic's folder, data/train-*.parquet, validation_unique-*.parquet and test_unique-*.parquet with the column caption",
-}
 # sha256 of prompts/evaluation_metadata.jsonl of GenEval's repository: what its generator writes with its seed 43, and what others report.
 GENEVAL = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
 
@@ -30,12 +25,12 @@ def drawbench(place: Path) -> list[Entry]:
 
 
 def partiprompts(place: Path) -> list[Entry]:
-    """Parti's 1,632 prompts; `tag` is the category."""
+    """Parti's 1,632 prompts; `tag` is the category, `challenge` what is hard about one, where the file says it."""
     # Tabs part its columns; a quotation mark is part of a prompt.
-    return _table(place, "Prompt", delimiter="\t", quoting=csv.QUOTE_NONE)
+    return _table(place, "Prompt", {"challenge": "Challenge"}, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _table(place: Path, column: str, **format_of: Any) -> list[Entry]:
+def _table(place: Path, column: str, more: dict[str, str] | None = None, **format_of: Any) -> list[Entry]:
     with place.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file, strict=True, **format_of))
     if not rows:
@@ -43,7 +38,8 @@ def _table(place: Path, column: str, **format_of: Any) -> list[Entry]:
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values() or not row[column].strip():
             raise ValueError(f"row {number} has no prompt and category, or more than the header")
-    return [{"prompt": row[column].strip(), "tag": row["Category"]} for row in rows]
+    named = {"tag": "Category", **{key: head for key, head in (more or {}).items() if head in rows[0]}}
+    return [{"prompt": row[column].strip(), **{key: row[head] for key, head in named.items()}} for row in rows]
 
 
 def hpdv2(place: Path) -> list[Entry]:
@@ -55,6 +51,48 @@ def hpdv2(place: Path) -> list[Entry]:
             raise ValueError(f"{style}.json is no list of texts")
         entries += [{"prompt": text, "tag": style} for text in texts]
     return entries
+
+
+def hpdv3(place: Path) -> list[Entry]:
+    """HPSv3's benchmark, twelve categories, a file each; `tag` is the category. Its layout is known from the names of its files alone: a
+    text is an entry itself, or its `prompt`, or its `caption`."""
+    files = sorted(place.glob("benchmark_*.json")) or sorted(place.glob("benchmark/benchmark_*.json"))
+    if not files:
+        raise ValueError("it has no benchmark_*.json")
+    entries = []
+    for file in files:
+        listed = json_text.parse(file.read_bytes())
+        texts = [_text(entry) for entry in listed] if isinstance(listed, list) else [None]
+        if not texts or None in texts:
+            raise ValueError(f"{file.name} is no list of texts, or of objects with a prompt or a caption")
+        entries += [{"prompt": text, "tag": file.stem.removeprefix("benchmark_")} for text in texts]
+    return entries
+
+
+def _text(entry: Any) -> str | None:
+    found = entry.get("prompt", entry.get("caption")) if isinstance(entry, dict) else entry
+    return found.strip() if isinstance(found, str) and found.strip() else None
+
+
+def geneval2(place: Path) -> list[Entry]:
+    """GenEval 2's 800 prompts (arXiv 2512.16853); `vqa_list` are questions with their answers, `skills` what each asks for, and `tag` how
+    many atoms a prompt has."""
+    entries = [json_text.parse(line) for line in place.read_text(encoding="utf-8").split("\n") if line.strip()]
+    for number, entry in enumerate(entries, 1):
+        whole = isinstance(entry, dict) and isinstance(entry.get("prompt"), str) and "atom_count" in entry
+        if not whole or not isinstance(entry.get("vqa_list"), list):
+            raise ValueError(f"line {number} is no object with prompt, atom_count and vqa_list")
+    if not entries:
+        raise ValueError("it has no prompt")
+    return [{**entry, "tag": f"{entry['atom_count']} atoms"} for entry in entries]
+
+
+def written(place: Path) -> list[Entry]:
+    """A prompt a line, each with the text to be written in quotation marks, as Flow-GRPO's are."""
+    texts = [line.strip() for line in place.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if not texts or (bare := [text for text in texts if text.count('"') < 2]):
+        raise ValueError(f'got {bare[0]!r}, without a text in "quotation marks"' if texts else "it has no prompt")
+    return [{"prompt": text} for text in texts]
 
 
 def geneval(place: Path) -> list[Entry]:
@@ -85,13 +123,71 @@ def pickapic(place: Path, split: str) -> list[Entry]:
     return [{"prompt": text} for text in dict.fromkeys(str(text).strip() for text in captions if text) if text]
 
 
-# name -> place -> entries
-READERS: dict[str, Callable[[Path], list[Entry]]] = {
-    "drawbench": drawbench,
-    "partiprompts": partiprompts,
-    "hpdv2": hpdv2,
-    "geneval": geneval,
+@dataclass(frozen=True)
+class Published:
+    """A published set: `layout` in words, how its copy at a place is read (`splits`: with the split's name), its licence, where it is
+    published (a file that can be fetched if `digest`, its sha256 with line ends \\n, is known), and that digest."""
+
+    layout: str
+    read: Callable[..., list[Entry]]
+    licence: str = ""
+    url: str = ""
+    digest: str = ""
+    splits: bool = False
+
+    def digest_at(self, place: Path) -> str:
+        """The sha256 of a copy: of a file, or of a folder's .json files one after another, with line ends \\n."""
+        files: Iterable[Path] = [place] if place.is_file() else sorted(place.rglob("*.json"))
+        return hashlib.sha256(b"".join(file.read_bytes().replace(b"\r\n", b"\n") for file in files)).hexdigest()
+
+
+RAW = "https://raw.githubusercontent.com/"
+PUBLISHED: dict[str, Published] = {
+    "drawbench": Published(
+        "a CSV file with the columns Prompts and Category",
+        drawbench,
+        "none is stated",
+        "https://imagen.research.google",
+    ),
+    "partiprompts": Published(
+        "a TSV file with the columns Prompt and Category",
+        partiprompts,
+        "Apache-2.0",
+        f"{RAW}google-research/parti/5a657978134374ce28973948331b319adef164bd/PartiPrompts.tsv",
+        "fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb",
+    ),
+    "hpdv2": Published(
+        f"a folder with {', '.join(f'{style}.json' for style in STYLES)}, each a list of prompts",
+        hpdv2,
+        "Apache-2.0",
+        "https://huggingface.co/datasets/zhwang/HPDv2/tree/main/benchmark",
+    ),
+    "hpdv3": Published(
+        "a folder with benchmark_*.json, each a list of prompts",
+        hpdv3,
+        "MIT",
+        "https://huggingface.co/datasets/MizzenAI/HPDv3/tree/main/benchmark",
+    ),
+    "geneval": Published(
+        "GenEval's evaluation_metadata.jsonl, 553 objects with prompt, tag and include", geneval, "MIT", "", GENEVAL
+    ),
+    "geneval2": Published(
+        "GenEval 2's geneval2_data.jsonl, objects with prompt, atom_count and vqa_list",
+        geneval2,
+        "CC BY-NC 4.0: not for commercial use",
+        f"{RAW}facebookresearch/GenEval2/a6e82d2289e8d418f27f0adee77908b07060eea3/geneval2_data.jsonl",
+        "09233adbc9f877fba205f1a20efa4a8640e7e62a91dfd55893562bed8a928e43",
+    ),
+    "ocr-prompts": Published(
+        "a text file, a prompt a line with the wanted text in quotation marks",
+        written,
+        "MIT",
+        "https://github.com/yifan123/flow_grpo/tree/main/dataset/ocr",
+    ),
+    "pickapic": Published(
+        "Pick-a-Pic's folder, data/train-*.parquet, validation_unique-*.parquet and test_unique-*.parquet with the column caption",
+        pickapic,
+        "MIT",
+        splits=True,
+    ),
 }
-# name -> (place, split) -> entries
-SPLIT_READERS: dict[str, Callable[[Path, str], list[Entry]]] = {"pickapic": pickapic}
-NAMES = (*READERS, *SPLIT_READERS)
