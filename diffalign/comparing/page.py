@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from diffalign import config as configs
 from diffalign.comparing import tuned, wording
 from diffalign.comparing.curves import Curve, curve
 from diffalign.comparing.results import Pair, Results
 from diffalign.comparing.units import Found
-from diffalign.report import charts, pages
-from diffalign.runs.outputs import stored
+from diffalign.report import charts, pages, pictures
+from diffalign.runs.grids import stored
 from diffalign.runtime import numbered
 from diffalign.runtime.files import write_text
 
 PAGE = Path(__file__).parent / "page.html"
 AXES = {"updates": "updates", "rows": "network rows", "reward_calls": "reward calls", "seconds": "seconds of training"}
-SHOWN, TIMES, LARGEST = 6, 8, 160  # pictures of a model, moments of training, pixels of a picture
+SHOWN, TIMES = 6, 8  # pictures of a model, moments of training
 
 
 def write(results: Results, place: Path) -> None:
@@ -104,7 +99,7 @@ def _pictures(results: Results) -> dict[str, Any]:
     if not files or len(same) > 1:
         return {}
     every = sorted(set().union(*files.values()))
-    moments = [every[k] for k in sorted({*np.linspace(0, len(every) - 1, min(TIMES, len(every))).round().astype(int)})]
+    moments = [every[k] for k in pictures.spread(len(every), TIMES)]
     prompts = _prompts(next(iter(first.values())), files)
     rows: list[dict[str, Any]] = []
     base = next((own for own in files.values() if 0 in own), None)
@@ -122,25 +117,12 @@ def _prompts(found: Found, files: dict[str, dict[int, Path]]) -> list[str]:
     """Of the pictures that are shown."""
     texts = json.loads(found.asked)[1] or []
     count = len(stored(next(iter(next(iter(files.values())).values()))))
-    chosen = np.linspace(0, max(0, len(texts) - 1), min(count, len(texts))).astype(int).tolist()
-    return [texts[k] for k in chosen][:SHOWN]
+    return [texts[k] for k in pictures.spread(len(texts), count)][:SHOWN]
 
 
 def _cells(path: Path) -> list[str]:
     """Pictures as addresses that hold them: small ones as they are, larger ones made smaller."""
-    return [_address(image) for image in stored(path)[:SHOWN]]
-
-
-def _address(pixels: np.ndarray) -> str:
-    image, file = Image.fromarray(pixels), io.BytesIO()
-    if max(image.size) <= LARGEST:
-        image.save(file, "PNG", optimize=True)
-        kind = "png"
-    else:
-        image.thumbnail((2 * LARGEST, 2 * LARGEST))
-        image.save(file, "JPEG", quality=85)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return [pictures.address(image) for image in stored(path)[:SHOWN]]
 
 
 # -- settings

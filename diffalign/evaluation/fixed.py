@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from diffalign.errors import Unscored
 from diffalign.evaluation.results import Evaluation, Summary
 from diffalign.protocols import Policy
-from diffalign.report.pictures import strips
+from diffalign.report.pictures import spread, strips
 from diffalign.rewards.base import to_uint8
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime import numbered
@@ -94,7 +94,7 @@ class FixedSet:
 
     def shown(self, count: int) -> NDArray[np.int64]:
         """Indices of so many images, spread over the prompts: those that grids show."""
-        return np.linspace(0, len(self.prompts) - 1, min(count, len(self.prompts))).astype(np.int64)
+        return spread(len(self.prompts), count)
 
 
 def joined(

@@ -23,9 +23,10 @@ def rows(
     task: Task, labels: Sequence[str], models: Sequence[sources.Source], drawn: Sequence[Drawn]
 ) -> list[dict[str, Any]]:
     """One model's results each; gains are paired with the base's samples of the same noise."""
+    bases = [base(models, number) for number in range(len(models))]
     return [
-        _row(task, label, model, own, _base(models, drawn, number))
-        for number, (label, model, own) in enumerate(zip(labels, models, drawn, strict=True))
+        _row(task, label, model, own, None if other is None else drawn[other])
+        for label, model, own, other in zip(labels, models, drawn, bases, strict=True)
     ]
 
 
@@ -47,19 +48,19 @@ def at(score: dict[str, Any], column: str | None, part: str | None = None) -> di
     return by if part is None else by.get("parts", {}).get(part, {})
 
 
-def _base(models: Sequence[sources.Source], drawn: Sequence[Drawn], number: int) -> Drawn | None:
-    """What a model with adapters is held against: the same model and call without."""
+def base(models: Sequence[sources.Source], number: int) -> int | None:
+    """The number of what a model with adapters is held against: the same model and call without."""
     own = models[number]
     if not own.adapters:
         return None
-    for other, drawn_without in zip(models, drawn, strict=True):
+    for place, other in enumerate(models):
         if not other.adapters and (other.model, other.call, other.revision, other.weights) == (
             own.model,
             own.call,
             own.revision,
             own.weights,
         ):
-            return drawn_without
+            return place
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,10 @@ import numpy as np
 from PIL import Image
 
 from diffalign import __version__
-from diffalign.evaluation import found, samples, tables
-from diffalign.evaluation.intervals import Interval
+from diffalign.evaluation import found, naming, page, samples, tables
 from diffalign.evaluation.samples import Drawn
-from diffalign.report import pages, pictures
-from diffalign.report.pictures import strips
+from diffalign.report import pictures
+from diffalign.report.pictures import spread, strips
 from diffalign.rewards import catalog
 from diffalign.runtime.files import write_text
 from diffalign.sampling import sources
@@ -25,7 +24,6 @@ from diffalign.types import Integers
 if TYPE_CHECKING:
     from diffalign.evaluation.task import Task
 
-PAGE = Path(__file__).parent / "page.html"
 SHOWN = 6  # prompts, and samples of each, in the grid
 
 
@@ -34,6 +32,7 @@ def write(
 ) -> Path:
     """Write `report.json`, `table.csv`, `table.tex`, `scores.jsonl`, `grid.png` and `index.html`; returns the page."""
     whole = [one for one in drawn if one is not None]
+    bases = [found.base(models, number) for number in range(len(models))]
     report = {
         "suite": task.name,
         "prompts": {"source": task.source, "split": task.split, "count": len(task.entries), "digest": task.digest()}
@@ -55,7 +54,7 @@ def write(
     write_text(out / "table.tex", tables.latex(report))
     write_text(out / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in _lines(task, labels, whole)))
     _grid(task, whole).save(out / "grid.png")
-    _page(task, report, labels, whole, out / "index.html")
+    page.write(task, report, naming.names(models), bases, whole, out / "index.html")
     return out / "index.html"
 
 
@@ -90,7 +89,7 @@ def _lines(task: Task, labels: Sequence[str], drawn: Sequence[Drawn]) -> list[di
 
 def _shown(task: Task) -> list[list[int]]:
     """Rows of the samples that the grid shows, by prompt."""
-    chosen = np.linspace(0, len(task.entries) - 1, min(SHOWN, len(task.entries))).astype(int)
+    chosen = spread(len(task.entries), SHOWN)
     return [[int(p) * task.samples + k for k in range(min(SHOWN, task.samples))] for p in chosen]
 
 
@@ -99,34 +98,3 @@ def _grid(task: Task, drawn: Sequence[Drawn]) -> Image.Image:
     rows = [samples.read(one.folder, row) for part in _shown(task) for one in drawn for row in part]
     shots = pictures.framed([strips(frames[None])[0] for frames in rows])
     return pictures.grid(shots, columns=min(SHOWN, task.samples))
-
-
-def _page(task: Task, report: dict[str, Any], labels: Sequence[str], drawn: Sequence[Drawn], path: Path) -> None:
-    def shown(interval: Any, form: str = ".3f") -> str:
-        if not isinstance(interval, dict):  # a base model has no gain
-            return ""
-        return Interval.of(interval).text(form)
-
-    groups_shown = [
-        {
-            "prompt": task.entries[part[0] // task.samples]["prompt"],
-            "models": [
-                {
-                    "label": label,
-                    "files": [{"name": f"{label}/{row:06d}.png", "scores": _scores(one, row)} for row in part],
-                }
-                for label, one in zip(labels, drawn, strict=True)
-            ],
-        }
-        for part in _shown(task)
-    ]
-    filters: dict[str, Callable[..., Any]] = {
-        "shown": shown,
-        "overall": lambda score: found.at(score, report["column"]),
-        "at": found.at,
-    }
-    write_text(path, pages.render(PAGE, filters, report=report, groups=groups_shown))
-
-
-def _scores(drawn: Drawn, row: int) -> str:
-    return ", ".join(f"{name} {values[row]:.3g}" for name, values in drawn.scores.items())

@@ -19,13 +19,14 @@ import numpy as np
 
 from diffalign.errors import Fault, UserError, one_line
 from diffalign.evaluation import exporting, found, judging, report, samples
+from diffalign.evaluation.naming import labels
 from diffalign.evaluation.samples import Drawn
 from diffalign.evaluation.task import Task, task_of
 from diffalign.models.notes import files_of
 from diffalign.rewards.load import Judges
 from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.scorer import Scorer
-from diffalign.runtime import json_text, numbered
+from diffalign.runtime import json_text
 from diffalign.runtime.device import on_cards
 from diffalign.runtime.distributed import World
 from diffalign.runtime.extras import missing
@@ -165,23 +166,6 @@ def _complete(drawn: Sequence[Drawn | None], scorer: Scorer) -> None:
                 f"{one.folder.name}: samples without a score, {scorer.unscored(one.scores)}; allowed are {MOST_UNSCORED:.0%}. "
                 "The report is of the others, and the same command asks again for those"
             )
-
-
-def labels(models: Sequence[sources.Source]) -> dict[str, sources.Source]:
-    """A folder name for each model: its own name, or its last adapter's run."""
-    named = {}
-    for number, model in enumerate(models):
-        folder = model.adapters[-1].folder if model.adapters else None
-        name = model.model if folder is None else _name(folder)
-        named[f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(name).name)}"] = model
-    return named
-
-
-def _name(folder: Path) -> str:
-    """What an adapter is called: its run, or RUN-130 for a checkpoint."""
-    if folder.parent.name == "checkpoints" and (update := numbered.number(folder.name)) is not None:
-        return f"{folder.parent.parent.name}-{update}"
-    return str(folder.parent if folder.name in ("adapter", "best") else folder)
 
 
 def _facts(task: Task, models: Sequence[sources.Source]) -> dict[str, Any]:

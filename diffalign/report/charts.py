@@ -14,7 +14,8 @@ DASHES = ("", "7 4", "2 4", "9 3 2 3")  # so that lines are told apart without c
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y) of one colour with a band from `low` to `high`; notes: what is said at each point; number: which colour."""
+    """Points (x, y) of one colour with a band from `low` to `high`; notes: what is said at each point; number: which colour; faint: a thin
+    line without points, behind others."""
 
     label: str
     x: Sequence[float]
@@ -23,6 +24,7 @@ class Line:
     high: Sequence[float]
     notes: Sequence[str]
     number: int = 0
+    faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class _Scale:
         self.low, self.high = low - room, high + room
         self.start, self.end = start, end
         whole = all(value == int(value) for value in values)
-        found = MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(low, high)
+        found = (
+            [low] if low == high else MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(low, high)
+        )
         self.ticks = [float(tick) for tick in found if self.low <= tick <= self.high]
 
     def __call__(self, value: float) -> float:
@@ -77,9 +81,15 @@ def lines(parts: Sequence[Line], title: str, below: str) -> str:
     for tick in across.ticks:
         body.append(_text(across(tick), HEIGHT - BOTTOM + 18, said(tick), "middle"))
     for part in parts:
+        if part.faint:
+            way = " ".join(f"{across(x)},{up(y)}" for x, y in zip(part.x, part.y, strict=True))
+            body.append(f'<polyline points="{way}" fill="none" stroke="{colour(part.number)}" opacity=".35"/>')
+    for part in (parts := [part for part in parts if not part.faint]):
         there = [(across(x), up(a), up(b)) for x, a, b in zip(part.x, part.low, part.high, strict=True)]
         edge = [f"{x},{b}" for x, _, b in there] + [f"{x},{a}" for x, a, _ in reversed(there)]
-        body.append(f'<polygon points="{" ".join(edge)}" fill="{colour(part.number)}" opacity=".15"/>')
+        # One point's band would be a line that nobody sees.
+        seen = f'stroke="{colour(part.number)}" stroke-width="2" opacity=".5"' if len(there) == 1 else 'opacity=".15"'
+        body.append(f'<polygon points="{" ".join(edge)}" fill="{colour(part.number)}" {seen}/>')
     for part in parts:
         points = [(across(x), up(y)) for x, y in zip(part.x, part.y, strict=True)]
         way, dash = " ".join(f"{x},{y}" for x, y in points), DASHES[part.number % len(DASHES)]
@@ -92,16 +102,15 @@ def lines(parts: Sequence[Line], title: str, below: str) -> str:
     return _svg(body, title, HEIGHT)
 
 
-def forest(parts: Sequence[Bar], title: str, below: str) -> str:
-    """Values with their intervals, one below another, and where nothing is."""
+def forest(parts: Sequence[Bar], title: str, below: str, nothing: float | None = 0.0) -> str:
+    """Values with their intervals, one below another, and where nothing is; None: nowhere."""
     row, height = 40, 40 * len(parts) + BOTTOM
-    ends = [v for part in parts for v in (part.value, part.low, part.high, 0.0) if v is not None]
+    ends = [v for part in parts for v in (part.value, part.low, part.high, nothing) if v is not None]
     across = _Scale(ends, 12, WIDTH - 12, 5)
-    zero = across(0.0)
-    body = [
-        f'<line x1="{zero}" x2="{zero}" y1="4" y2="{height - BOTTOM}" stroke="var(--quiet)" stroke-dasharray="3 3"/>'
-    ]
-    body.append(_text(WIDTH / 2, height - 6, below, "middle"))
+    body = [_text(WIDTH / 2, height - 6, below, "middle")]
+    if nothing is not None:
+        at = f'x1="{across(nothing)}" x2="{across(nothing)}" y1="4" y2="{height - BOTTOM}"'
+        body.append(f'<line {at} stroke="var(--quiet)" stroke-dasharray="3 3"/>')
     body += [_text(across(tick), height - BOTTOM + 18, said(tick), "middle") for tick in across.ticks]
     for number, part in enumerate(parts):
         y, stroke = number * row + 28, "var(--text)" if part.strong else "var(--quiet)"
@@ -111,6 +120,17 @@ def forest(parts: Sequence[Bar], title: str, below: str) -> str:
             body.append(f'<line {shape} stroke="{stroke}" stroke-width="2"/>')
         body.append(f'<circle cx="{across(part.value)}" cy="{y}" r="4" fill="{stroke}"/>')
     return _svg(body, title, height)
+
+
+def spark(values: Sequence[float]) -> str:
+    """A line without axes, as wide as a word; empty for fewer than two values."""
+    if len(values) < 2:
+        return ""
+    low, high, last = min(values), max(values), len(values) - 1
+    up = [14 - 12 * (value - low) / ((high - low) or 1.0) for value in values]
+    way = " ".join(f"{1 + 78 * k / last:.1f},{y:.1f}" for k, y in enumerate(up))
+    drawn = f'<polyline points="{way}" fill="none" stroke="{colour(0)}" stroke-width="1.5"/>'
+    return f'<svg class="spark" viewBox="0 0 80 16" aria-hidden="true" xmlns="http://www.w3.org/2000/svg">{drawn}</svg>'
 
 
 def _text(x: float, y: float, text: str, anchor: str, bold: bool = False) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +22,30 @@ Pixels = NDArray[np.uint8]
 
 
 COLUMNS = 6
+SMALL = 160  # pixels of a side up to which pages show a picture pixel by pixel
+
+
+def spread(count: int, wanted: int) -> NDArray[np.int64]:
+    """Up to `wanted` of the indices below `count`, evenly spread, the first and the last among them."""
+    return np.linspace(0, max(0, count - 1), min(wanted, count)).astype(np.int64)
+
+
+def address(pixels: Pixels) -> str:
+    """A picture (H, W, 3) as an address that holds it, for pages: a small one as it is, of a larger one a copy of 2 `SMALL` pixels."""
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    if small(pixels.shape):
+        image.save(file, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image.thumbnail((2 * SMALL, 2 * SMALL))
+        image.save(file, "JPEG", quality=85)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def small(shape: Sequence[int]) -> bool:
+    """Whether a picture of this shape (H, W, ...) is one of which every pixel is to be seen."""
+    return max(shape[:2]) <= SMALL
 
 
 def grid(images: Pixels, columns: int = COLUMNS, gap: int = 2) -> Image.Image:

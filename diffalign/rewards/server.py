@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import sys
 import threading
@@ -22,7 +21,7 @@ from diffalign.rewards.load import load
 from diffalign.rewards.wire import TooMuch, unpacked
 from diffalign.runtime import json_text
 from diffalign.runtime.extras import missing
-from diffalign.runtime.http import checked_token
+from diffalign.runtime.serving import guarded, listening, permitted
 from diffalign.types import Media, Prompts
 
 Answer = tuple[int, dict[str, Any]]  # status, content
@@ -136,8 +135,7 @@ def application(served: Served, token: str | None = None, most_bytes: int = 2**2
     app = fastapi.FastAPI(title="diffalign reward", docs_url=None, redoc_url=None, openapi_url=None)
 
     async def score(request: Any) -> Any:
-        given = request.headers.get("authorization", "")
-        if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        if not permitted(request.headers.get("authorization", ""), token):
             return JSONResponse({"error": "a bearer token is wanted, and this is not it"}, 401)
         body, size = bytearray(), 0
         try:
@@ -166,30 +164,16 @@ def serve(name: str, host: str, port: int, token: str | None, most_bytes: int) -
     Raises:
         UserError: if it cannot be served, or the address is open to others and there is no token.
     """
-    import socket
-
     for module in ("fastapi", "uvicorn"):
         if mend := missing(module):
             raise UserError(f"serve-reward: {module} is not installed; {mend}")
-    token = checked_token(token, "--token")
     if find(name).urls:
         raise UserError(f"serve-reward: {name} is behind a server already; name that address in the config")
-    if host not in ("127.0.0.1", "localhost", "::1") and token is None:
-        raise UserError(
-            f"--host: got {host}, which others can reach; set a token (--token or DIFFALIGN_REWARD_TOKEN), or allowed is 127.0.0.1"
-        )
+    token = guarded(host, token)
     app = application(Served(name, most_bytes), token, most_bytes)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            field = "--host" if isinstance(error, socket.gaierror) else "--port"
-            raise UserError(f"{field}: {host}:{port}: {error.strerror or error}; name another") from error
+    with listening(host, port) as (bound, address):
         import uvicorn
 
-        address = f"http://{f'[{host}]' if ':' in host else host}:{probe.getsockname()[1]}/score"
-        print(f"{name} at {address}", flush=True)
-        probe.listen(128)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[probe])
+        print(f"{name} at {address}/score", flush=True)
+        bound.listen(128)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[bound])

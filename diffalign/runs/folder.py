@@ -24,7 +24,9 @@ from diffalign.runtime.files import write_text
 from diffalign.runtime.yaml_text import parse
 
 CONFIG, LOCK = "config.yaml", ".lock"
-FILES = (CONFIG, METRICS, SCORES, "curves.png", "before_after.png", "errors.log")
+PAGE = "index.html"
+SECTIONS = frozenset({"lora", "optimizer", "evaluation", "output"})  # which the config of every run names
+FILES = (CONFIG, METRICS, SCORES, PAGE, "curves.png", "before_after.png", "errors.log")
 # folder -> endings of the files in it that carry an update's number
 NUMBERED = {"evaluation": (".json",), "samples": (".png", ".npz")}
 FOLDERS = ("adapter", "best", "trackers")
@@ -231,7 +233,7 @@ def _written(path: Path) -> dict[str, Any] | None:
             raise ValueError("it holds no keys and values")
     except (ValueError, UserError) as error:
         raise UserError(f"run_dir: {path / CONFIG} is damaged ({one_line(error)}); --fresh starts over") from error
-    return old if old.keys() >= {"lora", "optimizer", "evaluation", "output"} else None
+    return old if old.keys() >= SECTIONS else None
 
 
 def _check_lost(path: Path, old: dict[str, Any] | None) -> None:

@@ -6,7 +6,7 @@ embedded pipelines, healthy ones and ones broken by a hundredfold learning rate 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 from diffalign.config.limits import GuardConfig
@@ -32,6 +32,15 @@ class Seen:
     evaluations: list[Summary] = field(default_factory=list)
     drift: float | None = None
     patience: int = 2
+
+    def add(self, row: Row) -> None:
+        """One more row of a log."""
+        if keys.DRIFT in row:
+            self.drift = row[keys.DRIFT]
+        elif keys.is_update(row):
+            self.rows.append(row)
+        else:
+            self.evaluations.append(Summary.of_row(row))
 
     def mean(self, key: str, rows: Sequence[Row]) -> float | None:
         """Of a number over some rows; None where none of them has it."""
@@ -159,6 +168,30 @@ WATCHES: dict[str, Callable[[Seen], str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Alarm:
+    """Something that goes wrong, after which update it was seen first, and what to try."""
+
+    name: str
+    update: int
+    line: str
+
+
+def alarms(rows: Sequence[Row], trained: Sequence[str], settings: GuardConfig) -> list[Alarm]:
+    """What a run raises that logs these rows, in their order; trained: the rewards that it trains on."""
+    seen, found = Seen(frozenset(trained), settings.last, patience=settings.patience), list[Alarm]()
+    for row in rows:
+        seen.add(row)
+        found += _new(seen, {alarm.name for alarm in found}, int(row["update"]))
+    return found
+
+
+def _new(seen: Seen, known: Container[str], update: int) -> list[Alarm]:
+    """Alarms that are not known yet."""
+    lines = ((name, watch(seen)) for name, watch in WATCHES.items() if name not in known)
+    return [Alarm(name, update, line) for name, line in lines if line]
+
+
 class Guards(Listener):
     """Hears a run and raises alarms.
 
@@ -181,9 +214,9 @@ class Guards(Listener):
         self.raised: dict[str, int] = {}  # alarm -> after which update
 
     def began(self, event: Began) -> None:
-        logged = self.logged()
-        self.seen.rows = [row for row in logged if keys.RATE in row]
-        self.seen.evaluations = [Summary.of_row(row) for row in logged if keys.COUNT in row]
+        self.seen.rows, self.seen.evaluations = [], []
+        for row in self.logged():
+            self.seen.add(row)
 
     def updated(self, event: Updated) -> None:
         self.seen.rows.append(event.row)
@@ -208,7 +241,6 @@ class Guards(Listener):
         return ends
 
     def _look(self, number: int) -> None:
-        for name, watch in WATCHES.items():
-            if name not in self.raised and (line := watch(self.seen)):
-                self.raised[name] = number
-                self.say(f"update {number}: {line}")
+        for alarm in _new(self.seen, self.raised, number):
+            self.raised[alarm.name] = number
+            self.say(f"update {number}: {alarm.line}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffalign.config import Config
-from diffalign.errors import Fault, one_line
 from diffalign.evaluation import fixed
 from diffalign.evaluation.fixed import FixedSet
 from diffalign.evaluation.results import Summary
@@ -22,13 +20,15 @@ from diffalign.models import lora_files
 from diffalign.protocols import TrainablePolicy
 from diffalign.report import figures
 from diffalign.report.drawing import lacking
-from diffalign.report.pictures import grid
+from diffalign.report.pictures import grid, spread
 from diffalign.rewards import distances
+from diffalign.runs import history
 from diffalign.runs.card import notes, write_adapter
 from diffalign.runs.events import Drawn
 from diffalign.runs.folder import RunFolder
+from diffalign.runs.grids import stored
 from diffalign.runs.parts import Parts
-from diffalign.runtime import keys, numbered
+from diffalign.runtime import numbered
 from diffalign.runtime.files import whole
 from diffalign.runtime.memory import fitting
 
@@ -40,24 +40,6 @@ AVERAGES = "ema"  # the shadow that is evaluated and saved where the config asks
 def published(config: Config, policy: TrainablePolicy) -> AbstractContextManager[None]:
     """The weights that are evaluated and saved."""
     return nullcontext() if config.optimizer.ema is None else policy.shadow(AVERAGES)
-
-
-def stored(path: Path) -> NDArray[np.uint8]:
-    """Samples (n, H, W, 3) that were kept.
-
-    Raises:
-        Fault: if the file is damaged.
-    """
-    try:
-        with np.load(path) as archive:
-            if archive.zip.testzip() is not None:  # numpy reads an array's bytes without a look at their sum
-                raise ValueError("its sum is another")
-            images = archive["images"]
-        if images.dtype != np.uint8 or images.ndim != 4:
-            raise ValueError(f"it holds {images.dtype} {images.shape}")
-    except Exception as error:  # zipfile, zlib and numpy each have their own
-        raise Fault(f"{path}: damaged ({one_line(error)}); delete it to go on without it") from error
-    return images
 
 
 @dataclass
@@ -130,7 +112,7 @@ class Outputs:
         images = stored(self._sample(update, "npz"))
         shown = self.judged.shown(self.config.output.samples)
         texts = [self.judged.prompts.text[k] for k in shown]
-        few = np.linspace(0, len(texts) - 1, min(GALLERY, len(texts))).astype(int)
+        few = spread(len(texts), GALLERY)
         return [(texts[k], images[k]) for k in few if k < len(images)]
 
     def best(self, update: int) -> None:
@@ -155,17 +137,10 @@ class Outputs:
     def curves(self) -> None:
         """The run so far, from its log."""
         self.drawn = time.perf_counter()
-        rewards: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        evaluations: dict[str, figures.Points] = defaultdict(list)
-        for row in self.folder.logs.rows():
-            for key in keys.rewards(row):
-                rewards[key].append((row["update"], row[key]))
-            for name, judged in Summary.of_row(row).rewards.items():
-                value = judged.value.value
-                evaluations[keys.evaluated(name)].append((row["update"], value, *(judged.value.ends or (value, value))))
+        rewards, evaluations = history.curves(self.folder.logs.rows())
         shared = ("evaluation on prompts that are trained on, 95 % intervals",) if self.config.book.shared else ()
         place = self.folder / "curves.png"
-        figures.curves(dict(sorted(rewards.items())), dict(sorted(evaluations.items())), place, self.title, *shared)
+        figures.curves(rewards, evaluations, place, self.title, *shared)
 
     def before_after(self, update: int) -> None:
         """The same samples before training and after, if both are there."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 TOTAL, VALID, COUNT = "reward/total", "reward/valid", "eval/n"
 RATE, DIVERSITY, DRIFT = "lr", "pictures/diversity", "pictures/drift"
 BLANK, LATENT = "pictures/blank", "latents/rms"
+TOOK = "seconds/total"  # of an update
 RESET = "reference_reset"  # of an update after which the reference became the present model
 SPARED = "cache/spared"  # share of its rollouts' calls of blocks that a cache answered
 # What a run had taken up to an evaluation, by kind.
@@ -19,6 +20,11 @@ SPENT = {kind: f"spent/{kind}" for kind in ("rows", "reward_calls", "seconds")}
 _FIXED = {"total", "valid"}
 # Of an evaluation's keys, longer ones first.
 ENDINGS = ("_since_best_lo", "_since_best_hi", "_since_best", "_gain_lo", "_gain_hi", "_gain", "_lo", "_hi")
+
+
+def is_update(row: Iterable[str]) -> bool:
+    """Whether a row of `metrics.jsonl` is an update's, and not an evaluation's or a grid's."""
+    return not {COUNT, DRIFT}.intersection(row)
 
 
 def reward(name: str) -> str:

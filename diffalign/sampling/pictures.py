@@ -11,6 +11,7 @@ from diffalign.errors import UserError
 from diffalign.models.calls import films
 from diffalign.prompts.files import read
 from diffalign.report import pages
+from diffalign.report.pictures import grid, small
 from diffalign.runtime.extras import missing
 from diffalign.runtime.files import make_folder
 from diffalign.runtime.progress import Progress, silent
@@ -140,8 +141,6 @@ def _grid(aligned: list[Path], plain: list[Path], n: int, path: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from diffalign.report.pictures import grid
-
     columns = min(n, BATCH)
     rows: list[Path] = []
     for start in range(0, len(aligned), n):
@@ -166,6 +165,8 @@ def _page(
     path: Path,
 ) -> None:
     """An index page of all pictures, with what made them."""
+    from PIL import Image
+
     groups = [
         {
             "prompt": prompt,
@@ -181,4 +182,6 @@ def _page(
         "adapters": ", ".join(f"{a.folder} at {a.strength:g}" for a in source.adapters) or "none",
         "call": " ".join(f"{key}={shlex.quote(str(value))}" for key, value in call.items() if key != "sigmas"),
     }
-    path.write_text(pages.render(PAGE, groups=groups, facts=facts, base=bool(plain)), encoding="utf-8")
+    with Image.open(aligned[0]) as first:
+        seen = small((first.height, first.width))
+    path.write_text(pages.render(PAGE, groups=groups, facts=facts, base=bool(plain), small=seen), encoding="utf-8")

@@ -87,7 +87,7 @@ def test_base_and_aligned_are_judged_from_the_same_noises(out, prompts):
     assert len({line["seed"] for line in lines}) == 6
     page = (out / "index.html").read_text()
     assert "(too few prompts for an interval)" in page
-    assert "0-shapes-sd3/000000.png" in page
+    assert '"folder": "0-shapes-sd3"' in page
     assert "1-tuned" in page
     with Image.open(out / "grid.png") as grid:
         assert grid.size[1] > grid.size[0]  # six rows of two

@@ -49,3 +49,28 @@ def test_an_interval_is_drawn_from_end_to_end_beside_nothing():
     ends = [float(interval.get(end)) for end in ("x1", "x2")]
     assert ends[0] < float(zero.get("x1")) < dots[0] < dots[1] < ends[1]
     assert dots[0] == pytest.approx(sum(ends) / 2, abs=0.2)
+
+
+def test_a_faint_line_has_no_points_and_one_point_shows_its_interval():
+    faint = Line("a", [0, 1, 2], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [], 1, True)
+    root = drawn(charts.lines([faint, Line("a", [0], [0.5], [0.25], [0.75], ["n"])], "t", "x"))
+    assert len(list(root.iter(f"{SVG}g"))) == 2, "the whole, and one point"
+    (band,) = root.iter(f"{SVG}polygon")
+    (x, high), (_, low) = (map(float, part.split(",")) for part in band.get("points").split())
+    (place,) = {(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter(f"{SVG}circle")}
+    assert x == place[0] and high < place[1] < low and band.get("stroke-width") == "2"
+
+
+def test_one_value_has_one_tick_and_a_forest_may_have_no_zero():
+    root = drawn(charts.lines([Line("a", [0], [0.5], [0.5], [0.5], ["n"])], "t", "updates"))
+    assert sorted(text.text for text in root.iter(f"{SVG}text")) == ["0", "0.5", "updates"]
+    root = drawn(charts.forest([Bar("a", 0.5, 0.4, 0.6)], "t", "x", nothing=None))
+    assert "0" not in {text.text for text in root.iter(f"{SVG}text")}
+    assert len(root.findall(f".//{SVG}line")) == 1
+
+
+def test_a_spark_rises_with_its_values():
+    way = drawn(charts.spark([1.0, 2.0, 4.0])).find(f"{SVG}polyline").get("points").split()
+    ups = [float(point.split(",")[1]) for point in way]
+    assert ups[0] - ups[1] == pytest.approx((ups[1] - ups[2]) / 2, abs=0.2)  # places are rounded to a tenth of a pixel
+    assert charts.spark([1.0]) == ""

@@ -83,7 +83,7 @@ def left(folder: Path) -> dict[str, object]:
         elif name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
-        elif path.name in ("config.yaml", "state.json", "SHA256SUMS", "curves.png", "before_after.png"):
+        elif path.name in ("config.yaml", "state.json", "SHA256SUMS", "curves.png", "before_after.png", "index.html"):
             found[name] = None  # names the folder, or hashes of what does
         else:
             found[name] = path.read_bytes()

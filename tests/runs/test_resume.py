@@ -16,8 +16,8 @@ from diffalign.errors import UserError
 from diffalign.evaluation.results import Evaluation
 from diffalign.runs import session, state
 from diffalign.runs.folder import open_run
+from diffalign.runs.grids import stored
 from diffalign.runs.logs import METRICS, SCORES, scanned
-from diffalign.runs.outputs import stored
 from diffalign.runs.progress import Reporter
 from diffalign.runtime import numbered
 from tests.kit.generators import COUNTS, promised, tried

@@ -1,0 +1,1 @@
+"""What runs look like from outside: their pages, made from the files of their folders alone. Needs no torch."""
