@@ -29,6 +29,9 @@ class GuardConfig(Settings):
 
     stop: bool = Field(False, description="an alarm ends the run, which is evaluated and saved as at its end")
     patience: int = Field(
-        2, ge=1, le=1000, description="evaluations in a row that a held-out reward must be below its best in"
+        2,
+        ge=1,
+        le=1000,
+        description="evaluations in a row with a held-out reward below its best, the last by more than chance",
     )
     last: int = Field(5, ge=1, le=1000, description="updates over which an alarm averages what it looks at")

@@ -6,12 +6,12 @@ embedded pipelines, healthy ones and ones broken by a hundredfold learning rate 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diffalign.config.limits import GuardConfig
 from diffalign.evaluation.intervals import Interval
-from diffalign.evaluation.results import Summary
+from diffalign.evaluation.results import Judged, Summary
 from diffalign.runs.events import Began, Drawn, Evaluated, Listener, Updated
 from diffalign.runtime import keys
 
@@ -87,7 +87,8 @@ def clipped(seen: Seen) -> str:
 
 
 def hacked(seen: Seen) -> str:
-    """A held-out reward has fallen from its best while one that is trained on has risen since the beginning."""
+    """A held-out reward is below its best, evaluation after evaluation and by more than chance at last, while one that is trained on has
+    risen since the beginning."""
     if len(seen.evaluations) < seen.patience:
         return ""
     latest = [evaluation.rewards for evaluation in seen.evaluations[-seen.patience :]]
@@ -95,7 +96,9 @@ def hacked(seen: Seen) -> str:
     fell = [
         name
         for name in latest[-1]
-        if name not in seen.trained and all(name in found and _below(found[name].since_best) for found in latest)
+        if name not in seen.trained
+        and _below(latest[-1][name].since_best)
+        and all(_less(found, name) for found in latest)
     ]
     if not (rose and fell):
         return ""
@@ -105,6 +108,12 @@ def hacked(seen: Seen) -> str:
         f"{rose[0]} rises and {fell[0]}, which is held out, falls ({fall.text('+.3f')} since its best): the reward is being tricked; "
         "look at samples/, take best/, stop earlier, raise rule.kl, or add a second reward"
     )
+
+
+def _less(found: Mapping[str, Judged], name: str) -> bool:
+    """Whether an evaluation's mean of a reward is less than the best before it."""
+    change = found[name].since_best if name in found else None
+    return change is not None and change.value < 0
 
 
 def _above(interval: Interval | None) -> bool:

@@ -1,9 +1,11 @@
 """`diffalign compare` on the shipped pipeline, with as little work as possible: what it reads, what it writes, what it refuses."""
 
+import contextlib
 import csv
 import html
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -247,6 +249,33 @@ def test_killed_and_taken_up_it_says_the_same(made, tmp_path):
             time.sleep(0.05)
         os.kill(found[0] if what == "unit" else process.pid, signal.SIGKILL)
         process.wait(240)
+    done = subprocess.run([sys.executable, "-m", "diffalign", *asked], check=False)
+    assert done.returncode == 0
+    assert numbers(tmp_path / "out") == numbers(made)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_no_number(made, tmp_path):
+    """A unit, the comparison, or both at once, also while they import or write their last files."""
+    asked = ["compare", *WORDS, "--out", f"{tmp_path}/out", "--budget", "updates=2", "--seeds", "0,1", "--every", "1"]
+    rng, kills = random.Random(0), 0
+    for _ in range(60):
+        process = subprocess.Popen([sys.executable, "-m", "diffalign", *asked])
+        try:
+            process.wait(rng.uniform(1, 25))
+        except subprocess.TimeoutExpired:
+            what = rng.choice(["unit", "compare", "both"])
+            found = working(tmp_path / "out")
+            for number in [*(found if what != "compare" else []), *([process.pid] if what != "unit" else [])]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            kills += what != "unit" or bool(found)
+            process.wait(240)
+        if process.returncode == 0 and kills >= 10:
+            break
+        if process.returncode == 0:  # done too early for ten: one unit again
+            shutil.rmtree(rng.choice(sorted((tmp_path / "out" / "units").glob("*/seed_*"))))
+    assert kills >= 10
     done = subprocess.run([sys.executable, "-m", "diffalign", *asked], check=False)
     assert done.returncode == 0
     assert numbers(tmp_path / "out") == numbers(made)

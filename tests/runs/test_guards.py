@@ -87,11 +87,15 @@ def test_a_held_out_reward_that_falls_while_the_trained_one_rises(found, alarm):
 
 
 def test_a_fall_that_is_made_good_in_between_is_none_and_one_before_a_stop_counts():
-    fell, rose = judged(a=(0.1, 0.2), held=(-0.2, -0.1)), judged(a=(0.1, 0.2), held=(-0.1, 0.1))
+    fell, rose = judged(a=(0.1, 0.2), held=(-0.2, -0.1)), judged(a=(0.1, 0.2), held=(-0.1, 0.2))
     guards, said = told([], trained=("a",))
     for event in (fell, rose, fell, rose):
         guards.evaluated(event)
     assert said == []
+    guards, said = told([], trained=("a",))
+    for event in (judged(a=(0.1, 0.2), held=(-0.1, 0.05)), fell):  # less by chance, then by more
+        guards.evaluated(event)
+    assert len(said) == 1
     said = []
     guards = Guards(["a"], GuardConfig(), said.append, lambda: [fell.summary.row()])
     guards.began(Began(5))

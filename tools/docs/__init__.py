@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffalign.config import json_schema, marks
 from diffalign.rules import RULES
-from tools.docs import families, keys, messages, metrics, tables
+from tools.docs import compared, families, keys, messages, metrics, tables
 from tools.made import ROOT, keep
 
 PART = re.compile(r"(<!-- made: (.+?) -->\n).*?(<!-- end -->)", re.S)
@@ -24,6 +24,8 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "decided": families.decided,
     "rules": tables.rules,
     "ranges": tables.ranges,
+    "rules compared": compared.methods,
+    "pairs told apart": compared.resolved,
     "rewards": tables.rewards,
     "presets": tables.presets,
     "embedded pipelines": tables.embedded,
