@@ -27,9 +27,10 @@ def write(results: Results, place: Path) -> None:
             axis.set_title(judge, fontsize=9)
             axis.set_xlabel("network rows; lines: mean over seeds, bands: lowest to highest", fontsize=7)
             axis.grid(alpha=0.3)
-        if axes[0][0].get_legend_handles_labels()[1]:
-            axes[0][0].legend(fontsize=7)
-        figure.tight_layout()
+        lines, labels = axes[0][0].get_legend_handles_labels()
+        figure.tight_layout(rect=(0, 0.09, 1, 1))  # below the curves: among them it hides some
+        if labels:
+            figure.legend(lines, labels, loc="lower center", ncols=len(labels), fontsize=7, frameon=False)
         for ending in ENDINGS:
             drawing.save(figure, place / f"reward{ending}", DOTS)
     for ending in ENDINGS:  # of an earlier report, which may have had pairs
