@@ -10,13 +10,14 @@ from __future__ import annotations
 import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.backends.guiding import GuidedSteps
 from diffalign.backends.parameters import Trained
 from diffalign.backends.walk import OnStep, Walk, wide
 from diffalign.ops import gaussian
@@ -34,6 +35,7 @@ class ChainPolicy(Trained, ABC):
         process, noise_level: how a step follows from a prediction.
         micro_batch: roots per forward pass. Rollout and replay use the same batch shape, so first-pass ratios are exactly 1.
         stretches: first steps of the stretches that prompts with stages tell apart.
+        guidance_steps: see `GuidedSteps`; scale: timesteps of a time of 1.
     """
 
     def __init__(
@@ -44,9 +46,12 @@ class ChainPolicy(Trained, ABC):
         noise_level: float,
         micro_batch: int,
         stretches: Sequence[int] = (0,),
+        guidance_steps: Sequence[int] | None = None,
+        scale: float = 1000.0,
     ) -> None:
         super().__init__()
         self.levels = levels
+        self.guided = GuidedSteps(guidance_steps, timestep / scale)
         self.stretches = tuple(stretches)
         self._clean = levels.parts()[:2]
         self.noisy: Table = process.table(levels, noise_level)
@@ -55,8 +60,7 @@ class ChainPolicy(Trained, ABC):
         self.schedule = Schedule(timestep, levels.alpha, levels.sigma, self.noisy.std, gain, levels.prediction)
         self.micro_batch = micro_batch
         self.adapts = True
-        self.rows_forward = self.rows_backward = 0
-        self.parts_called = self.parts_run = 0
+        self.rows_forward = self.rows_backward = self.parts_called = self.parts_run = 0
 
     # -- what a backend provides
 
@@ -66,11 +70,12 @@ class ChainPolicy(Trained, ABC):
 
     @abstractmethod
     def drive(self, prompts: Prompts, x: Tensor, steps: Sequence[int], on_step: OnStep) -> None:
-        """Run the network at rising steps from latents x, handing every prediction to `on_step`."""
+        """Run the network at rising steps, all with guidance or all without, from latents x, handing every prediction to `on_step`."""
 
     @abstractmethod
     def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor:
-        """The network's prediction at latents x (N, D...) and times (N,) in [0, 1] for the part's leaves."""
+        """The network's prediction at latents x (N, D...) and times (N,) in [0, 1] for the part's leaves, guided as the
+        nearest step is."""
 
     @abstractmethod
     def pixels(self, prompts: Prompts, x: Tensor) -> Media:
@@ -92,6 +97,10 @@ class ChainPolicy(Trained, ABC):
     def cached(self) -> Iterator[None]:
         """Draw rollouts with a cache of features, where the policy has one, for the length of the context."""
         yield
+
+    def guided_throughout(self) -> AbstractContextManager[None]:
+        """Guidance on every step for the length of the context."""
+        return self.guided.everywhere()
 
     def count(self, rows: int, again: bool = False) -> None:
         """Backends call this once per network call; `again`: one that only rebuilds a graph."""

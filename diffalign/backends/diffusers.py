@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as rerun
 
 from diffalign.backends import recorder
 from diffalign.backends.chain import ChainPolicy
+from diffalign.backends.guiding import rows_of
 from diffalign.backends.seam import Seam
 from diffalign.backends.walk import OnStep
 from diffalign.models import caching
@@ -49,6 +50,7 @@ class DiffusersPolicy(ChainPolicy):
         lossy: whether a replay may differ from a rollout in its last bits: compiled blocks.
         cache: of features, for rollouts within `cached`; None: there is none.
         fps: frames per second of its videos, None: not known.
+        guidance_steps: the first step with guidance and one past the last, None: all.
 
     Raises:
         UserError: for a pipeline that cannot be called so, or not with such a cache.
@@ -73,12 +75,18 @@ class DiffusersPolicy(ChainPolicy):
         lossy: bool = False,
         cache: Cache | None = None,
         fps: float | None = None,
+        guidance_steps: Sequence[int] | None = None,
     ) -> None:
         arguments = call_arguments(steps, guidance_scale, call)
         self.seam = seam = Seam(pipe, process.kind, sigmas, arguments, kept)
         self.pipe, self.arguments, self.fps = pipe, arguments, fps
         self.parameters = parameters or {}
-        super().__init__(seam.timesteps, seam.levels, process, noise_level, micro_batch, stretches)
+        if guidance_steps is not None:
+            seam.leave_out_guidance(guidance_steps)
+        self.scale = seam.recorder.config.num_train_timesteps
+        super().__init__(
+            seam.timesteps, seam.levels, process, noise_level, micro_batch, stretches, guidance_steps, self.scale
+        )
         blocks, spans = checkpoint in ("blocks", "both"), checkpoint in ("spans", "both")
         self.lossy = lossy
         self.remarks: list[str] = []
@@ -126,7 +134,7 @@ class DiffusersPolicy(ChainPolicy):
         """A network's forward that counts its rows, those that checkpointing runs again included."""
 
         def run(args: tuple[Any, ...], kwargs: dict[str, Any], again: bool = False) -> Any:
-            self.count(len(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))), again)
+            self.count(rows_of(args, kwargs), again)
             return forward(*args, **kwargs)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -176,9 +184,19 @@ class DiffusersPolicy(ChainPolicy):
 
     def drive(self, prompts: Prompts, x: Tensor, steps: Sequence[int], on_step: OnStep) -> None:
         with self._features_kept():
-            self.seam.run(prompts.text, x, steps, on_step)
+            self.seam.run(prompts.text, x, steps, on_step, guided=self.guided(steps[0]))
 
     def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor:
+        prompts = part.prompts.select(part.tree.leaf_root)
+
+        def run(rows: Tensor | None, guided: bool) -> Tensor:
+            if rows is None:
+                return self._predict(prompts.text, x, time, guided)
+            return self._predict(prompts.select(rows.tolist()).text, x[rows], time[rows], guided)
+
+        return self.guided.apart(time, run)
+
+    def _predict(self, text: list[str], x: Tensor, time: Tensor, guided: bool) -> Tensor:
         seen: list[Tensor] = []
 
         def keep(_: int, prediction: Tensor, latent: Tensor) -> Tensor:
@@ -186,10 +204,9 @@ class DiffusersPolicy(ChainPolicy):
             return latent
 
         # Timesteps of shape (1, N) reach the network as one timestep per sample.
-        scale = self.seam.recorder.config.num_train_timesteps
-        forced = (time.float() * scale).expand(len(x))[None] if time.unique().numel() > 1 else time[:1].float() * scale
-        prompts = part.prompts.select(part.tree.leaf_root)
-        self.seam.run(prompts.text, x, (0,), keep, forced=forced)
+        times = time.float() * self.scale
+        forced = times.expand(len(x))[None] if time.unique().numel() > 1 else times[:1]
+        self.seam.run(text, x, (0,), keep, forced=forced, guided=guided)
         return seen[0]
 
     def pixels(self, prompts: Prompts, x: Tensor) -> Media:

@@ -116,6 +116,14 @@ def stand_in(scheduler: Any, kind: Kind, sigmas: Sigmas) -> Any:
     return recording
 
 
+def original(recording: Any) -> Any:
+    """The scheduler that a stand-in stands in for, as it was last set, before its first step."""
+    own = copy.deepcopy(recording)
+    own.__class__ = next(kind for kind in type(own).__mro__ if not issubclass(kind, _Recording))
+    own.timesteps = own.full_timesteps
+    return own
+
+
 def as_ddim(scheduler: Any) -> Any:
     """DDIM on a DDPM-like scheduler's config, without clipping: what training walks and samples of its adapters use."""
     from diffusers import DDIMScheduler

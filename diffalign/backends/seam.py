@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from diffalign.backends import recorder
+from diffalign.backends import guiding, recorder
 from diffalign.backends.walk import OnStep
 from diffalign.errors import UserError
 from diffalign.models import calls
+from diffalign.models import lora as adapters
 from diffalign.models.encoders import PROBE, device_known
 from diffalign.models.encodings import Encodings, Kept
 from diffalign.processes.table import Kind
@@ -40,6 +41,7 @@ class Seam:
         if problems := recorder.unfit(pipe):
             raise recorder.refused(pipe, "; ".join(problems))
         self.pipe, self.arguments = pipe, arguments
+        self.unguided: dict[str, Any] = {}  # what changes of them where guidance is left out
         # Undecorated: `__call__` runs under no_grad, what it wraps does not.
         self._call = inspect.unwrap(type(pipe).__call__)
         calls = (self._call, type(pipe.scheduler).set_timesteps)
@@ -77,8 +79,11 @@ class Seam:
         generators: list[torch.Generator] | None = None,
         output: str = "latent",
         forced: Tensor | None = None,
+        guided: bool = True,
     ) -> Any:
-        """The call over some steps, from latents x where given; every prediction goes to `on_step`. forced: other timesteps."""
+        """The call over some steps, from latents x where given; every prediction goes to `on_step`. forced: other timesteps; guided: with
+        guidance, as far as the arguments ask for it."""
+        arguments = self.arguments if guided else {**self.arguments, **self.unguided}
         self.recorder.steps, self.recorder.forced = list(steps), forced
         self.recorder.on_step = on_step or recorder._unexpected
         self._latent = x
@@ -88,9 +93,7 @@ class Seam:
         with self._hooks():
             try:
                 # A copy: some pipelines write their chat template into the list.
-                result = self._call(
-                    self.pipe, prompt=list(text), generator=generators, output_type=output, **self.arguments
-                )
+                result = self._call(self.pipe, prompt=list(text), generator=generators, output_type=output, **arguments)
             except recorder.ContractError as error:
                 raise recorder.refused(self.pipe, str(error)) from error
         if steps and self.recorder.cursor < len(steps):
@@ -98,6 +101,24 @@ class Seam:
                 self.pipe, f"it calls scheduler.step {self.recorder.cursor} times for {len(steps)} timesteps"
             )
         return result[0]
+
+    def leave_out_guidance(self, steps: Sequence[int]) -> None:
+        """Find out what `guided=False` is; steps: those that will be guided, for the message.
+
+        Raises:
+            UserError: where guidance is no second prediction.
+        """
+
+        def rows(changed: dict[str, Any]) -> list[int]:
+            self.unguided, found = changed, []
+            for step in (0, len(self.timesteps) - 1):  # of pipelines with two experts, one each
+                with guiding.counting(adapters.denoisers(self.pipe).values()) as seen:
+                    self.run([PROBE], None, (step,), lambda step, prediction, latent: latent, guided=False)
+                found.append(sum(seen))
+            return found
+
+        with torch.no_grad(), self.accepting(PROBE):
+            self.unguided = guiding.switch(self.pipe, steps, rows)
 
     def start(self, text: list[str], generators: list[torch.Generator]) -> Tensor:
         """The pipeline's own initial latents."""

@@ -39,7 +39,10 @@ def grid(kind: Kind, steps: int) -> Levels:
 
 
 class ToyPolicy(ChainPolicy):
-    """A chain of `steps` steps in `dim` (a multiple of 3) dimensions; decoding is a sigmoid, a pixel per three numbers."""
+    """A chain of `steps` steps in `dim` (a multiple of 3) dimensions; decoding is a sigmoid, a pixel per three numbers.
+
+    predictions: network rows to count for a sample at a step with guidance, and without; it does nothing else here.
+    """
 
     def __init__(
         self,
@@ -49,10 +52,16 @@ class ToyPolicy(ChainPolicy):
         noise_level: float = 0.7,
         micro_batch: int = 4096,
         levels: Levels | None = None,
+        guidance_steps: Sequence[int] | None = None,
+        predictions: tuple[int, int] = (1, 1),
     ) -> None:
         kind = PROCESSES[process]
         levels = levels or grid(kind.kind, steps)
-        super().__init__(1000 * levels.sigma[:-1], levels, kind, min(noise_level, kind.highest), micro_batch)
+        noise_level = min(noise_level, kind.highest)
+        super().__init__(
+            1000 * levels.sigma[:-1], levels, kind, noise_level, micro_batch, guidance_steps=guidance_steps
+        )
+        self.predictions = predictions
         generator = torch.Generator().manual_seed(0)
         self.dim = dim
         self.base = 0.4 * torch.randn(dim, dim + 2, generator=generator, dtype=torch.float64)
@@ -61,7 +70,8 @@ class ToyPolicy(ChainPolicy):
         self.parameters = {"delta": self.delta}
 
     def network(self, x: Tensor, time: Tensor) -> Tensor:
-        self.count(len(x))
+        on = int(self.guided.at(time).sum())
+        self.count(on * self.predictions[0] + (len(x) - on) * self.predictions[1])
         features = torch.cat([x, time[:, None], torch.ones_like(time)[:, None]], 1)
         return features @ (self.base + self.delta).T
 

@@ -26,6 +26,7 @@ class Walked(Protocol):
     def table(self, plan: Plan, step: int) -> tuple[float, float, float]: ...
     def stretch(self, step: int) -> int: ...
     def shifts(self, step: int) -> bool: ...
+    def guided(self, step: int, /) -> bool: ...
     def moved(self, step: int | None) -> AbstractContextManager[None]: ...
     def drive(self, prompts: Prompts, x: Tensor, steps: Sequence[int], on_step: OnStep) -> None: ...
 
@@ -71,7 +72,7 @@ class SecondOrder(FirstOrder):
 
 @dataclass
 class Walk:
-    """Steps over a forest under a plan: one drive per stretch of equal texts and parameters without branching.
+    """Steps over a forest under a plan: one drive per stretch of equal texts, guidance and parameters without branching.
 
     advance: what becomes of a step; steps: where the network's output carries gradient, None: everywhere; detached: its input carries none.
     """
@@ -96,7 +97,7 @@ class Walk:
         )
         ahead = [k for k in range(start, stop) if not self.plan.leaves_out(k)]
         while ahead:
-            stretch, shifted, learns = now = self._circumstances(ahead[0])
+            stretch, shifted, learns, _ = now = self._circumstances(ahead[0])
             pairs = itertools.pairwise(ahead)
             ends = (
                 i + 1 for i, (k, to) in enumerate(pairs) if self.plan.branch[k] > 1 or self._circumstances(to) != now
@@ -108,10 +109,12 @@ class Walk:
             ahead = ahead[end:]
         return self._latent
 
-    def _circumstances(self, step: int) -> tuple[int, int | None, bool]:
-        """What has to be equal for steps to be driven together: the texts, the noise on the parameters, whether there is gradient."""
+    def _circumstances(self, step: int) -> tuple[int, int | None, bool, bool]:
+        """What has to be equal for steps to be driven together: the texts, the noise on the parameters, whether there is gradient, and
+        whether there is guidance."""
         shifted = step if self.policy.shifts(step) else None
-        return self.policy.stretch(step), shifted, self._graph and (self.steps is None or step in self.steps)
+        learns = self._graph and (self.steps is None or step in self.steps)
+        return self.policy.stretch(step), shifted, learns, self.policy.guided(step)
 
     def _shown(self) -> Tensor:
         """The latents as the network gets them."""

@@ -12,7 +12,14 @@ from diffalign.errors import UserError, shown
 ALIKE = (
     *("model", "revision", "weights", "precision", "memory.quantize", "memory.decode", "memory.judge_precision"),
     *("prompts.source", "prompts.tasks", "prompts.split", "evaluation", "rewards", "eval_rewards", "scoring.frames"),
-    *("scoring.reduce", "sampler.steps", "sampler.guidance_scale", "sampler.sigmas", "sampler.pipeline_args"),
+    *(
+        "scoring.reduce",
+        "sampler.steps",
+        "sampler.guidance_scale",
+        "sampler.guidance_steps",
+        "sampler.sigmas",
+        "sampler.pipeline_args",
+    ),
     *("lora.rank", "lora.targets", "lora.start", "lora.frozen", "updates", "budget"),
 )
 

@@ -14,6 +14,7 @@ from diffalign.config import adapters
 from diffalign.config.decided import Decided, decide, undecided
 from diffalign.config.messages import mistakes as told
 from diffalign.config.messages import near, renamed
+from diffalign.config.sampling import unguided
 from diffalign.config.schema import LARGEST, Config
 from diffalign.config.short import written_out
 from diffalign.errors import UserError, shown
@@ -237,6 +238,7 @@ def _check_together(config: Config, settings: Any) -> list[str]:
             f"optimizer.schedule: got {config.optimizer.schedule}, which ends with updates, and {limits[0]} before; allowed is constant"
         )
     problems += _not_free(sampler.pipeline_args)
+    problems += unguided(sampler, config.prompts.cache is not None)
     problems += _check_cache(config, needs.exact_steps) if sampler.cache is not None else []
     if needs.differentiable_reward:
         problems += _differentiable(config)

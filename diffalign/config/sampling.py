@@ -1,8 +1,8 @@
-"""The keys of a config that say how trajectories are sampled. Data only."""
+"""The keys of a config that say how trajectories are sampled."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -38,6 +38,10 @@ class SamplerConfig(Settings):
     guidance_scale: float | None = Field(
         1.0, ge=0, description="how far the prompt pulls; 1: not; null: not passed on, the pipeline's own default"
     )
+    guidance_steps: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        description="first step with guidance and one past the last, as [0, 6]; the others predict once; null: all",
+    )
     sigmas: Literal["pipeline", "linear"] = Field("pipeline", description="noise levels: the scheduler's, or even")
     cache: CacheConfig | None = Field(
         None,
@@ -50,3 +54,26 @@ class SamplerConfig(Settings):
     fps: float | None = Field(
         None, gt=0, le=1000, description="frames per second of videos, for rewards that go by time; null: not known"
     )
+
+
+def unguided(sampler: SamplerConfig, encoded: bool) -> list[str]:
+    """What cannot go with guidance on some steps only; encoded: texts come from a cache."""
+    if sampler.guidance_steps is None:
+        return []
+    first, stop = sampler.guidance_steps
+    got, problems = f"sampler.guidance_steps: got [{first}, {stop}]", []
+    if not first <= stop <= sampler.steps:
+        problems.append(
+            f"{got}, allowed are the first step with guidance and one past the last, 0 <= first <= last <= {sampler.steps}"
+        )
+    if encoded:  # a call without guidance asks for other encodings, in another form
+        problems.append(
+            f"{got} with prompts.cache, which keeps the texts of a call with guidance alone; allowed is one of the two"
+        )
+    # The call is run over stretches of the steps: what counts its turns would begin anew in each.
+    problems += [
+        f"{got} with {key} in sampler.pipeline_args, which goes by the turns of the pipeline's loop; allowed is one of the two"
+        for key in sampler.pipeline_args
+        if key.startswith("skip_")
+    ]
+    return problems

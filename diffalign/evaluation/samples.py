@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from diffalign.errors import Fault, one_line
 from diffalign.runtime.progress import Progress
-from diffalign.sampling import sources
+from diffalign.sampling import calling, sources
 from diffalign.types import chunks
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def draw(
 
     progress(f"{folder.name}: loading", 0, 0)
     pipe = sources.pipeline(model)
+    draw_some = calling.drawer(pipe, model)
     batches = [[rows[k] for k in part] for part in chunks(len(rows), task.batch)]
     wanted = [own for own in batches if not missing.isdisjoint(own)]
     done = 0
@@ -115,10 +116,10 @@ def draw(
         drifts: list[float | None] = [None] * len(own)
         if model.adapters and task.drift:
             with adapters.compared(pipe, len(own)) as apart:
-                shots = sources.shots(pipe, texts, seeds, model.call)
+                shots = draw_some(texts, seeds)
             drifts = list(apart())
         else:
-            shots = sources.shots(pipe, texts, seeds, model.call)
+            shots = draw_some(texts, seeds)
         for row, shot, apart_by in zip(own, shots, drifts, strict=True):
             frames = np.asarray(shot)
             if not np.isfinite(frames).all():

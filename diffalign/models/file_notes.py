@@ -97,6 +97,7 @@ def of(
         "seed": str(notes.seed),
         "call": json.dumps(notes.call, sort_keys=True),
         **({"start": public(notes.start)} if notes.start else {}),
+        **({"guidance_steps": json.dumps(notes.guidance_steps)} if notes.guidance_steps else {}),
         "frozen": json.dumps([f"{public(spec['place'])}:{spec['strength']:g}" for spec in notes.frozen]),
         "diffalign_version": diffalign.__version__,
     }

@@ -23,6 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from diffalign.backends import guiding
 from diffalign.config import Config
 from diffalign.errors import UserError
 from diffalign.models import lora as adapters
@@ -93,6 +94,19 @@ def predictions(config: Config) -> int:
         return 2 if config.sampler.pipeline_args.get("true_cfg_scale", 1) > 1 else 1
     above = {"cfg": 1.0, "cfg0": 0.0}.get(kind, math.inf)
     return 2 if (scale is None and kind.startswith("cfg")) or (scale is not None and scale > above) else 1
+
+
+def unguided(config: Config) -> int:
+    """Network rows that one sample takes at a step without guidance.
+
+    Raises:
+        UserError: if guidance is to be left out of some steps and is no second prediction.
+    """
+    steps, guided = config.sampler.guidance_steps, predictions(config)
+    if steps is not None and guided < 2:
+        true = ["true_cfg_scale"] if entry(config)["guidance"] in ("true_cfg", "embedded") else []
+        raise guiding.refused(config.model, steps, true)
+    return 1 if steps is not None else guided
 
 
 def denoisers(config: Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -110,10 +110,11 @@ def _steps(plan: Plan) -> list[str]:
 
 @dataclass(frozen=True)
 class Network:
-    """What a pipeline's network costs: rows a sample and step takes (2 with guidance by two predictions); FLOPs of a row's forward,
+    """What a pipeline's network costs: rows a sample and step takes (2 with guidance by two predictions), with guidance and on steps that
+    are without; FLOPs of a row's forward,
     and of one with all that its gradient takes; of decoding a sample, without and with gradient; numbers in a latent; parameters."""
 
-    calls: int
+    calls: tuple[int, int]
     row: float
     trained_row: float
     decode: float
@@ -162,7 +163,7 @@ def _outline(config: Config, found: Facts) -> Cost:
     chain = toy(config)
     latent = int(np.prod(architectures.dimension(architectures.entry(config)["latent"], given)))
     network = Network(
-        found.rows,
+        (found.rows, architectures.unguided(config)),
         found.row.forward,
         found.row.both,
         found.decode.forward,
@@ -189,9 +190,13 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
     plans = [rule.plan(schedule, k, numpy_generator(config.seed, Purpose.PLAN, k)) for k in range(20)]
     if any(other != plans[0] for other in plans):
         notes = [*notes, "the plan is drawn anew for every update; this is the first one's"]
-    notes = [*config.told, *notes, *remarks.weights(config, rule), *remarks.cache(config), remarks.evaluations(config)]
     plan = plans[0]
-    forward, backward = (network.calls * rows for rows in _rows(config, rule, levels))
+    forward, backward = _rows(config, rule, levels, network.calls)
+    everywhere = forward
+    if config.sampler.guidance_steps is not None:
+        everywhere, _ = _rows(config, rule, levels, (network.calls[0],) * 2)
+    notes = [*config.told, *notes, *remarks.weights(config, rule), *remarks.cache(config)]
+    notes += [*remarks.guidance(config, forward, everywhere), remarks.evaluations(config)]
     again = backward if config.checkpoint in ("spans", "both") else 0  # whole calls that run again for the gradient
     inside = backward if config.checkpoint in ("blocks", "both") else 0  # and block by block, within them
     nodes = sum(int(np.prod(plan.branch[:t])) for t in plan.levels)
@@ -218,14 +223,17 @@ def _toy_reward(media: Media, given: Prompts) -> torch.Tensor:
     return media.pixels.flatten(1).sum(1)
 
 
-def _rows(config: Config, rule: Rule, levels: Levels) -> tuple[int, int]:
-    """Rows of one update without guidance, (forward, with backward), counted on a toy chain with the same levels."""
+def _rows(config: Config, rule: Rule, levels: Levels, calls: tuple[int, int]) -> tuple[int, int]:
+    """Rows of one update, (forward, with backward), counted on a toy chain with the same levels; calls: of a sample at a step with
+    guidance, and at one without."""
     sampler = config.sampler
     toy = ToyPolicy(
         process=sampler.process,
         noise_level=sampler.noise_level,
         levels=levels,
         micro_batch=config.micro_batch,
+        guidance_steps=sampler.guidance_steps,
+        predictions=calls,
     )
     entries = [{"prompt": "a"}]
     trainer = Trainer(
@@ -247,10 +255,18 @@ def _network(policy: DiffusersPolicy, parameters: int, trained: int) -> Network:
     example = book.fixed([{"prompt": "a"}], 1, 0)
     plan = Plan.deterministic(policy.schedule.steps)
     part = policy.rollout(example, plan)
-    rows = policy.rows_forward
+    start = policy.rows_forward
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         policy.transition(part, 0)
-    rows = policy.rows_forward - rows
+    rows = policy.rows_forward - start
+    calls = {bool(policy.guided(0)): rows}
+    for on in (True, False):  # how many rows there are at a step of the other kind, if there is one
+        step = next((k for k in range(policy.schedule.steps) if policy.guided(k) == on), None)
+        if step is not None and on not in calls:
+            start = policy.rows_forward
+            with torch.no_grad():
+                policy.transition(part, step)
+            calls[on] = policy.rows_forward - start
     with FlopCounterMode(display=False) as both:
         policy.transition(part, 0).prediction.sum().backward()
     with FlopCounterMode(display=False) as decode, torch.no_grad():
@@ -258,7 +274,7 @@ def _network(policy: DiffusersPolicy, parameters: int, trained: int) -> Network:
     with FlopCounterMode(display=False) as decode_both:
         policy.decode(part, part.x[-1].clone().requires_grad_()).pixels.sum().backward()
     return Network(
-        rows,
+        (calls.get(True, rows), calls.get(False, rows)),
         forward.get_total_flops() / rows,
         both.get_total_flops() / rows,
         decode.get_total_flops(),

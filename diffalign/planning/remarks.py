@@ -22,6 +22,18 @@ def cache(config: Config) -> list[str]:
     return ["sampler.cache: rows of sampling are counted whole; which blocks are spared is known as they are drawn"]
 
 
+def guidance(config: Config, rows: int, everywhere: int) -> list[str]:
+    """Of guidance on some steps only; rows: of the network for an update, everywhere: those with guidance on all steps."""
+    if config.sampler.guidance_steps is None:
+        return []
+    first, stop = config.sampler.guidance_steps
+    saved = 100 * (1 - rows / everywhere)
+    return [
+        f"sampler.guidance_steps: guidance on {stop - first} of {config.sampler.steps} steps, {rows} rows forward instead of {everywhere}: "
+        f"{saved:.3g} % fewer"
+    ]
+
+
 def evaluations(config: Config) -> str:
     """What evaluations cost."""
     evaluation, book_of = config.evaluation, config.book

@@ -33,7 +33,7 @@ CARD = """---
 # {rule} on {model}
 
 LoRA rank {rank}, alpha {alpha:g}, trained by diffalign {version} for {updates} updates to raise {rewards}, seed {seed}.
-{under}{history}
+{under}{guided}{history}
 {best}{table}
 
 ![curves](curves.png)
@@ -53,6 +53,10 @@ The resolved config is in `config.yaml`.
 PATH = re.compile(r"(?:[~.]?/[^\s/'\"]+)*/([^\s/'\"]+)")  # of which the last part is told
 BEST = "Chosen as the best of this run's evaluations, so its numbers below are a little too good.\n\n"
 UNDER = "\nTrained on top of {}, which was part of the base: load and fuse that first.\n"
+GUIDED = (
+    "\nTrained and evaluated with guidance on steps [{}, {}) alone (`sampler.guidance_steps`). The plain call below guides at every step "
+    "and gives other pictures; `diffalign sample` gives those of training.\n"
+)
 SETUP = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)  # as in training\n"
 
 
@@ -93,6 +97,7 @@ def notes(config: Config, parts: Parts, update: int) -> Notes:
         scheduler=DDIM if _is_ddim(config) else "",
         frozen=[{"place": a.place, "strength": a.strength, "digest": a.digest} for a in parts.frozen],
         start="" if parts.start is None else parts.start.place,
+        guidance_steps=list(config.sampler.guidance_steps or ()),
     )
 
 
@@ -186,6 +191,7 @@ def _card(
     return CARD.format(
         facts=yaml_text.dump(told),
         under=UNDER.format(", ".join(f"`{public(text)}`" for text in config.lora.frozen)) if config.lora.frozen else "",
+        guided=GUIDED.format(*config.sampler.guidance_steps) if config.sampler.guidance_steps is not None else "",
         **_base(config.model),
         rule=rule,
         model=_escaped(public(config.model)),

@@ -233,6 +233,7 @@ def policy(
             steps=sampler.steps,
             noise_level=sampler.noise_level,
             guidance_scale=sampler.guidance_scale,
+            guidance_steps=sampler.guidance_steps,
             sigmas=sampler.sigmas,
             call=sampler.pipeline_args,
             micro_batch=config.micro_batch,

@@ -60,10 +60,22 @@ def write(target: str, more: Sequence[str], out: Path) -> list[str]:
         raise Fault(f"{out}: cannot be written ({one_line(error)})") from error
     finally:
         _remove(aside)
+    return [
+        f"{out}: {source.model} with {len(adapters)} adapter{'s' * (len(adapters) > 1)} in {count} layers",
+        *_told(source),
+    ]
+
+
+def _told(source: sources.Source) -> list[str]:
+    """How the pipeline is to be called for its pictures to be those of the adapter."""
     told = ", ".join(f"{key}={value}" for key, value in source.call.items())
-    lines = [f"{out}: {source.model} with {len(adapters)} adapter{'s' * (len(adapters) > 1)} in {count} layers"]
+    lines = []
     if told:
         lines.append(f"its pictures are those of the adapter with the call that it was trained with: {told}")
+    if source.call.get(sources.GUIDED) is not None:
+        lines.append(
+            "of these, a plain call does not take guidance_steps: it guides at every step, and samples otherwise"
+        )
     if source.ddim:
         lines.append("it was trained walking DDIM: sample with DDIMScheduler(clip_sample=False, thresholding=False)")
     if source.quantize != "none":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from diffalign.report.pictures import grid, small
 from diffalign.runtime.extras import missing
 from diffalign.runtime.files import make_folder
 from diffalign.runtime.progress import Progress, silent
-from diffalign.sampling.sources import Source, call_of, check_negative, pipeline, resolve, shots
+from diffalign.sampling.calling import drawer
+from diffalign.sampling.sources import Source, call_of, check_negative, pipeline, resolve
 
 PAGE = Path(__file__).parent / "page.html"
 BATCH = 8  # pictures a call
@@ -60,11 +62,12 @@ def sample(
     check_negative(pipe, call)
     if films(pipe) and (mend := missing("imageio")):
         raise UserError(f"sample: {type(pipe).__name__} makes videos, which need imageio; {mend}")
-    aligned = _draw(pipe, prompts, range(seed, seed + n), call, out, "", fps, progress)
+    draw, batch = drawer(pipe, replace(source, call=call)), 1 if films(pipe) else BATCH
+    aligned = _draw(draw, batch, prompts, range(seed, seed + n), out, "", fps, progress)
     plain: list[Path] = []
     if base:
         pipe.disable_lora()
-        plain = _draw(pipe, prompts, range(seed, seed + n), call, out, "_base", fps, progress)
+        plain = _draw(draw, batch, prompts, range(seed, seed + n), out, "_base", fps, progress)
     _grid(aligned, plain, n, out / "grid.png")
     _page(source, prompts, aligned, plain, n, call, out / "index.html")
     return [*aligned, *plain, out / "grid.png", out / "index.html"]
@@ -91,10 +94,10 @@ def label(path: Path) -> str:
 
 
 def _draw(
-    pipe: Any,
+    draw: Callable[[Sequence[str], Sequence[int]], Any],
+    batch: int,
     prompts: Sequence[str],
     seeds: range,
-    call: dict[str, Any],
     out: Path,
     ending: str,
     fps: int,
@@ -102,12 +105,11 @@ def _draw(
 ) -> list[Path]:
     paths: list[Path] = []
     what = "sampling the base" if ending else "sampling"
-    batch = 1 if films(pipe) else BATCH
     for number, prompt in enumerate(prompts):
         for start in range(0, len(seeds), batch):
             progress(what, len(paths), len(prompts) * len(seeds))
             some = seeds[start : start + batch]
-            for s, shot in zip(some, shots(pipe, [prompt] * len(some), some, call), strict=True):
+            for s, shot in zip(some, draw([prompt] * len(some), some), strict=True):
                 paths.append(_write(shot, out / f"{number:03d}_seed{s}{ending}.png", fps))
     return paths
 

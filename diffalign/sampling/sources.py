@@ -1,4 +1,4 @@
-"""What to sample from: a run, adapters or a model; and one call of its pipeline."""
+"""What to sample from: a run, adapters or a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffalign.errors import Fault, UserError, one_line, shown
+from diffalign.errors import UserError, shown
 from diffalign.models.calls import FIXED, GIVEN
 from diffalign.models.notes import DDIM, Notes, choices, lora_folder
 from diffalign.models.places import Adapter, given
@@ -17,6 +17,8 @@ from diffalign.runtime.files import HUB_ID, fingerprint, home, is_file
 from diffalign.runtime.precision import QUANTIZE
 from diffalign.runtime.yaml_text import parse
 from diffalign.sampling import adapters
+
+GUIDED = "guidance_steps"  # beside a call's arguments: the first step with guidance and one past the last
 
 
 def _not_free(key: str) -> str:
@@ -28,8 +30,9 @@ def _not_free(key: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """What to sample from: a model, adapters on it, the call's arguments, whether they were trained walking DDIM, the model's
-    commit on the hub, None for the newest, the single file of its denoiser, None for its own, and what it is loaded in.
+    """What to sample from: a model, adapters on it, the call's arguments, with `guidance_steps` where guidance is not on all, whether they
+    were trained walking DDIM, the model's commit on the hub, None for the newest, the single file of its denoiser, None for its own, and
+    what it is loaded in.
 
     trained_on: how the bases of its adapters were quantised, where something is known of that; frozen: adapters that are part of the base.
     """
@@ -116,7 +119,7 @@ def _target(target: str, strength: float) -> Source:
         return Source(
             notes.base_model,
             (adapter,),
-            notes.call,
+            {**notes.call, **({GUIDED: notes.guidance_steps} if notes.guidance_steps else {})},
             notes.scheduler == DDIM,
             notes.base_revision or None,
             notes.base_weights or None,
@@ -215,32 +218,6 @@ def pipeline(source: Source) -> Any:
         raise UserError(f"sample: {error}") from error
     adapters.put(pipe, source.adapters, source.model)
     return pipe
-
-
-def shots(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: dict[str, Any]) -> Any:
-    """One call of a pipeline: n pictures (H, W, 3) or videos (F, H, W, 3) with values in [0, 1], each from a seed of its own.
-
-    Raises:
-        UserError: if the pipeline refuses the call.
-        Fault: if memory does not suffice.
-    """
-    import torch
-
-    from diffalign.runtime.memory import out_of_memory
-
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    given = {key: [value] * len(seeds) if key == "negative_prompt" else value for key, value in call.items()}
-    try:
-        return pipe(prompt=list(prompts), generator=generators, output_type="np", **given)[0]
-    except Exception as error:  # whatever a pipeline does with arguments that are not for it
-        if out_of_memory(error):
-            raise Fault(f"sample: out of memory with {len(seeds)} at a time: {one_line(error)}") from error
-        raise UserError(f"sample: {type(pipe).__name__} does not accept this: {_shortened(error)}") from error
-
-
-def _shortened(error: Exception) -> str:
-    """An error in one line, however many it takes to say something."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
 
 
 def check_negative(pipe: Any, call: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from diffalign.types import Plan, Prompts
 def fit(rule: Rule, policy: TrainablePolicy, scorer: Scorer, batch: Prompts) -> bool:
     """Tell a rule that asks for it what graphs a micro-batch holds; returns whether it did."""
     if rule.needs.graph_bytes:
-        rule.fit(graph_bytes(policy, scorer, batch), policy.schedule.steps)
+        with policy.guided_throughout():
+            rule.fit(graph_bytes(policy, scorer, batch), policy.schedule.steps)
     return rule.needs.graph_bytes
 
 
