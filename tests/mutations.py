@@ -25,7 +25,7 @@ RLR, CHAIN = "diffalign/rules/rlr.py", "diffalign/backends/chain.py"
 WALK, PARAMETERS = "diffalign/backends/walk.py", "diffalign/backends/parameters.py"
 PREDICTION = "diffalign/ops/prediction.py"
 GUARD, BRANCH, AWM, NFT = (f"diffalign/rules/{name}.py" for name in ("grpo_guard", "branch_grpo", "awm", "nft"))
-MERGING = "diffalign/rules/_merging.py"
+MERGING, SLOPE = "diffalign/rules/_merging.py", "diffalign/rules/_slope.py"
 IMPLICIT = "diffalign/ops/implicit.py"
 CPS = "diffalign/processes/cps.py"
 SOLVER = "diffalign/processes/dpm_solver.py"
@@ -66,6 +66,8 @@ MUTATIONS = [
     Mutation("one step less", TBP, "first = max(0, end - depth)", "first = max(0, end - depth + 1)"),
     Mutation("variants on the stored latent", TBP, "if term != part.plan.updates[0][0]:", "if False:"),
     Mutation("variants unweighted", TBP, "weight = 1 / (1 + s.variants)", "weight = 1.0"),
+    Mutation("slope a step short", SLOPE, "math.prod(a[after:]) * part", "math.prod(a[term.start :]) * part"),
+    Mutation("inverse weights biased", SLOPE, "left / p + later)", "left / p)"),
     Mutation("finished latent judged early", TBP, "else span.clean)", "else span.x)"),
     Mutation(
         "input not detached",

@@ -212,8 +212,7 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
         network.parameters,
         network.trained,
         network.row * (forward + again + inside - backward) + network.trained_row * backward,
-        network.decode * leaves * ((plan.stop == schedule.steps) + 2 * plan.perturbed)
-        + network.trained_decode * leaves * plan.pathwise,
+        network.decode * leaves * (plan.scored + 2 * plan.perturbed) + network.trained_decode * leaves * plan.pathwise,
         tuple(notes),
         config.updates,
     )

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from diffalign.config import Config
 from diffalign.models.encodings import MEMORY_BYTES
-from diffalign.planning.architectures import Held
 from diffalign.planning.facts import Facts
 from diffalign.rewards.catalog import find
 from diffalign.runtime.precision import PRECISIONS, QUANTIZED
+from diffalign.types import Term
 
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # the driver's context, kernels, and what the allocator cannot use between tensors
@@ -124,14 +124,17 @@ def _quiet(config: Config, facts: Facts, recorded: bool) -> float:
 
 def _graph(config: Config, facts: Facts) -> float:
     """Bytes that the largest term of a micro-batch takes at once."""
-    plan = facts.plan
-    span = max(term.stop - term.start if term.through == "reward" else 1 for terms in plan.updates for term in terms)
     blocks, spans = config.checkpoint in ("blocks", "both"), config.checkpoint in ("spans", "both")
     step, last = (part.blocks if blocks else part.plain for part in (facts.row, facts.decode))
     kept = 0.0 if spans else step.kept  # whole calls that run again keep next to nothing
     alone = 0.0 if spans else last.kept
-    if not plan.pathwise:
-        last, alone = Held(0.0, 0.0), 0.0
-    # Every step's graph is there while the decoder's, or the last step's, is taken a gradient of.
-    most = span * kept * facts.rows + max(facts.rows * (step.peak - kept), last.peak, alone)
-    return most * config.micro_batch
+
+    def held(term: Term) -> float:
+        if term.through != "reward":
+            return facts.rows * step.peak
+        span = term.stop - term.start
+        call = facts.rows * (step.peak - kept) if span else 0.0
+        # Every step's graph is there while the decoder's, or the last step's, is taken a gradient of.
+        return span * kept * facts.rows + max(call, last.peak, alone)
+
+    return max(held(term) for terms in facts.plan.updates for term in terms) * config.micro_batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -77,7 +77,9 @@ class Backward:
             for place, (term, whole) in enumerate(zip(terms, credit, strict=True)):
                 self.progress("training", at * len(terms) + place, len(parts) * len(terms))
                 own = None if whole is None else whole.select(rollout.tree, rows)
-                gap, clip, logged = self._term(term, part, own, share)
+                gap, clip, logged, slope = self._term(term, part, own, share)
+                if slope is not None:
+                    part = replace(part, slope={**part.slope, term.start: slope})
                 noted += [(name, share, value) for name, value in logged.items()]
                 if first and gap is not None:
                     gaps.append((gap, term, clip))
@@ -108,18 +110,23 @@ class Backward:
 
     def _term(
         self, term: Term, part: Rollout, credit: Credit | None, share: float
-    ) -> tuple[Tensor | None, float | None, Noted]:
-        """One term on one part; its gap and clip range (see `Loss`), and what it logs, without a graph."""
+    ) -> tuple[Tensor | None, float | None, Noted, Tensor | None]:
+        """One term on one part; its gap and clip range (see `Loss`), what it logs, and the slope that it keeps, all without a graph."""
+        leaf = None
+        if term.keep_slope:
+            part, leaf = part.entered(term.start)
         seen: dict[str, Tensor] = {}
         reward = self.scorer.pathwise(part.prompts.select(part.tree.leaf_root), seen, self.tally)
         loss = self.rule.loss(term, self.policy, part, credit, reward)
         logged: Noted = {name: value.detach() for name, value in {**seen, **loss.metrics}.items()}
+        scale = 1.0 if self.term_norms else term.weight * share  # of the loss whose gradient is taken
         if (norm := self._backward(term, loss.value, share)) is not None:
             logged[term.start, term.stop] = norm
-        return None if loss.gap is None else loss.gap.detach(), loss.clip, logged
+        slope = None if leaf is None or leaf.grad is None else leaf.grad / scale
+        return None if loss.gap is None else loss.gap.detach(), loss.clip, logged, slope
 
     def _backward(self, term: Term, value: Tensor, share: float) -> Tensor | None:
-        """Add a term's gradient; the norm of the part's own, unweighted, where it is asked for."""
+        """Add a term's gradient; the norm of the part's own, unweighted, where it is asked for and reaches the parameters."""
         if not self.term_norms:
             (value * (term.weight * share)).backward()
             return None
@@ -135,7 +142,8 @@ class Backward:
                 parameter.grad = scaled if old is None else old + scaled
             else:
                 parameter.grad = old
-        return torch.stack([g.norm() for g in own if g is not None]).norm()
+        norms = [g.norm() for g in own if g is not None]
+        return torch.stack(norms).norm() if norms else None
 
     def _check_gap(self, gap: float, clip: float | None, where: str, term: Term) -> None:
         close = CLOSE_GAP if clip is None else min(CLOSE_GAP, OF_CLIP * clip)

@@ -70,10 +70,10 @@ class Sampling:
     _looks: list[tuple[torch.Tensor, ...]] = field(default_factory=list)  # of what was decoded last, by micro-batch
 
     def run(self, prompts: Prompts, plan: Plan, clock: Clock) -> tuple[Rollout, Scores | None]:
-        """Sample and, if that goes to the end, score: rewards in the background work while the next micro-batch is sampled."""
+        """Sample and, where the plan wants that, score: rewards in the background work while the next micro-batch is sampled."""
         begun: list[Callable[[], Scores]] = []
         self._looks = []
-        whole = plan.stop == self.policy.schedule.steps
+        whole = plan.scored
         count, parts = 0, -(-len(prompts) // self.policy.micro_batch)
 
         def each(part: Rollout) -> None:

@@ -137,7 +137,8 @@ class Rollout:
     x[t] (N_t, D...) latents; eps[t] (N_{t+1}, D...) the noise injected at step t, None where off; mean[t] (N_t, D...) if the
     plan keeps it; std[t] the noise's standard deviation; log_prob[t] (N_{t+1},) log density of x[t+1], averaged over latent
     dimensions, None where the step is deterministic. Levels that a solver leaves out hold the latent it jumps to. What the plan's terms do
-    not read is not kept: latents of other levels are (N_t, 0), other noises and means None.
+    not read is not kept: latents of other levels are (N_t, 0), other noises and means None. slope[t] (N_t, D...): of a micro-batch, what
+    terms kept: gradients of their losses to x[t].
     """
 
     prompts: Prompts
@@ -149,6 +150,7 @@ class Rollout:
     mean: list[Tensor | None]
     std: list[float]
     log_prob: list[Tensor | None]
+    slope: dict[int, Tensor] = field(default_factory=dict)
 
     def select(self, roots: Rows) -> Rollout:
         """The trajectories that grow from some roots."""
@@ -166,6 +168,11 @@ class Rollout:
             mean=rows(self.mean, 0),
             log_prob=rows(self.log_prob, 1),
         )
+
+    def entered(self, level: int) -> tuple[Rollout, Tensor]:
+        """The same trajectories, and their latents of a level, which are a leaf that takes a gradient."""
+        leaf = self.x[level].detach().requires_grad_()
+        return replace(self, x=[leaf if t == level else x for t, x in enumerate(self.x)]), leaf
 
     def at(self, level: int) -> Prompts:
         """The prompts of the nodes of a level."""

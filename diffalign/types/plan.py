@@ -8,20 +8,23 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Term:
-    """One piece of a loss: steps [start, stop) seen through the reward's gradient, log-probs, the forward process, or noise
-    on the parameters. steps: those it is about, None: all; draw: key of noise of its own, 0: it has none.
+    """One piece of a loss: steps [start, stop) seen through the reward's gradient, a slope that an earlier term kept, log-probs, the
+    forward process, or noise on the parameters. steps: those it is about, None: all; draw: key of noise of its own, 0: it has none;
+    keep_slope: its loss's gradient to the latents of `start` is kept for the terms after it, of the same micro-batch.
     """
 
     start: int
     stop: int
-    through: Literal["reward", "log_prob", "forward", "parameters"]
+    through: Literal["reward", "slope", "log_prob", "forward", "parameters"]
     weight: float = 1.0
     steps: tuple[int, ...] | None = None
     draw: int = 0
+    keep_slope: bool = False
 
     def __str__(self) -> str:
         at = "" if self.steps is None else f" at {', '.join(map(str, self.steps))}"
-        return f"{self.through}[{self.start},{self.stop}){at} x {self.weight:.3g}"
+        kept = " -> slope" if self.keep_slope else ""
+        return f"{self.through}[{self.start},{self.stop}){at} x {self.weight:.3g}{kept}"
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,12 @@ class Plan:
         terms = [term for terms in self.updates for term in terms]
         spans = [range(term.start, term.stop) for term in terms if self.keep_noise and term.through != "forward"]
         return frozenset(range(self.stop)) if not terms else frozenset(k for span in spans for k in span)
+
+    @property
+    def scored(self) -> bool:
+        """Whether samples are scored as they are drawn: those to the end, unless a term asks the rewards about just these."""
+        asked = any(term.keep_slope and term.through == "reward" for terms in self.updates for term in terms)
+        return self.stop == len(self.noise) and not asked
 
     @property
     def pathwise(self) -> int:

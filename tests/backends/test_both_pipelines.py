@@ -283,7 +283,11 @@ def test_memory_grows_with_the_depth_and_not_with_the_steps(name):
 
 def laboratory(name: str, rule, steps: int) -> Trainer:
     """A trainer on the pipeline, to take gradients with; one reward, the pictures' brightness."""
-    policy = make(name, steps)
+    return trainer_of(rule, make(name, steps))
+
+
+def trainer_of(rule, policy) -> Trainer:
+    """The same on a policy."""
     scorer = Scorer({"brightness": lambda media, given: brightness(media.pixels)})
     optimizer = torch.optim.SGD(policy.parameters.values(), lr=0.0)
     policy.micro_batch = 4
@@ -294,7 +298,8 @@ def gradient_peak(trainer) -> int:
     """The most bytes that the gradient of an update's first optimiser step allocates at once, beyond what sampling left."""
     sampled = trainer._sample(0, Clock.of(trainer.policy))
     terms = sampled.rollout.plan.updates[0]
-    return memory.peak_bytes(lambda: trainer._gradient(terms, sampled, first=True, where="here"))
+    credit = [sampled.own()] * len(terms)
+    return memory.peak_bytes(lambda: trainer._gradient(terms, sampled, credit, first=True, where="here"))
 
 
 @both

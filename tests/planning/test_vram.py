@@ -180,6 +180,15 @@ def test_a_span_through_the_reward_keeps_every_step():
     assert graph("both") == 2 * (0 + 2 * 9)
 
 
+def test_a_slope_and_the_steps_it_is_handed_to_are_never_there_at_once():
+    """The larger of one call's peak, two rows a sample, and the decoder's; two samples."""
+    handed = (Term(4, 4, "reward", keep_slope=True), Term(1, 2, "slope"), Term(3, 4, "slope"))
+    slope, decoder = Plan(4, (False,) * 4, (handed,)), Plan(4, (False,) * 4, (handed[:1],))
+    assert phases(made(slope), "memory.checkpoint=none")["training"]["graph"] == 2 * 2 * 60
+    assert phases(made(slope), "memory.checkpoint=blocks")["training"]["graph"] == 2 * 2 * 9
+    assert phases(made(decoder), "memory.checkpoint=none")["training"]["graph"] == 2 * 3
+
+
 def test_without_a_graph_the_larger_of_network_and_decoder_counts():
     assert phases(made(LOG_PROB), "speed=eager")["sampling"]["network and decoder"] == 2 * 2 * 10
 

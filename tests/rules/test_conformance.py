@@ -29,6 +29,8 @@ FORMS = {
     "rlr_blocks_by_norms": lambda: RLRRule(RLRRule.Settings(span=1, cover="is", start="norms")),
     "draft_lv": lambda: TBP(TBP.Settings(variants=2)),
     "refl": lambda: TBP(TBP.Settings(judged=(2, 3), objective="hinge", target=5.0)),
+    "flow_bp_sparse": lambda: TBP(TBP.Settings(connect="sparse", depth="all", trained=2, rescale=0.5, noise=True)),
+    "flow_bp_bridge": lambda: TBP(TBP.Settings(connect="bridge", depth="all", trained=3)),
     "drtune": lambda: TBP(TBP.Settings(depth="all", detached=True, trained=2, judged=(3, 4))),
     "dgpo": lambda: AWM(AWM.Settings(implicit="group", implicit_beta=10.0)),
     "residual": lambda: AWM(AWM.Settings(implicit="residual", implicit_to="anchor")),
