@@ -218,10 +218,7 @@ def _check_together(config: Config, settings: Any) -> list[str]:
             f"optimizer.micro_batch: got {config.micro_batch}, allowed are divisors of "
             f"prompts.groups * prompts.group_size = {config.samples_per_update}, so that replay and rollout agree"
         )
-    if unknown := [name for name in getattr(settings, "gate", ()) if name not in config.rewards]:
-        problems.append(
-            f"rule.gate: got {shown(unknown[0])}, allowed are rewards of this run: {', '.join(config.rewards)}"
-        )
+    problems += _unknown(config, settings)
     if config.prompts.group_size < 2 and needs.groups:
         problems.append("prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more")
     if config.prompts.groups % needs.bundle:
@@ -243,6 +240,13 @@ def _check_together(config: Config, settings: Any) -> list[str]:
     if needs.differentiable_reward:
         problems += _differentiable(config)
     return problems
+
+
+def _unknown(config: Config, settings: Any) -> list[str]:
+    """Rewards that a rule's settings name and the run does not have."""
+    named = ((key, name) for key in ("gate", "floors") for name in getattr(settings, key, ()))
+    allowed = f"allowed are rewards of this run: {', '.join(config.rewards)}"
+    return [f"rule.{key}: got {shown(name)}, {allowed}" for key, name in named if name not in config.rewards]
 
 
 def _not_free(arguments: dict[str, Any]) -> list[str]:

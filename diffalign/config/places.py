@@ -56,7 +56,7 @@ def placed(raw: dict[str, Any], beside: Path | None) -> tuple[dict[str, str], li
         _change(raw, key, functools.partial(found, key))
     for key in WRITTEN:  # to the shell's folder
         _change(raw, key, functools.partial(_home_of, problems, key))
-    for key in ("rewards", "eval_rewards", "rule.gate", "lora.frozen"):
+    for key in ("rewards", "eval_rewards", "rule.gate", "rule.floors", "lora.frozen"):
         _change_all(at(raw, key), functools.partial(found, key), _is_path if key != "lora.frozen" else bool)
     return lost, problems
 

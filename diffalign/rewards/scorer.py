@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,11 +31,23 @@ Callables = Mapping[str, "Reward | Callable[[Media, Prompts], Any]"]
 
 @dataclass
 class Tally:
-    """How many samples were asked for, how many have no score, and how many of each reward."""
+    """How many samples were asked for, how many have no score, how many of each reward, and each reward's scores."""
 
     asked: int = 0
     unscored: int = 0
     missing: Counter[str] = field(default_factory=Counter)
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def note(self, name: str, values: list[float]) -> None:
+        """Count a reward's scores."""
+        self.missing[name] += sum(not math.isfinite(value) for value in values)
+        self.values.setdefault(name, []).extend(values)
+
+    def joined(self, other: Tally) -> Tally:
+        """This one and another."""
+        names = {**self.values, **other.values}
+        values = {name: self.values.get(name, []) + other.values.get(name, []) for name in names}
+        return Tally(self.asked + other.asked, self.unscored + other.unscored, self.missing + other.missing, values)
 
 
 class Scorer:
@@ -149,7 +162,7 @@ class Scorer:
                 total = total + self.weights[name] * value
                 _note(seen, keys.reward(name), value)
                 if tally is not None:
-                    tally.missing[name] += int((~value.isfinite()).sum())
+                    tally.note(name, value.detach().tolist())
             valid &= total.detach().isfinite()
             _note(seen, keys.TOTAL, total)
             if tally is not None:

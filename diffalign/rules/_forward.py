@@ -20,7 +20,7 @@ from diffalign.rules._merging import MergeSettings, merged
 from diffalign.rules._rule import ReferenceSettings, Rule
 from diffalign.runtime.randomness import Purpose, normal
 from diffalign.runtime.settings import factors
-from diffalign.types import Credit, Floats, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
+from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,10 @@ class ForwardSettings(ReferenceSettings, MergeSettings):
     """Keys of rules that noise finished samples."""
 
     times: int = Field(3, ge=1, description="noise levels a sample is noised to, per optimiser step")
+    spread: Literal["random", "strata", "antithetic"] = Field(
+        "random",
+        description="strata: a level from each of `times` equal parts; antithetic: each draw twice, with n and -n",
+    )
     first_level: bool = Field(False, description="pure noise among them")
     levels: tuple[int, int] | None = Field(
         None, description="first and one past the last of them, 0 is the noisiest; null: all"
@@ -60,7 +64,9 @@ class ForwardSettings(ReferenceSettings, MergeSettings):
 
 
 def plan(schedule: Schedule, settings: ForwardSettings, rng: np.random.Generator, sampled_by: str = "") -> Plan:
-    """Sample to the end; terms at levels drawn without replacement, the same for every sample, noise anew for each.
+    """Sample to the end; terms at drawn levels, the same for every sample, noise anew for each.
+
+    The weights of a step's terms add up to 1, and their mean over draws is the mean over all levels, whatever `spread` is.
 
     Raises:
         UserError: for epsilon prediction at a level without signal.
@@ -71,13 +77,29 @@ def plan(schedule: Schedule, settings: ForwardSettings, rng: np.random.Generator
         raise UserError("rule.first_level: got true, epsilon says nothing about x_0 in pure noise; allowed is false")
 
     def terms() -> tuple[Term, ...]:
-        drawn = rng.choice(levels, settings.times, replace=False)
-        return tuple(
-            Term(int(k), int(k), "forward", 1 / settings.times, draw=int(rng.integers(1, 2**62))) for k in sorted(drawn)
-        )
+        once = [
+            Term(level, level, "forward", weight, draw=int(rng.integers(1, 2**62)))
+            for level, weight in drawn_levels(levels, settings.times, settings.spread == "strata", rng)
+        ]
+        if settings.spread != "antithetic":
+            return tuple(once)
+        half = [replace(term, weight=term.weight / 2) for term in once]
+        return tuple(replace(term, mirrored=mirrored) for term in half for mirrored in (False, True))
 
     noise = tuple(settings.noise and k < steps - 1 for k in range(steps))
     return Plan(steps, noise, tuple(terms() for _ in range(settings.inner_updates)), sampled_by=sampled_by)
+
+
+def drawn_levels(levels: Integers, times: int, strata: bool, rng: np.random.Generator) -> list[tuple[int, float]]:
+    """So many of some levels, from the noisiest on, and what each weighs: 1 / times, or the size of the part that it is drawn from.
+
+    Without strata they are drawn without replacement; with them one is drawn from each of `times` parts in a row, whose sizes differ by
+    one at most.
+    """
+    if not strata:
+        return [(int(level), 1 / times) for level in sorted(rng.choice(levels, times, replace=False))]
+    parts = np.array_split(levels, times)
+    return [(int(rng.choice(part)), len(part) / len(levels)) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -142,18 +164,25 @@ class ForwardRule(Rule):
 def noised(term: Term, policy: Policy, part: Rollout, shared: bool = False) -> Noised:
     """The part's finished samples with the term's noise, in the place of the latents of its level; shared: one noise a group."""
     schedule, step = policy.schedule, term.start
-    there, noise = renoised(part, schedule, step, Purpose.FORWARD, term.draw, shared)
+    there, noise = renoised(part, schedule, step, Purpose.FORWARD, term.draw, shared, term.mirrored)
     alpha, sigma = float(schedule.alpha[step]), float(schedule.sigma[step])
     return Noised(there, part.x[-1], noise, step, alpha, sigma, schedule.prediction)
 
 
 def renoised(
-    part: Rollout, schedule: Schedule, step: int, purpose: Purpose, draw: int, shared: bool = False
+    part: Rollout,
+    schedule: Schedule,
+    step: int,
+    purpose: Purpose,
+    draw: int,
+    shared: bool = False,
+    mirrored: bool = False,
 ) -> tuple[Rollout, Tensor]:
     """The part with its finished latents noised forward to a step's level, in the place of those it came from; and the noise, which is
-    the sample's own, or its group's where it is `shared`."""
+    the sample's own, or its group's where it is `shared`; with its sign turned round where it is `mirrored`."""
     x0, prompts = part.x[-1], part.prompts
     seeds = prompts.group_seed if shared else prompts.seed
     noise = normal([int(seed) for seed in seeds], x0.shape[1:], purpose, draw, like=x0)
+    noise = -noise if mirrored else noise
     x = ops.matching.noised(x0, noise, float(schedule.alpha[step]), float(schedule.sigma[step]))
     return replace(part, x=[*part.x[:step], x, *part.x[step + 1 :]]), noise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,11 +11,11 @@ from pydantic import Field
 
 from diffalign import ops
 from diffalign.errors import UserError
-from diffalign.rules._rule import RuleSettings, UnitSettings
+from diffalign.rules._rule import RewardSettings, RuleSettings, check_known
 from diffalign.types import Floats, Integers, Scores
 
 
-class MergeSettings(UnitSettings):
+class MergeSettings(RewardSettings):
     """Keys of rules that learn from scores."""
 
     combine: Literal["sum", "normalised", "gdpo"] = Field(
@@ -41,8 +41,7 @@ def columns(scores: Scores, group: Integers, settings: MergeSettings) -> dict[st
     Raises:
         UserError: if `gate` names a reward that the run does not have.
     """
-    if unknown := [name for name in settings.gate if name not in scores.by_name]:
-        raise UserError(f"rule.gate: got {unknown[0]!r}, allowed are this run's rewards: {', '.join(scores.by_name)}")
+    check_known("rule.gate", settings.gate, scores.by_name)
     scores = ops.advantages.gated(scores, group, settings.gate)
     if settings.combine == "sum":
         return {"total": scores.total}
@@ -93,15 +92,16 @@ def shares(scores: Scores, group: Integers, settings: RuleSettings) -> dict[str,
     return ops.advantages.shares(parts, group, scores.valid)
 
 
-def units(scores: Scores, group: Integers) -> dict[str, float]:
-    """What every reward is divided by to have a mean standard deviation of 1 within groups; 1 where it has no weight.
+def units(scores: Scores, group: Integers, floored: Collection[str] = ()) -> dict[str, float]:
+    """What every reward is divided by to have a mean standard deviation of 1 within groups; 1 where it has neither weight nor floor.
 
     Raises:
         UserError: if one has no spread.
     """
     found = {name: ops.advantages.spread(values, group) for name, values in scores.by_name.items()}
-    if flat := [name for name, unit in found.items() if scores.weights[name] and not unit > 0]:
+    counted = {name for name, weight in scores.weights.items() if weight or name in floored}
+    if flat := [name for name, unit in found.items() if name in counted and not unit > 0]:
         raise UserError(
             f"rule.unit: got auto, {', '.join(flat)} has no spread within the first update's prompts; allowed is null"
         )
-    return {name: unit if scores.weights[name] else 1.0 for name, unit in found.items()}
+    return {name: unit if name in counted else 1.0 for name, unit in found.items()}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from diffalign.errors import UserError
 from diffalign.protocols import GraphBytes, Loss, Needs, Policy, RewardFunction
+from diffalign.rules._floors import PATIENCE, Floor
 from diffalign.runtime.settings import Settings
 from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree, Update
 
@@ -34,13 +37,33 @@ class RuleSettings(Settings):
         return [f"rule.{name}: got {getattr(self, name)}, has no effect without {without}" for name in changed]
 
 
-class UnitSettings(RuleSettings):
-    """Keys of rules that see rewards' values: what a reward is divided by."""
+class RewardSettings(RuleSettings):
+    """Keys of what is made of rewards' values: what they are divided by, and what they are kept above."""
 
     unit: Literal["auto"] | None = Field(
         None,
         description="auto: rewards are divided by their mean std within prompts before training; null: by 1",
     )
+    floors: dict[str, float] = Field(
+        {}, description="reward: least; its weight grows by a multiplier while its mean is below that"
+    )
+    floor_rate: float = Field(0.1, gt=0, description="a multiplier's growth per update and std below the floor")
+    floor_cap: float = Field(10.0, gt=0, description="largest multiplier")
+
+    def problems(self, steps: int) -> list[str]:
+        """What is wrong with these settings for a sampler of `steps` steps."""
+        idle = [] if self.floors else self.idle(("floor_rate", "floor_cap"), "rule.floors")
+        return [*super().problems(steps), *idle]
+
+
+def check_known(key: str, named: Iterable[str], rewards: Mapping[str, Any]) -> None:
+    """That the rewards which a setting names are this run's.
+
+    Raises:
+        UserError: if one is not.
+    """
+    if unknown := [name for name in named if name not in rewards]:
+        raise UserError(f"{key}: got {unknown[0]!r}, allowed are this run's rewards: {', '.join(rewards)}")
 
 
 class ReferenceSettings(RuleSettings):
@@ -96,6 +119,7 @@ class Rule(ABC):
     def __init__(self, settings: Any = None) -> None:
         self.settings = settings or self.Settings()
         self.units: dict[str, float] = {}  # what each reward is divided by, once that was measured
+        self.floors = {name: Floor() for name in self.least}
 
     @property
     def needs(self) -> Needs:
@@ -105,7 +129,36 @@ class Rule(ABC):
     @property
     def measures_units(self) -> bool:
         """Whether rewards are to be divided by what their spread was before training, measured once and kept."""
-        return isinstance(self.settings, UnitSettings) and self.settings.unit == "auto"
+        return isinstance(self.settings, RewardSettings) and self.settings.unit == "auto"
+
+    @property
+    def least(self) -> dict[str, float]:
+        """What some rewards are to be kept above."""
+        return self.settings.floors if isinstance(self.settings, RewardSettings) else {}
+
+    def weighed(self, weights: dict[str, float]) -> dict[str, float]:
+        """The weights that rewards have now: by their units, with their floors' multipliers.
+
+        Raises:
+            UserError: if a floor is of a reward that is not among them.
+        """
+        check_known("rule.floors", self.least, weights)
+        now = {
+            name: weight + self.floors[name].multiplier if name in self.least else weight
+            for name, weight in weights.items()
+        }
+        return {name: weight / self.units.get(name, 1.0) for name, weight in now.items()}
+
+    def move_floors(self, values: Mapping[str, Floats]) -> list[str]:
+        """Let floors see an update's scores (N,) by name; returns those that were found not to hold now."""
+        if not isinstance(self.settings, RewardSettings):
+            return []
+        s, before = self.settings, self.floors
+        moved = {
+            n: before[n].after(values[n], f, s.floor_rate, s.floor_cap) for n, f in self.least.items() if n in values
+        }
+        self.floors = {**before, **moved}
+        return [name for name, floor in moved.items() if before[name].stuck < PATIENCE <= floor.stuck]
 
     @abstractmethod
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
@@ -147,8 +200,11 @@ class Rule(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be kept to go on, JSON-serialisable."""
-        return {"units": self.units} if self.units else {}
+        floors = {name: asdict(floor) for name, floor in self.floors.items()}
+        return {**({"units": self.units} if self.units else {}), **({"floors": floors} if floors else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.units = dict(state.get("units", {}))
+        kept = state.get("floors", {})
+        self.floors = {name: Floor(**kept[name]) if name in kept else Floor() for name in self.least}

@@ -52,6 +52,11 @@ class DDPO(Rule):
                 problems.append(
                     f"rule.history_least: got {self.history_least}, allowed is rule.history ({self.history}) or less"
                 )
+            if self.floors and self.combine == "sum":
+                problems.append(
+                    f"rule.floors: got {self.floors} with combine sum, a prompt's history would mix sums of other multipliers; "
+                    "allowed with rule.combine: normalised or gdpo, which keep each reward's own"
+                )
             if self.estimator == "score" and self.inner_updates > 1:
                 problems.append(
                     f"rule.inner_updates: got {self.inner_updates}, the score estimator is on-policy; allowed is 1, or "

@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field
 from diffalign import ops
 from diffalign.errors import UserError
 from diffalign.protocols import GraphBytes, Loss, Needs, Policy, RewardFunction
-from diffalign.rules._rule import Rule, UnitSettings
+from diffalign.rules._rule import RewardSettings, Rule
 from diffalign.runtime.settings import counts
 from diffalign.types import Credit, Plan, Prompts, Rollout, Schedule, Scores, Span, Term, Tree, Update
 
@@ -42,7 +42,7 @@ def _count(least: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class RLRSettings(UnitSettings):
+class RLRSettings(RewardSettings):
     """Keys of `rule:` for rlr."""
 
     depth: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], _count(0)] = Field(
@@ -77,7 +77,7 @@ class RLRSettings(UnitSettings):
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
-        problems = []
+        problems = super().problems(steps)
         auto = [name for name in ("depth", "span") if getattr(self, name) == "auto"]
         if bool(auto) != (self.memory_gib is not None):
             given = f"got {self.memory_gib} with depth {self.depth} and span {self.span}"

@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field
 from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _forward as forward
 from diffalign.rules import _slope as slopes
-from diffalign.rules._rule import Rule, UnitSettings
+from diffalign.rules._rule import RewardSettings, Rule
 from diffalign.runtime.randomness import Purpose
 from diffalign.runtime.settings import counts
 from diffalign.types import Credit, Plan, Rollout, Schedule, Term
@@ -40,7 +40,7 @@ def _depth(value: object) -> object:
     raise ValueError("allowed are a whole number from 1, [low, high] of such, or all")
 
 
-class TruncatedBPSettings(UnitSettings):
+class TruncatedBPSettings(RewardSettings):
     """Keys of `rule:` for truncated_bp."""
 
     depth: Annotated[Some | tuple[Some, Some] | Literal["all"], BeforeValidator(_depth)] = Field(
@@ -114,6 +114,11 @@ class TruncatedBPSettings(UnitSettings):
         if (self.objective == "hinge") != (self.target is not None):
             problems.append(
                 f"rule.target: got {self.target} with objective {self.objective}; a hinge has a target, linear none"
+            )
+        if self.floors and self.objective == "hinge":
+            problems.append(
+                f"rule.floors: got {self.floors} with objective hinge, whose target is a value of the weighted sum, and multipliers "
+                "change what is summed; allowed is objective: linear"
             )
         return [*problems, *self._unconnected(low)]
 

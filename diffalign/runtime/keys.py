@@ -43,6 +43,21 @@ def share(name: str) -> str:
     return f"share/{name}"
 
 
+def multiplier(name: str) -> str:
+    """Of a floor's multiplier, as it is for the next update."""
+    return f"multiplier/{name}"
+
+
+def floor_mean(name: str) -> str:
+    """Of the running mean of a reward that has a floor."""
+    return f"floor_mean/{name}"
+
+
+def slack(name: str) -> str:
+    """Of how far that is above the floor."""
+    return f"slack/{name}"
+
+
 def invalid(name: str) -> str:
     """Of how many of an update's samples a reward gave no score."""
     return f"invalid/{name}"

@@ -65,7 +65,7 @@ def tallied(world: World, tally: Tally, max_invalid: float, where: str) -> Tally
     """
     whole = Tally()
     for part in world.gather(tally):
-        whole = Tally(whole.asked + part.asked, whole.unscored + part.unscored, whole.missing + part.missing)
+        whole = whole.joined(part)
     if whole.unscored and (whole.unscored > max_invalid * whole.asked or whole.unscored == whole.asked):
         lines = [f"{name}: {count} of {whole.asked}" for name, count in whole.missing.items()]
         raise Unscored(f"{where}: samples without a score, {', '.join(lines)}")

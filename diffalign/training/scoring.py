@@ -175,28 +175,26 @@ def _edges(rollout: Rollout, step: int) -> Floats:
     return np.zeros(len(rollout.tree.parent[step])) if stored is None else stored.double().cpu().numpy()
 
 
-def divided(
-    weights: dict[str, float],
+def measured(
     rule: Rule,
     judge: Callable[[Prompts, Plan], tuple[list[int], Rollout, Scores | None]],
     prompts: Prompts,
     steps: int,
     notify: Callable[[str], None],
 ) -> dict[str, float]:
-    """The weights of rewards by their units, which are the rule's own once they were measured.
+    """What a rule's rewards are divided by: their spread in samples of some prompts by the model as it is.
 
     judge: scores some prompts' samples of so many steps, by every reward.
 
     Raises:
         UserError: if a reward has no spread.
     """
-    if not rule.units:
-        *_, scores = judge(prompts, Plan.deterministic(steps))
-        assert scores is not None, "units are of samples to the end"
-        rule.units = units(scores, prompts.group)
-        said = ", ".join(f"{name} by {unit:.4g}" for name, unit in rule.units.items())
-        notify(f"rule.unit: auto: divided {said}, the mean std within the first update's prompts")
-    return {name: weight / rule.units[name] for name, weight in weights.items()}
+    *_, scores = judge(prompts, Plan.deterministic(steps))
+    assert scores is not None, "units are of samples to the end"
+    found = units(scores, prompts.group, rule.least)
+    said = ", ".join(f"{name} by {unit:.4g}" for name, unit in found.items())
+    notify(f"rule.unit: auto: divided {said}, the mean std within the first update's prompts")
+    return found
 
 
 def describe(scores: Scores, group: Integers, settings: RuleSettings) -> Metrics:

@@ -23,8 +23,9 @@ from diffalign.runtime.memory import fitting
 from diffalign.runtime.progress import Progress, silent
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.backward import Backward, Logged
+from diffalign.training.floors import moved
 from diffalign.training.sampled import Sampled, settled, tallied
-from diffalign.training.scoring import Clock, Sampling, describe, divided, joined_scores, looked
+from diffalign.training.scoring import Clock, Sampling, describe, joined_scores, looked, measured
 from diffalign.types import Credit, Plan, Prompts, Rollout, Scores, Span, Term, Tree, Update
 
 
@@ -92,6 +93,7 @@ class Trainer:
         self.world.check_equal(self.policy.parameters, f"update {index + 1}")
         self.policy.follow(self.rule.decays(index))
         self.rule.after_update(update)
+        update = moved(self.rule, update, f"update {index + 1}", self.notify)
         if START in self.policy.shadows:
             update = self._reset(index, update)
         if said := self.rule.remark(update):
@@ -129,9 +131,11 @@ class Trainer:
         """Plan, sample, score and credit."""
         prompts = self.draw(index)
         plan = self.rule.plan(self.policy.schedule, index, numpy_generator(self.seed, Purpose.PLAN, index))
-        if self.rule.measures_units:
+        if self.rule.measures_units and not self.rule.units:
             judge, steps = functools.partial(self._scored, clock=clock), self.policy.schedule.steps
-            self.scorer.weights = divided(self.weights, self.rule, judge, self.draw(0), steps, self.notify)
+            self.rule.units = measured(self.rule, judge, self.draw(0), steps, self.notify)
+        if self.rule.measures_units or self.rule.least:
+            self.scorer.weights = self.rule.weighed(self.weights)
         rows, rollout, scores = self._scored(prompts, plan, clock)
         if scores is None:
             return Sampled(rollout, rows, prompts, None, Update())
@@ -184,7 +188,9 @@ class Trainer:
                 values[name].append(value)
         update = sampled.update
         if update.judged is None:  # nothing was scored beforehand
-            update = replace(update, scored=counts.asked - counts.unscored, unscored=counts.unscored)
+            given = {name: np.asarray(each, np.float64) for name, each in counts.values.items()}
+            scored = counts.asked - counts.unscored
+            update = replace(update, scored=scored, unscored=counts.unscored, values=given)
             missing = {keys.invalid(name): [float(count)] for name, count in counts.missing.items() if count}
             values.update(missing)
         update = _with(update, {name: float(np.mean(each)) for name, each in values.items()})

@@ -224,8 +224,9 @@ class Update:
     """What one update did.
 
     scored, unscored: samples with and without a score, of all processes, both 0 where nothing was scored beforehand; judged: those
-    samples and their scores; flat: nothing was to be learnt from them; steps, nonfinite: optimiser steps, and those skipped since their
-    gradient was not finite; term_norms: of each term's own gradient by its steps, where the rule needs them; metrics: numbers to log.
+    samples and their scores; values: where there are none, each reward's scores as gradients were taken, in any order; flat: nothing was
+    to be learnt from them; steps, nonfinite: optimiser steps, and those skipped since their gradient was not finite; term_norms: of each
+    term's own gradient by its steps, where the rule needs them; metrics: numbers to log.
     """
 
     scored: int = 0
@@ -234,6 +235,7 @@ class Update:
     steps: int = 0
     nonfinite: int = 0
     judged: tuple[Prompts, Scores] | None = None
+    values: dict[str, Floats] = field(default_factory=dict)
     term_norms: dict[Span, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 

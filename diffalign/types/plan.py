@@ -10,7 +10,8 @@ from typing import Literal
 class Term:
     """One piece of a loss: steps [start, stop) seen through the reward's gradient, a slope that an earlier term kept, log-probs, the
     forward process, or noise on the parameters. steps: those it is about, None: all; draw: key of noise of its own, 0: it has none;
-    keep_slope: its loss's gradient to the latents of `start` is kept for the terms after it, of the same micro-batch.
+    mirrored: that noise with its sign turned round; keep_slope: its loss's gradient to the latents of `start` is kept for the terms after
+    it, of the same micro-batch.
     """
 
     start: int
@@ -20,11 +21,12 @@ class Term:
     steps: tuple[int, ...] | None = None
     draw: int = 0
     keep_slope: bool = False
+    mirrored: bool = False
 
     def __str__(self) -> str:
         at = "" if self.steps is None else f" at {', '.join(map(str, self.steps))}"
-        kept = " -> slope" if self.keep_slope else ""
-        return f"{self.through}[{self.start},{self.stop}){at} x {self.weight:.3g}{kept}"
+        turned, kept = " mirrored" if self.mirrored else "", " -> slope" if self.keep_slope else ""
+        return f"{self.through}[{self.start},{self.stop}){at}{turned} x {self.weight:.3g}{kept}"
 
 
 @dataclass(frozen=True)

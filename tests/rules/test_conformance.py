@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
-from diffalign.rules import AWM, RULES, FlowGRPO, Rule
+from diffalign.rules import AWM, NFT, RULES, FlowGRPO, Rule
 from diffalign.rules import RLR as RLRRule
 from diffalign.rules import TruncatedBP as TBP
 from diffalign.types import Plan, Scores, Term
@@ -35,7 +35,11 @@ FORMS = {
     "dgpo": lambda: AWM(AWM.Settings(implicit="group", implicit_beta=10.0)),
     "residual": lambda: AWM(AWM.Settings(implicit="residual", implicit_to="anchor")),
     "listwise": lambda: AWM(AWM.Settings(implicit="listwise", shared_noise=True)),
+    "strata": lambda: AWM(AWM.Settings(spread="strata", times=2)),
+    "antithetic": lambda: NFT(NFT.Settings(spread="antithetic", times=1)),
     "flow_dppo": lambda: FlowGRPO(FlowGRPO.Settings(trust="kl", kl_limit=1e-3, inner_updates=2)),
+    "floors": lambda: FlowGRPO(FlowGRPO.Settings(floors={"toy": 5.0}, combine="normalised")),
+    "floors_pathwise": lambda: TBP(TBP.Settings(floors={"toy": 5.0})),
     "vader": lambda: TBP(TBP.Settings(frames="random")),
 }
 FACTORIES = {**RULES, **FORMS, **{f"small_{name}": make for name, make in SMALL.items()}}

@@ -1,5 +1,7 @@
 """AWM and DiffusionNFT against flow matching, each other, and their formulas."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -189,8 +191,75 @@ def test_levels_are_drawn_without_repetition_and_pure_noise_only_if_asked_for():
 
 
 def test_pure_noise_says_nothing_to_epsilon_prediction():
-    from dataclasses import replace
-
     schedule = replace(ToyPolicy(process="ddim").schedule, alpha=np.array([0, 0.3, 0.6, 0.9, 1.0]))
     with pytest.raises(UserError, match="epsilon says nothing about x_0 in pure noise"):
         AWM(AWM.Settings(first_level=True)).plan(schedule, 0, np.random.default_rng(0))
+
+
+# -- how levels and noises are spread
+
+
+def planned(steps, seed, **settings):
+    """The terms of one optimiser step."""
+    return (
+        AWM(AWM.Settings(**settings)).plan(ToyPolicy(steps=steps).schedule, 0, np.random.default_rng(seed)).updates[0]
+    )
+
+
+def test_70_strata_draw_one_level_of_each_part_and_are_unbiased():
+    value = np.arange(9.0) ** 2  # of a loss, by level; 0 is pure noise and not drawn
+    parts = [range(1, 4), range(4, 7), range(7, 9)]  # of 8 levels: 3, 3, 2
+    found = []
+    for seed in range(1000):
+        terms = planned(9, seed, spread="strata")
+        for term, part in zip(terms, parts, strict=True):
+            assert term.start in part
+            assert term.weight == pytest.approx(len(part) / 8)
+        found.append(sum(term.weight * value[term.start] for term in terms))
+    z = (np.mean(found) - value[1:].mean()) / (np.std(found) / np.sqrt(len(found)))
+    assert abs(z) < 3.5  # once in 2,000 seeds by chance
+    equal = [sum(value[term.start] for term in planned(9, seed, spread="strata")) / 3 for seed in range(1000)]
+    assert abs(np.mean(equal) - value[1:].mean()) > 10 * np.std(equal) / np.sqrt(len(equal))  # parts' sizes matter
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_71_antithetic_draws_cancel_what_is_odd_in_the_noise(process, shared):
+    """What is left of a pair's gradient is the part that is even in n, and nothing else: of a linear network, by hand."""
+    rule = AWM(AWM.Settings(weight="uniform", anchor=0.0, times=2, spread="antithetic", shared_noise=shared))
+    policy, part = sampled(process, rule)
+    (first, turned, *others) = rule.plan(policy.schedule, 0, np.random.default_rng(1)).updates[0]
+    assert (turned.mirrored, first.mirrored) == (True, False)
+    assert turned == replace(first, mirrored=True)
+    assert len(others) == 2
+    assert sum(term.weight for term in (first, turned, *others)) == 1
+    one, other = (noised(term, policy, part, shared) for term in (first, turned))
+    assert torch.equal(one.noise + other.noise, torch.zeros_like(one.noise))  # exactly
+    assert len(torch.unique(one.noise, dim=0)) == (2 if shared else 16)
+    torch.testing.assert_close((one.x + other.x) / 2, one.alpha * part.x[-1], rtol=1e-14, atol=1e-15)
+    ones = Credit([np.ones(16)] * 4)
+    pair = [gradient_of(policy, rule.loss(term, policy, part, ones, None).value) for term in (first, turned)]
+
+    # |M (a + s n) - (b + c n)|^2 with a, b of x_0 and t alone: the terms <M a - b, (M s - c) n> are odd
+    delta = policy.delta.detach().clone().requires_grad_()
+    x0, n, sigma = part.x[-1], one.noise, one.sigma
+    fixed = torch.cat(
+        [one.alpha * x0, torch.full((16, 1), sigma, dtype=x0.dtype), torch.ones(16, 1, dtype=x0.dtype)], 1
+    )
+    moving = torch.cat([sigma * n, torch.zeros(16, 2, dtype=x0.dtype)], 1)
+    still = -x0 if policy.schedule.prediction == "velocity" else 0 * x0
+    matrix = policy.base + delta
+    ((fixed @ matrix.T - still) ** 2 + (moving @ matrix.T - n) ** 2).mean().backward()
+    np.testing.assert_allclose(sum(pair) / 2, delta.grad.numpy(), rtol=1e-10, atol=1e-14)
+    assert np.abs(pair[0] - pair[1]).max() > 1e-3  # each has odd parts
+
+
+@pytest.mark.parametrize("asked", [{}, {"spread": "random"}])
+@pytest.mark.parametrize("rule", [AWM, NFT])
+def test_72_random_is_what_it_was_before_there_was_a_choice(rule, asked):
+    schedule = ToyPolicy(steps=9).schedule
+    for seed in range(20):
+        found = rule(rule.Settings(**asked)).plan(schedule, 0, np.random.default_rng(seed)).updates
+        rng = np.random.default_rng(seed)
+        levels = sorted(rng.choice(np.arange(1, 9), 3, replace=False))
+        assert found == (tuple(Term(k, k, "forward", 1 / 3, draw=int(rng.integers(1, 2**62))) for k in levels),)
