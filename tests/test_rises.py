@@ -25,7 +25,7 @@ def test_a_shipped_config_raises_its_reward(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_reward_that_is_tricked_raises_an_alarm_in_time_and_the_best_adapter_is_kept(seed, tmp_path):
-    """`soft_colour` does not see shapes. Measured for these seeds: after update 25, gold 0.005 to 0.026 below its best; best/ is of 10 or 20."""
+    """`soft_colour` does not see shapes. Measured for these seeds: after update 25, gold 0.005 to 0.026 below its best."""
     run = tmp_path / "run"
     own = [
         "rewards={soft_colour: 1.0}",
