@@ -27,6 +27,7 @@ PREDICTION = "diffalign/ops/prediction.py"
 GUARD, BRANCH, AWM, NFT = (f"diffalign/rules/{name}.py" for name in ("grpo_guard", "branch_grpo", "awm", "nft"))
 MERGING, SLOPE = "diffalign/rules/_merging.py", "diffalign/rules/_slope.py"
 IMPLICIT = "diffalign/ops/implicit.py"
+FLOORS, FORWARD = "diffalign/rules/_floors.py", "diffalign/rules/_forward.py"
 CPS = "diffalign/processes/cps.py"
 SOLVER = "diffalign/processes/dpm_solver.py"
 GENEVAL, TRAINER = "diffalign/ops/geneval.py", "diffalign/training/trainer.py"
@@ -139,6 +140,9 @@ MUTATIONS = [
         "(1 - s.beta) * old + s.beta * predicted",
     ),
     Mutation("rewards' weights forgotten", MERGING, "[weight * part for part", "[part for part"),
+    Mutation("floors turned over", FLOORS, "rate * (least - mean)", "rate * (mean - least)"),
+    Mutation("strata weigh alike", FORWARD, "len(part) / len(levels)", "1 / times"),
+    Mutation("noise not mirrored", FORWARD, "-noise if mirrored else noise", "noise"),
     Mutation("gates left out", MERGING, "scores = ops.advantages.gated(scores, group, settings.gate)", "pass"),
     Mutation("solver's memory added", SOLVER, "past=-gain * r", "past=gain * r"),
     Mutation("worst bundles weigh as the others", ADVANTAGES, "(lower - reward, 0) / low", "(lower - reward, 0)"),
