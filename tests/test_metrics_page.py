@@ -15,13 +15,17 @@ from tools.docs import metrics
 
 # Settings that log more than the defaults do.
 MORE = {
-    "flow_grpo": [{"kl": 0.1, "inner_updates": 2}],
+    "flow_grpo": [
+        {"kl": 0.1, "inner_updates": 2},
+        {"trust": "kl", "kl_limit": 1e-3, "inner_updates": 2},
+        {"floors": {"toy": 5.0}},
+    ],
     "grpo_guard": [{"kl": 0.1, "inner_updates": 2}],
     "branch_grpo": [{"kl": 0.1, "splits": [0]}],
     "ddpo": [{"estimator": "score"}],
     "truncated_bp": [{"objective": "hinge", "target": 5.0}],
     "rlr": [{"cover": "zo"}, {"start": "norms"}],
-    "awm": [{"kl": 0.1}],
+    "awm": [{"kl": 0.1}, {"implicit": "group"}],
     "nft": [{}],
 }
 
