@@ -16,8 +16,7 @@ from diffalign.errors import Fault, UserError
 from diffalign.evaluation import samples
 from diffalign.evaluation.task import task_of
 from diffalign.runs import session
-from diffalign.sampling import pictures as sampling
-from diffalign.sampling import sources
+from diffalign.sampling import calling
 from diffalign.shapes import captions, models
 from tests.kit.helpers import tiny_config
 from tests.kit.processes import launch
@@ -139,12 +138,12 @@ def test_what_is_there_is_neither_drawn_nor_judged_again(prompts, tmp_path):
 
 def drawn_together(monkeypatch):
     """Pictures that depend on how many are drawn at once, as they do in their last bits on processors without AVX-512."""
-    plain = sources.shots
+    plain = calling.shots
 
-    def shots(pipe, prompts, seeds, call):
-        return np.clip(plain(pipe, prompts, seeds, call) * (1 - 0.1 * len(prompts)), 0, 1)
+    def shots(pipe, run, call, prompts, seeds):
+        return np.clip(plain(pipe, run, call, prompts, seeds) * (1 - 0.1 * len(prompts)), 0, 1)
 
-    monkeypatch.setattr(sampling, "shots", shots)
+    monkeypatch.setattr(calling, "shots", shots)
 
 
 def test_a_lost_picture_is_drawn_again_among_those_it_came_from(prompts, tmp_path, monkeypatch):
