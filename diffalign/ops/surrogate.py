@@ -21,7 +21,7 @@ def kept(log_ratio: Tensor, advantage: Tensor, rows: Tensor) -> Tensor:
     same(log_ratio=log_ratio, advantage=advantage)
     # Before the exponential: where it overflows, 0 times its slope is no number.
     ratio = torch.where(rows, log_ratio, 0.0).exp()
-    return torch.where(rows, -advantage * ratio, 0.0)
+    return torch.where(rows, -(advantage * ratio), 0.0)
 
 
 def clip_fraction(log_ratio: Tensor, clip: float) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class ForwardSettings(ReferenceSettings, MergeSettings):
     times: int = Field(3, ge=1, description="noise levels a sample is noised to, per optimiser step")
     spread: Literal["random", "strata", "antithetic"] = Field(
         "random",
-        description="strata: a level from each of `times` equal parts; antithetic: each draw twice, with n and -n",
+        description="strata: one level of each of `times` equal parts; antithetic: each draw with n and -n",
     )
     first_level: bool = Field(False, description="pure noise among them")
     levels: tuple[int, int] | None = Field(

@@ -64,7 +64,7 @@ class TruncatedBPSettings(RewardSettings):
     trained: int | None = Field(
         None,
         ge=1,
-        description="of the steps with gradient, so many: detached: evenly spaced from a drawn one; sparse, bridge: drawn",
+        description="so many of the steps with gradient: detached: evenly spaced; sparse, bridge: drawn",
     )
     connect: Literal["chain", "sparse", "bridge"] = Field(
         "chain",

@@ -355,7 +355,7 @@ def test_groups_that_micro_batches_would_cut_are_refused_beforehand(tmp_path):
     with pytest.raises(UserError, match="evaluation.images_per_prompt: got 1 with optimizer.micro_batch 4, r compares"):
         sizes()
     with pytest.raises(
-        UserError, match="--reward: .*MyGroupwiseRewardModel compares the samples of a group; allowed here"
+        UserError, match="--judges: .*MyGroupwiseRewardModel compares the samples of a group; allowed here"
     ):
         suite._scorer(SimpleNamespace(rewards=[f"{OTHERS}:MyGroupwiseRewardModel"]), print)
     with pytest.raises(UserError, match="prompts.group_size: got 6 with optimizer.micro_batch 4"):

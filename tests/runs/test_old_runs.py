@@ -17,7 +17,7 @@ MENDED = {"flow_grpo"}
 RUNS = sorted(path for path in OLD.glob("format_*/*") if path.is_dir())
 
 
-SINCE = {"lr", "pictures/diversity", "pictures/drift"}  # what is logged since
+SINCE = {"lr", "pictures/diversity", "pictures/drift", "pictures/blank", "latents/rms"}  # what is logged since
 
 
 def rows(path):
@@ -29,7 +29,7 @@ def rows(path):
 
 def keys_of(row):
     """What was logged, but for ends of intervals, since where prompts are too few there are none any more, and for what was spent."""
-    return {key for key in row if not key.endswith(("_lo", "_hi")) and not key.startswith("spent/")}
+    return {key for key in row if not key.endswith(("_lo", "_hi", "_since_best")) and not key.startswith("spent/")}
 
 
 @pytest.mark.parametrize("old", RUNS, ids=[f"{path.parent.name}-{path.name}" for path in RUNS])
