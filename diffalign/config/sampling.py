@@ -40,7 +40,7 @@ class SamplerConfig(Settings):
     )
     guidance_steps: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
         None,
-        description="first step with guidance and one past the last; others predict once; null: all",
+        description="first with guidance and one past the last; others predict once; null: all",
     )
     sigmas: Literal["pipeline", "linear"] = Field("pipeline", description="noise levels: the scheduler's, or even")
     cache: CacheConfig | None = Field(

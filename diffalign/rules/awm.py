@@ -49,7 +49,7 @@ class AWM(forward.ForwardRule):
         )
         implicit: Literal["none", "group", "residual", "listwise"] = Field(
             "none",
-            description="fit a group's implicit rewards: group: DGPO; residual: centred regression; listwise: GDRO",
+            description="fit a group's implicit rewards: group: DGPO; residual: CRD; listwise: GDRO",
         )
         implicit_beta: float | None = Field(
             None, gt=0, description="of the implicit reward; null: 100 for group, 1 for others"

@@ -68,7 +68,7 @@ class TruncatedBPSettings(RewardSettings):
     )
     connect: Literal["chain", "sparse", "bridge"] = Field(
         "chain",
-        description="chain: one graph; sparse: the reward's slope to each step alone (FlowBP); bridge: and across one step",
+        description="chain: one graph; sparse: the slope to each step alone (FlowBP); bridge: and across one",
     )
     late: float = Field(1.0, ge=0, description="sparse, bridge: steps are drawn in proportion to (step + 1)^late")
     weighting: Literal["none", "inverse"] = Field(
