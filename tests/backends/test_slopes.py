@@ -48,6 +48,7 @@ def test_41_a_bridge_over_two_steps_is_full_backpropagation_through_diffusers_ow
 
 
 @both
+@pytest.mark.slow
 def test_44_what_a_gradient_holds_depends_neither_on_the_steps_nor_on_how_many_are_drawn(name):
     """By allocated bytes: the larger of decoder with reward and one network call."""
     found = {}

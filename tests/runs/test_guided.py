@@ -84,6 +84,7 @@ def test_a_plan_says_what_it_saves(tmp_path):
     assert any("guidance on 1 of 3 steps, 28 rows forward instead of 40: 30 % fewer" in note for note in some.notes)
 
 
+@pytest.mark.slow
 def test_a_plan_refuses_embedded_guidance_by_name(tmp_path):
     with pytest.raises(UserError, match="sampler.guidance_steps: .*FLUX.1-dev predicts once a step"):
         count(

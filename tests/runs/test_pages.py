@@ -227,6 +227,7 @@ def test_a_version_changes_with_the_files(copied):
         watched.answer("/run/moved/", False)
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(run, tmp_path):
     done = diffalign("watch", str(tmp_path))
     assert done.returncode == 2 and done.stderr.startswith(f"diffalign: watch: {tmp_path} holds no run; allowed is")

@@ -372,6 +372,7 @@ def test_somebody_elses_files_are_not_written_over(tmp_path):
         open_run(config_of(tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_a_run_with_a_cache_of_features_resumes_bit_for_bit(tmp_path):
     """Its samples do not depend on what was drawn before."""
 
