@@ -54,7 +54,7 @@ def made(tmp_path_factory):
     evaluated = folder / "evaluated"
     rewards = ["jpeg_compressibility"]
     suite.evaluate(
-        [str(run)], str(prompts), evaluated, rewards=rewards, samples=2, steps=2, drift=False, say=lambda line: None
+        [str(run)], str(prompts), evaluated, judges=rewards, samples=2, steps=2, drift=False, say=lambda line: None
     )
     with listening("127.0.0.1", 0) as (bound, address):
         served = server.Server(server.Watched(folder / "compared"), bound, None)
