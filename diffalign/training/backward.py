@@ -74,10 +74,11 @@ class Backward:
         for at, rows in enumerate(parts):
             part = rollout.select(rows)
             share = len(rows) / total
+            # Terms mostly share one credit.
+            own = {id(whole): whole and whole.select(rollout.tree, rows) for whole in credit}
             for place, (term, whole) in enumerate(zip(terms, credit, strict=True)):
                 self.progress("training", at * len(terms) + place, len(parts) * len(terms))
-                own = None if whole is None else whole.select(rollout.tree, rows)
-                gap, clip, logged, slope = self._term(term, part, own, share)
+                gap, clip, logged, slope = self._term(term, part, own[id(whole)], share)
                 if slope is not None:
                     part = replace(part, slope={**part.slope, term.start: slope})
                 noted += [(name, share, value) for name, value in logged.items()]

@@ -47,10 +47,11 @@ def settled(
     work = functools.partial(fitting, backward.policy, functools.partial(backward.look, terms, sampled.rollout), notify)
     by_process = world.gather((sampled.rows, world.together(work)))
     assert sampled.credit is not None
-    group, found = sampled.prompts.group[sampled.tree.leaf_root], []
+    tree = sampled.tree
+    group, found = sampled.prompts.group[tree.leaf_root], []
     for place in range(len(terms)):
         looked = {
-            name: joined([(rows, own[place][name]) for rows, own in by_process if rows], sampled.tree)
+            name: joined([(rows, own[place][name]) for rows, own in by_process if rows], tree)
             for name in by_process[0][1][place]
         }
         found.append(sampled.own(backward.rule.settle(looked, sampled.credit, group)))

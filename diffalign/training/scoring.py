@@ -48,7 +48,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Looks:
+class Appearance:
     """What samples look like, whatever their rewards say: thumbnails (n, d), contrast (n,), root mean square of latents (n,)."""
 
     thumbnails: Floats
@@ -67,12 +67,14 @@ class Sampling:
     scorer: Scorer
     log_probs: bool = False
     progress: Progress = silent
-    _looks: list[tuple[torch.Tensor, ...]] = field(default_factory=list)  # of what was decoded last, by micro-batch
+    _appearance: list[tuple[torch.Tensor, ...]] = field(
+        default_factory=list
+    )  # of what was decoded last, by micro-batch
 
     def run(self, prompts: Prompts, plan: Plan, clock: Clock) -> tuple[Rollout, Scores | None]:
         """Sample and, where the plan wants that, score: rewards in the background work while the next micro-batch is sampled."""
         begun: list[Callable[[], Scores]] = []
-        self._looks = []
+        self._appearance = []
         whole = plan.scored
         count, parts = 0, -(-len(prompts) // self.policy.micro_batch)
 
@@ -93,21 +95,21 @@ class Sampling:
     def score(self, rollout: Rollout, clock: Clock) -> Scores:
         """Decode and score the leaves of a rollout, a micro-batch at a time."""
         begun: list[Callable[[], Scores]] = []
-        self._looks = []
+        self._appearance = []
         for rows in chunks(len(rollout.prompts), self.policy.micro_batch):
             self._begin(begun, clock, rollout.select(rows))
         return self._joined(rollout, begun, clock)
 
-    def looks(self) -> Looks:
+    def appearance(self) -> Appearance:
         """Of what was sampled last, read off the device at once."""
-        return Looks(*(torch.cat(each).double().cpu().numpy() for each in zip(*self._looks, strict=True)))
+        return Appearance(*(torch.cat(each).double().cpu().numpy() for each in zip(*self._appearance, strict=True)))
 
     def _begin(self, begun: list[Callable[[], Scores]], clock: Clock, part: Rollout) -> None:
         """Decode a micro-batch and begin to score it."""
         with clock("decode"), torch.no_grad():
             media = check_media(self.policy.decode(part, part.x[-1]))
             latent = part.x[-1].flatten(1).float().square().mean(1).sqrt()
-            self._looks.append((distances.small(media.pixels), distances.contrast(media.pixels), latent))
+            self._appearance.append((distances.small(media.pixels), distances.contrast(media.pixels), latent))
         with clock("reward"):
             begun.append(self.scorer.begin(media, part.at(-1)))
 
@@ -127,7 +129,7 @@ class Sampling:
         )
 
 
-def looked(by_process: list[tuple[list[int], Looks]], tree: Tree, group: Integers) -> Metrics:
+def appearances(by_process: list[tuple[list[int], Appearance]], tree: Tree, group: Integers) -> Metrics:
     """What all samples look like on average, from every process's and the rows they are of.
 
     How far they are from others of their group, ids (N,), see `distances.diversity`, is not there where all are alone in theirs.

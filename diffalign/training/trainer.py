@@ -25,7 +25,7 @@ from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.backward import Backward, Logged
 from diffalign.training.floors import moved
 from diffalign.training.sampled import Sampled, settled, tallied
-from diffalign.training.scoring import Clock, Sampling, describe, joined_scores, looked, measured
+from diffalign.training.scoring import Clock, Sampling, appearances, describe, joined_scores, measured
 from diffalign.types import Credit, Plan, Prompts, Rollout, Scores, Span, Term, Tree, Update
 
 
@@ -143,14 +143,14 @@ class Trainer:
         if 1 - scores.valid.mean() > self.max_invalid or not scores.valid.any():
             raise Unscored(f"update {index + 1}: samples without a score, {self.scorer.unscored(scores.by_name)}")
         credit = self.rule.credit(tree, scores, prompts)
-        looks = self.world.gather((rows, self.sampling.looks()))
+        found = self.world.gather((rows, self.sampling.appearance()))
         group = prompts.group[tree.leaf_root]
         update = Update(
             scored=int(scores.valid.sum()),
             unscored=int((~scores.valid).sum()),
             flat=not self.rule.needs.anchored and _flat(plan, credit),
             judged=(prompts.select(tree.leaf_root), scores),
-            metrics=describe(scores, group, self.rule.settings) | looked(looks, tree, group),
+            metrics=describe(scores, group, self.rule.settings) | appearances(found, tree, group),
         )
         return Sampled(rollout, rows, prompts, credit, update)
 
