@@ -28,6 +28,14 @@ class TrustSettings(RuleSettings):
         1e-5, ge=0, description="of that divergence, a mean over latent dims: beyond it a sample may only come back"
     )
 
+    if TYPE_CHECKING:  # a rule's own, where it stands among its keys
+        clip: float
+
+    @property
+    def cut(self) -> float | None:
+        """Half-width of the ratio's range; None where ratios are not cut."""
+        return self.clip if self.trust == "clip" else None
+
     def unused(self) -> set[str]:
         """Keys that nothing uses with these settings."""
         return super().unused() | ({"clip"} if self.trust == "kl" else set())

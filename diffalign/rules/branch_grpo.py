@@ -159,4 +159,4 @@ class BranchGRPO(policy_gradient.SurrogateRule):
         step = trust.revisited(term.start, policy, part, credit)
         s = self.settings
         value, metrics = self.surrogate(term, policy, part, step, s.clip)
-        return Loss(value, metrics, gap=step.gap, clip=s.clip if s.trust == "clip" else None)
+        return Loss(value, metrics, gap=step.gap, clip=s.cut)

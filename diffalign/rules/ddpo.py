@@ -119,7 +119,7 @@ class DDPO(Rule):
             return Loss(-(step.advantage * step.log_prob).mean(), step.metrics, gap=step.gap)
         s = self.settings
         value, metrics = trust.bounded(step, part, term.start, s.clip, s)
-        return Loss(value, metrics, gap=step.gap, clip=s.clip if s.trust == "clip" else None)
+        return Loss(value, metrics, gap=step.gap, clip=s.cut)
 
     def after_update(self, update: Update) -> None:
         """The update's rewards join their prompts' history."""

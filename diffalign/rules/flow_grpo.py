@@ -52,4 +52,4 @@ class FlowGRPO(policy_gradient.GroupRule):
             # -(x' - mu)^2 instead of -(x' - mu)^2 / (2 std^2)
             step = replace(step, log_ratio=step.log_ratio * 2 * step.now.std**2)
         value, metrics = self.surrogate(term, policy, part, step, s.clip)
-        return Loss(value, metrics, gap=step.gap, clip=s.clip if s.trust == "clip" else None)
+        return Loss(value, metrics, gap=step.gap, clip=s.cut)
