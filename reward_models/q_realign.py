@@ -12,11 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import Reward
 from diffalign.rewards.frames import chosen
 from diffalign.types import Media, Prompts
 from reward_models import _first_token
-from reward_models._first_token import FirstToken, Question
+from reward_models._first_token import Asking, FirstToken, Question
 
 REWARDS = {
     "q_realign": {
@@ -48,16 +47,16 @@ WORDS = tuple((f" {word}",) for word in VALUES)  # after the answer's beginning 
 FRAMES = "uniform:8"
 
 
-class Quality(Reward):
+class Quality(Asking):
     """Scores (N,) with gradient to the pixels."""
 
     name: ClassVar[str] = "q_realign"
     about: ClassVar[str] = "quality"
+    words = "its five words"
 
     def __init__(self, place: str | None = None) -> None:
         self.model = FirstToken.load(self.name, REPO, place)
         self.model.apart(*WORDS)
-        self.left = float("nan")  # probability that went to other words, at the last call
 
     def __call__(self, media: Media, prompts: Prompts) -> Tensor:
         return self.score(*self.shown(media))
@@ -75,18 +74,6 @@ class Quality(Reward):
         log_p = self.model.ask(pixels, [Question(row, text, WORDS, begun) for row in range(len(pixels))])
         self.left = _first_token.outside(log_p)
         return log_p.softmax(-1) @ log_p.new_tensor(list(VALUES.values()))
-
-    def checkpoint(self) -> None:
-        """Keep only the inputs of layers for the gradient."""
-        self.model.checkpoint()
-
-    def problems(self) -> list[str]:
-        """What looks wrong with its weights."""
-        return _first_token.untrained(self.left, "its five words")
-
-    def networks(self) -> list[torch.nn.Module]:
-        """What may be moved between uses."""
-        return [self.model.net]
 
 
 class Aesthetic(Quality):

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from diffalign.ops import soft_tifa
-from diffalign.rewards.base import Reward
 from diffalign.types import Media, Prompts
-from reward_models._first_token import FirstToken, Question
+from reward_models._first_token import Asking, FirstToken, Question
 
 REWARDS = {
     "soft_tifa": {
@@ -48,7 +47,7 @@ REPO = str(REWARDS["soft_tifa"]["weights"])
 SHORT = "Answer in one word."
 
 
-class Geometric(Reward):
+class Geometric(Asking):
     """Scores (N,) with gradient to the pixels."""
 
     name: ClassVar[str] = "soft_tifa"
@@ -73,14 +72,6 @@ class Geometric(Reward):
         ]
         log_p = self.model.ask(media.pixels[:, :1], questions)[:, 0]
         return log_p, torch.tensor([question.picture for question in questions], device=log_p.device)
-
-    def checkpoint(self) -> None:
-        """Keep only the inputs of layers for the gradient."""
-        self.model.checkpoint()
-
-    def networks(self) -> list[torch.nn.Module]:
-        """What may be moved between uses."""
-        return [self.model.net]
 
 
 class Arithmetic(Geometric):

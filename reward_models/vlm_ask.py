@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import Reward
 from diffalign.rewards.frames import chosen
 from diffalign.types import Media, Prompts
 from reward_models import _first_token
-from reward_models._first_token import FirstToken, Question, said
+from reward_models._first_token import Asking, FirstToken, Question, said
 
 REWARDS = {
     "vlm_ask": {
@@ -36,8 +35,10 @@ YES, NO = said("yes"), said("no")
 FRAMES = "uniform:4"
 
 
-class Ask(Reward):
+class Ask(Asking):
     """Scores (N,) with gradient to the pixels: the probability, over all tokens, that the answer begins with yes."""
+
+    words = "yes and no"
 
     def __init__(self, place: str | None = None) -> None:
         where, _, file = (place or "").partition(";")
@@ -46,7 +47,6 @@ class Ask(Reward):
             raise ValueError(f"{file} does not say where the prompt goes; allowed is a text with {{prompt}} in it")
         self.model = FirstToken.load("vlm_ask", REPO, where or None)
         self.model.apart(YES, NO)
-        self.left = float("nan")  # probability that went to other words, at the last call
 
     def __call__(self, media: Media, prompts: Prompts) -> Tensor:
         frames = torch.from_numpy(chosen(FRAMES, media.pixels.shape[1])).to(media.pixels.device)
@@ -55,15 +55,3 @@ class Ask(Reward):
         log_p = self.model.ask(media.pixels[:, frames], questions)
         self.left = _first_token.outside(log_p)
         return log_p[:, 0].exp()
-
-    def checkpoint(self) -> None:
-        """Keep only the inputs of layers for the gradient."""
-        self.model.checkpoint()
-
-    def problems(self) -> list[str]:
-        """What looks wrong with its weights."""
-        return _first_token.untrained(self.left, "yes and no")
-
-    def networks(self) -> list[torch.nn.Module]:
-        """What may be moved between uses."""
-        return [self.model.net]
