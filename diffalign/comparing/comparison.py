@@ -13,10 +13,9 @@ from typing import Any
 
 import diffalign
 from diffalign.comparing import alike, tuned
-from diffalign.comparing.methods import BUDGET, Method, Unit, labelled, loaded, shared, within, write_config
+from diffalign.comparing.methods import BUDGET, Method, Unit, labelled, loaded, reading, shared, within, write_config
 from diffalign.comparing.words import KINDS
-from diffalign.errors import UserError, one_line, shown
-from diffalign.runtime import json_text
+from diffalign.errors import UserError
 from diffalign.runtime.files import make_folder, write_text
 
 FILE, UNITS, FORMAT = "comparison.json", "units", 1
@@ -97,11 +96,7 @@ class Comparison:
         Raises:
             UserError: if it is damaged or another version's.
         """
-        path = place / FILE
-        try:
-            facts = json_text.parse(path.read_bytes())
-            if facts["format"] != FORMAT:
-                raise UserError(f"--out: {path} has format {shown(facts['format'])}, this version reads {FORMAT}")
+        with reading(place / FILE, FORMAT) as facts:
             asked = facts["asked"]
             target = None if asked["target"] is None else (str(asked["target"][0]), float(asked["target"][1]))
             kind, limit = asked["budget"]
@@ -112,8 +107,6 @@ class Comparison:
                 tuple(map(int, facts["seeds"])),
                 tuple(facts["runs"]),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--out: {path} is damaged ({one_line(error)}); choose another folder") from error
 
 
 def open_comparison(words: Sequence[str], seeds: Sequence[int], wish: Wish, place: Path) -> Comparison:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 from diffalign import config as configs
 from diffalign.comparing.words import KINDS, apart, changes, labels, named, twice
 from diffalign.config import Config
-from diffalign.errors import UserError
+from diffalign.errors import UserError, one_line, shown
+from diffalign.runtime import json_text
 from diffalign.runtime.files import make_folder, write_text
 
 CONFIG = "config.yaml"  # of a method, in its folder
@@ -58,6 +60,22 @@ class Unit:
     def line(self) -> str:
         """The same for a shell."""
         return shlex.join(["diffalign", *self.command()])
+
+
+@contextmanager
+def reading(path: Path, number: int) -> Iterator[dict[str, Any]]:
+    """The facts in a folder's file, and what to say where they cannot be read; number: the format that is read.
+
+    Raises:
+        UserError: if they are damaged, also where the context finds that out, or of another format.
+    """
+    try:
+        facts = json_text.parse(path.read_bytes())
+        if facts["format"] != number:
+            raise UserError(f"--out: {path} has format {shown(facts['format'])}, this version reads {number}")
+        yield facts
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--out: {path} is damaged ({one_line(error)}); choose another folder") from error
 
 
 def within(budget: tuple[str, float]) -> list[str]:

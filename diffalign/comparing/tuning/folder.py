@@ -14,13 +14,23 @@ from typing import Any
 import diffalign
 from diffalign import config as configs
 from diffalign.comparing import alike
-from diffalign.comparing.methods import BUDGET, CONFIG, Method, Unit, labelled, loaded, shared, within, write_config
+from diffalign.comparing.methods import (
+    BUDGET,
+    CONFIG,
+    Method,
+    Unit,
+    labelled,
+    loaded,
+    reading,
+    shared,
+    within,
+    write_config,
+)
 from diffalign.comparing.tuning.spaces import Range, checker, ranges
 from diffalign.comparing.words import KINDS
 from diffalign.config import Config
-from diffalign.errors import UserError, one_line, shown
+from diffalign.errors import UserError, shown
 from diffalign.prompts.sets import has_splits
-from diffalign.runtime import json_text
 from diffalign.runtime.files import is_file, make_folder, write_text
 
 FILE, FORMAT = "tuning.json", 1
@@ -95,11 +105,7 @@ class Tuning:
         Raises:
             UserError: if it is damaged or another version's.
         """
-        path = place / FILE
-        try:
-            facts = json_text.parse(path.read_bytes())
-            if facts["format"] != FORMAT:
-                raise UserError(f"--out: {path} has format {shown(facts['format'])}, this version reads {FORMAT}")
+        with reading(place / FILE, FORMAT) as facts:
             asked, methods = facts["asked"], facts["methods"]
             kind, limit = asked["budget"]
             return cls(
@@ -109,8 +115,6 @@ class Tuning:
                 tuple(Method(each["label"], each["folder"], shared(each["settings"])) for each in methods),
                 {each["folder"]: [_range(part) for part in each["ranges"]] for each in methods},
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--out: {path} is damaged ({one_line(error)}); choose another folder") from error
 
     def config(self, method: Method, values: dict[str, float], trial: bool) -> Config:
         """A method's config with some values; trial: with what all trials share besides, else as the user gave it."""
