@@ -14,16 +14,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel
 
 from diffalign.rewards import catalog
 from reward_models import hpsv3, videoreward
+from tests.rewards.tiny_vlm import SPECIAL
 
-OWN = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
 CHAT = (
     "{% for m in messages %}<|im_start|>system\nHelp.<|im_end|>\n<|im_start|>{{ m['role'] }}\n"
     "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}"
@@ -55,8 +47,8 @@ def tokenizer(place: Path) -> int:
     made = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in OWN])
-    whole = PreTrainedTokenizerFast(tokenizer_object=made, pad_token=OWN[0], eos_token=OWN[2])
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    whole = PreTrainedTokenizerFast(tokenizer_object=made, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
     whole.save_pretrained(place)
     return len(whole)
 
