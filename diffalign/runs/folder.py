@@ -89,10 +89,13 @@ class RunFolder(Listener):
             self.logs.append({"update": event.number, keys.DRIFT: event.drift})
 
     def rewind(self, update: int, signed: dict[str, str]) -> None:
-        """Drop rows, evaluations and samples of more than `update` updates: they will be made again."""
+        """Drop rows, evaluations and samples of more than `update` updates: they will be made again; so will an evaluation that a kill
+        kept out of the log.
+        """
         self.logs.rewind(update, signed)
+        logged = self.logs.evaluated(update)
         for path, number in self._numbered():
-            if number > update:
+            if number > update or (path.parent.name == "evaluation" and number == update and not logged):
                 path.unlink()
 
     def _numbered(self) -> list[tuple[Path, int]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import Fault
+from diffalign.runtime import keys
 from diffalign.runtime.files import write_text
 from diffalign.types import Prompts, Scores
 
@@ -68,35 +69,44 @@ class Logs:
         return read_rows(self.folder)
 
     def rewind(self, update: int, signed: dict[str, str]) -> None:
-        """Drop rows of more than `update` updates: they will be made again. What differs from `signed`, what the run had logged up to
-        then, is said.
+        """Drop rows of more than `update` updates: they will be made again. So is what follows the lines that `signed` is of, those the run
+        had logged when it was saved, unless an evaluation is in it: it ends what a run logs after its last update. What differs from
+        `signed` is said.
         """
         for name in (METRICS, SCORES):
             rows, broken = scanned(self.folder, name)
-            content = "".join(json.dumps(row) + "\n" for row in rows if row["update"] <= update).encode()
+            rows = [row for row in rows if row["update"] <= update]
+            lines = [(json.dumps(row) + "\n").encode() for row in rows]
+            kept = _signed(lines, signed.get(name))
+            if kept is not None and not any(keys.COUNT in row for row in rows[kept:]):
+                lines = lines[:kept]
             self._hashed.pop(name, None)
             if name == METRICS or (self.folder / name).is_file():
                 if broken:
                     self.say(
                         f"{self.folder / name}: left out what is no row of a run: line {', '.join(map(str, broken))}"
                     )
+                content = b"".join(lines)
                 write_text(self.folder / name, content.decode())
                 self._hash(name).update(content)
-            # What was logged after the checkpoint, of its own update, is there too: the last evaluation.
-            if name in signed and signed[name] not in _prefixes(content):
+            if name in signed and kept is None:
                 self.say(
                     f"{self.folder / name} is not what the run logged up to update {update}; it goes on from there"
                 )
 
+    def evaluated(self, update: int) -> bool:
+        """Whether an evaluation after some updates is in `metrics.jsonl`."""
+        return any(row["update"] == update and keys.COUNT in row for row in self.rows())
 
-def _prefixes(content: bytes) -> set[str]:
-    """Digests of a log's first lines, however many."""
+
+def _signed(lines: list[bytes], digest: str | None) -> int | None:
+    """How many of a log's first lines a digest is of; None if of none."""
     hashed = hashlib.sha256()
-    found = {hashed.hexdigest()}
-    for line in content.splitlines(keepends=True):
+    for number, line in enumerate([b"", *lines]):
         hashed.update(line)
-        found.add(hashed.hexdigest())
-    return found
+        if hashed.hexdigest() == digest:
+            return number
+    return None
 
 
 def read_rows(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:

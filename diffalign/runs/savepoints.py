@@ -83,6 +83,8 @@ class SavePoints:
             return Spent(), 0
         self._restore(state, changes)
         files.rewind(state.update, state.logs)
+        # A kill may have come between the newest checkpoint and the end of those before it.
+        self.world.lead(lambda: self.folder.store.thin(self.config.output.keep, self.judged.best()))
         self.say(f"resuming after update {state.update} from {newest}")
         for line in changes:
             self.say(f"changed after update {state.update}: {line}")

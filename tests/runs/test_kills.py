@@ -182,6 +182,31 @@ def test_seven_kills_a_rule_change_nothing(nursery, rule, tmp_path):
     assert len(lines) == (0 if rule == "truncated_bp" else 6)  # it scores nothing before it learns
 
 
+def killed_at_each_file(nursery: Nursery, rule: str, folder: Path, of: range | None = None) -> int:
+    """Kill a run of two updates once after every file it syncs (or some), go on, and compare; how many kills."""
+    short = ("updates=2", "output.trackers=[]")
+    nursery.start(rule, folder / "whole", *short)
+    assert nursery.end() == 0
+    whole = left(folder / "whole")
+    for count in of or range(1, 10_000):
+        run = folder / f"killed_{count}"
+        nursery.start(rule, run, *short, f"--die={count}")
+        if nursery.end() == 0:
+            return count - 1
+        nursery.start(rule, run, *short)
+        assert nursery.end() == 0, f"file {count}: not resumed"
+        found = left(run)
+        differing = [name for name in whole.keys() | found.keys() if whole.get(name, 0) != found.get(name, 0)]
+        assert not differing, f"killed after file {count}"
+        shutil.rmtree(run)
+    return len(of or ())
+
+
+@pytest.mark.slow
+def test_a_kill_after_any_file_changes_nothing(nursery, tmp_path):
+    print(killed_at_each_file(nursery, "flow_grpo", tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", list(RUNS))
 def test_two_hundred_kills_change_nothing(nursery, rule, tmp_path):

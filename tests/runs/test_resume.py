@@ -15,10 +15,11 @@ from diffalign import config as configs
 from diffalign.errors import UserError
 from diffalign.evaluation.results import Evaluation
 from diffalign.runs import session, state
-from diffalign.runs.folder import open_run
+from diffalign.runs.folder import RunFolder, open_run
 from diffalign.runs.grids import stored
 from diffalign.runs.logs import METRICS, SCORES, scanned
 from diffalign.runs.progress import Reporter
+from diffalign.runs.store import Store
 from diffalign.runtime import numbered
 from tests.kit.generators import COUNTS, promised, tried
 from tests.kit.helpers import tiny_config
@@ -243,6 +244,38 @@ def test_harmless_settings_may_change_and_are_recorded(run, longer, more, said):
         assert all(torch.allclose(adapter[k], longer[k], atol=2e-3) for k in longer)
     else:
         assert same(adapter, longer)
+
+
+# -- killed after the last checkpoint
+
+
+def test_what_was_logged_after_the_last_checkpoint_stays_with_its_evaluation_alone(tmp_path):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "evaluation").mkdir()
+    kept = tmp_path / "evaluation" / "update_000002.json"
+    for row in ({"update": 1, "x": 1.0}, {"update": 2, "x": 2.0}):
+        folder.logs.append(row)
+    signed = folder.logs.digests()
+    for more in ([{"pictures/drift": 0.5}], [{"pictures/drift": 0.5}, {"eval/n": 4.0}], [{"eval/n": 4.0}]):
+        for row in more:
+            folder.logs.append({"update": 2, **row})
+        kept.write_text("{}")
+        RunFolder(tmp_path).rewind(2, signed)
+        ended = "eval/n" in more[-1]
+        assert [{k: v for k, v in row.items() if k != "update"} for row in folder.logs.rows()[2:]] == (
+            more if ended else []
+        )
+        assert kept.exists() == ended  # one that is in no log is made again
+        (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in folder.logs.rows()[:2]))
+
+
+def test_a_kill_before_older_checkpoints_went_leaves_none_too_many(short, tmp_path):
+    shutil.copytree(short, tmp_path / "run")
+    store = Store(tmp_path / "run" / "checkpoints")
+    before = store.complete()
+    shutil.copytree(before[-1], store.place(0))
+    trained(tmp_path / "run", "updates=2")
+    assert len(before) > 0 and Store(store.folder).complete() == before
 
 
 # -- bit flips over every file that a resume reads
