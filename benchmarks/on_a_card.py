@@ -168,7 +168,7 @@ class Subject:
     def recorded(self) -> Iterator[None]:
         """Calls as CUDA graphs, for the length of the context."""
         own = list(self.trained.values())
-        graphs = Graphs(self.component, self.module.forward, own, lambda: None, self.said.append)
+        graphs = Graphs(self.component, self.module, self.module.forward, own, lambda: None, self.said.append)
         self.run = graphs
         try:
             yield

@@ -103,19 +103,18 @@ class DiffusersPolicy(ChainPolicy):
                     f"memory.checkpoint: the {name} cannot run block by block, its calls run again whole"
                 )
             whole = spans or (blocks and not able)
-            network: Callable[..., Any] = self._recorded(name, module.forward, recorder, not whole)
+            network: Callable[..., Any] = self._recorded(name, module, recorder, not whole)
             # Pipelines and peft look at the signature.
             module.forward = functools.wraps(module.forward)(self._counted(network, whole))
         self._checkpoint_decoder = spans or (blocks and not by_blocks(getattr(pipe, "vae", None)))
 
-    def _recorded(
-        self, name: str, forward: Callable[..., Any], tools: Tools | None, trains: bool
-    ) -> Callable[..., Any]:
+    def _recorded(self, name: str, module: Any, tools: Tools | None, trains: bool) -> Callable[..., Any]:
         """A network's forward as recordings. trains: calls with gradient too; what runs again whole has no use for them."""
+        forward: Callable[..., Any] = module.forward
         if tools is None:
             return forward
         own = [p for key, p in self.parameters.items() if key.startswith(name + ".")]
-        graphs = Graphs(name, forward, own, self._adapters, lambda line: self.notify(line), trains, tools)
+        graphs = Graphs(name, module, forward, own, self._adapters, lambda line: self.notify(line), trains, tools)
         self.graphs.append(graphs)
         return graphs
 

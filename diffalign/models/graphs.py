@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -68,6 +69,35 @@ class Tools:
     device: str = "cuda"
 
 
+class Places:
+    """Where a network has its trained parameters, so that a recording can have leaves of its own there, of the same memory.
+
+    A leaf's node of the gradient's graph belongs to the stream it was made on, and lives as long as the gradient of some call is to come.
+    A recording that met one of another stream would have to wait for that stream, which ends it.
+    """
+
+    def __init__(self, network: nn.Module, parameters: Sequence[Tensor]) -> None:
+        index = {id(p): k for k, p in enumerate(parameters)}
+        self.parameters = parameters
+        self.names = [
+            (module, name, index[id(p)])
+            for module in network.modules()
+            for name, p in module._parameters.items()
+            if id(p) in index
+        ]
+
+    @contextmanager
+    def taken(self, own: Sequence[Tensor]) -> Iterator[None]:
+        """The network with other leaves, if there are any."""
+        for module, name, index in self.names if own else ():
+            module._parameters[name] = own[index]  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module, name, index in self.names if own else ():
+                module._parameters[name] = self.parameters[index]  # type: ignore[assignment]
+
+
 @dataclass
 class Call:
     """A recorded call: inputs where it reads them, outputs where it wrote them; with gradient also those of outputs and inputs.
@@ -79,12 +109,15 @@ class Call:
     form: Any
     leaves: list[Any]  # the arguments: static tensors, and what is no tensor
     parameters: Sequence[Tensor]  # what gets gradient besides the inputs that require it; empty: no gradient
+    places: Places  # where the network has them
     busy: bool = False
+    own: Sequence[Tensor] = ()  # the parameters as the recording knows them
     outputs: list[Any] = field(default_factory=list)
     gradients: tuple[Tensor | None, ...] = ()
 
     def record(self, tools: Tools) -> None:
         """Record it; as `torch.cuda.make_graphed_callables` does, for arguments of any structure."""
+        self.own = [nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in self.parameters]
         tools.warm_up(self._both)
         self.outputs, self.gradients = [], ()  # the memory of the trial goes before the recording takes its own
         record = tools.record()
@@ -101,11 +134,12 @@ class Call:
 
     def _forward(self) -> None:
         args, kwargs = tree_unflatten(self.leaves, self.form)
-        with torch.set_grad_enabled(bool(self.parameters)):
+        with self.places.taken(self.own), torch.set_grad_enabled(bool(self.parameters)):
             self.outputs, self.shape = tree_flatten(self.work(*args, **kwargs))
 
     def _backward(self) -> None:
-        self.gradients = torch.autograd.grad(self._carrying, self.wanted, self.cotangents, allow_unused=True)
+        with self.places.taken(self.own):  # blocks may run again
+            self.gradients = torch.autograd.grad(self._carrying, self.wanted, self.cotangents, allow_unused=True)
 
     @property
     def _carrying(self) -> list[Tensor]:
@@ -113,7 +147,7 @@ class Call:
 
     @property
     def wanted(self) -> list[Tensor]:
-        return [*(x for x in self.leaves if isinstance(x, Tensor) and x.requires_grad), *self.parameters]
+        return [*(x for x in self.leaves if isinstance(x, Tensor) and x.requires_grad), *self.own]
 
     @torch.no_grad()
     def fill(self, leaves: Sequence[Any]) -> None:
@@ -183,7 +217,7 @@ class Graphs:
     """A network's forward, recorded by shapes.
 
     Args:
-        name: of the network, for what is said; forward: its own; parameters: those that are trained.
+        name: of the network, for what is said; network: it; forward: its own; parameters: those that are trained.
         state: what besides shapes decides what a call does: whether adapters are on.
         notify: told once what cannot be recorded; trains: whether calls with gradient are recorded too.
     """
@@ -191,6 +225,7 @@ class Graphs:
     def __init__(
         self,
         name: str,
+        network: nn.Module,
         forward: Callable[..., Any],
         parameters: Sequence[Tensor],
         state: Callable[[], Any],
@@ -198,6 +233,7 @@ class Graphs:
         trains: bool = True,
         tools: Tools | None = None,
     ) -> None:
+        self.places = Places(network, parameters)
         self.name, self.forward, self.parameters, self.state, self.notify = name, forward, parameters, state, notify
         self.tools, self.trains, self.on = tools or Tools(), trains, True
         self.seen: set[Any] = set()
@@ -236,7 +272,7 @@ class Graphs:
         if self.made > OFTEN:
             raise RuntimeError(f"they have had more than {OFTEN} forms")
         own = [_static(leaf, gradient) for leaf in leaves]
-        call = Call(self.forward, form, own, self.parameters if gradient else ())
+        call = Call(self.forward, form, own, self.parameters if gradient else (), self.places)
         call.record(self.tools)
         self.calls.setdefault(name, []).append(call)
         while len(self.calls) > MOST:

@@ -200,7 +200,7 @@ def test_c7_what_cannot_be_recorded_runs_as_it_would_and_that_is_said_once(devic
     said = []
     tools = Tools() if device == "cuda" else Tools(lambda: refusing, lambda work: work(), "cpu")
     odd = Odd(device)
-    call = Graphs("transformer", odd.forward, [odd.weight], lambda: None, said.append, tools=tools)
+    call = Graphs("transformer", odd, odd.forward, [odd.weight], lambda: None, said.append, tools=tools)
     x = torch.ones(2, 3, device=device)
     for _ in range(4):
         out = call(x)
@@ -211,8 +211,18 @@ def test_c7_what_cannot_be_recorded_runs_as_it_would_and_that_is_said_once(devic
     assert call.recorded == 0
 
 
-def linear(weight, tools, said):
-    return Graphs("net", lambda x: (x @ weight,), [weight], lambda: None, said.append, tools=tools)
+class Product(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(3))
+
+    def forward(self, x):
+        return (x @ self.weight,)
+
+
+def linear(tools, said):
+    net = Product()
+    return Graphs("net", net, net.forward, [net.weight], lambda: None, said.append, tools=tools)
 
 
 def plain_tools():
@@ -224,8 +234,7 @@ def plain_tools():
 
 
 def test_a_gradient_is_taken_once():
-    weight = torch.eye(3, requires_grad=True)
-    call = linear(weight, plain_tools(), [])
+    call = linear(plain_tools(), [])
     x = torch.ones(2, 3)
     call(x)
     out = call(x)[0].sum()
@@ -234,9 +243,38 @@ def test_a_gradient_is_taken_once():
         out.backward()
 
 
+def leaves(out):
+    """The leaves in the graph of a gradient."""
+    seen, todo = set(), [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += [after for after, _ in node.next_functions if after is not None]
+    return [node.variable for node in seen if hasattr(node, "variable")]
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "blocks"])
+def test_a_recording_has_leaves_of_its_own_of_the_same_memory(checkpoint):
+    """Those of the network belong to another stream as long as a call before has its gradient to come: guidance's first one."""
+    policy = made("shapes-wan", "cpu", True, guidance=3.0, checkpoint=checkpoint)
+    part = policy.rollout(given(), NOISY).select([0, 1])
+    for _ in range(2):
+        policy.transition(part, 1).mean.sum().backward()
+    (network,) = policy.graphs
+    calls = [call for pair in network.calls.values() for call in pair if call.parameters]
+    assert calls
+    for call in calls:
+        own = {id(p) for p in call.own}
+        met = [leaf for out in call._carrying for leaf in leaves(out) if isinstance(leaf, torch.nn.Parameter)]
+        assert checkpoint == "blocks" or len(met) == len(own)  # what runs again hides them
+        assert {id(leaf) for leaf in met} <= own
+        assert [p.data_ptr() for p in call.own] == [p.data_ptr() for p in call.parameters]
+    assert {index for *_, index in network.places.names} == set(range(len(network.parameters)))
+
+
 def test_a_call_whose_gradient_nobody_takes_is_free_again():
-    weight = torch.eye(3, requires_grad=True)
-    call = linear(weight, plain_tools(), [])
+    call = linear(plain_tools(), [])
     for _ in range(5):
         call(torch.ones(2, 3))
     assert call.recorded == 1
@@ -244,8 +282,8 @@ def test_a_call_whose_gradient_nobody_takes_is_free_again():
 
 def test_ever_new_forms_end_the_recordings(monkeypatch):
     monkeypatch.setattr(graphs, "OFTEN", 5)
-    weight, said = torch.eye(3, requires_grad=True), []
-    call = linear(weight, plain_tools(), said)
+    said = []
+    call = linear(plain_tools(), said)
     with torch.no_grad():
         for rows in range(1, 9):
             for _ in range(2):
