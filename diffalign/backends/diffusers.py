@@ -23,7 +23,8 @@ from diffalign.models.caching import Cache
 from diffalign.models.checkpointing import by_blocks
 from diffalign.models.encoders import PROBE
 from diffalign.models.encodings import Kept
-from diffalign.models.graphs import Graphs, Tools
+from diffalign.models.graphs import Graphs
+from diffalign.models.recordings import Tools
 from diffalign.processes import Process
 from diffalign.protocols import START
 from diffalign.types import Media, Prompts, Rollout

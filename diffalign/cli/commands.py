@@ -89,23 +89,44 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, qu
     metavar="PLACE[:STRENGTH]",
     help="A further adapter, or a LoRA file of another tool; several times.",
 )
+@click.option(
+    "--mix",
+    type=click.Choice(("weights", "predictions")),
+    default="weights",
+    show_default=True,
+    help="How several adapters act: at once, or each by itself and what they predict is added, a call for each and one without.",
+)
+@click.option(
+    "--negative-adapter", "away", metavar="PLACE[:STRENGTH]", help="An adapter on what guidance leads away from."
+)
+@click.option(
+    "--best-of", type=click.IntRange(1, 10_000), help="Draw so many a caption and keep the best -n; needs --by."
+)
+@click.option("--by", metavar="REWARD", help="What --best-of chooses by.")
 @click.option("--base", is_flag=True, help="Also draw without adapters, from the same seeds.")
 @click.option("--fps", type=click.IntRange(1, 240), default=16, show_default=True, help="Frames per second of videos.")
 @click.option("--out", type=Place(file_okay=False), default="samples", show_default=True, help="Where to write.")
-def sample(target: str, strength: float, more: tuple[str, ...], arguments: tuple[str, ...], **asked: Any) -> None:
+def sample(
+    target: str, strength: float, more: tuple[str, ...], arguments: tuple[str, ...], by: str | None, **asked: Any
+) -> None:
     """Write pictures or videos, a grid and an index page from a run, an adapter or a model."""
     from diffalign.runtime.display import Display
     from diffalign.sampling import pictures, sources
 
     texts = pictures.captions(asked.pop("prompts"), asked.pop("file"))
-    resolved = sources.resolve(target, strength, more)
+    resolved = sources.resolve(target, strength, more, asked.pop("away"), asked.pop("mix"))
     source = sources.with_options(resolved, arguments, asked.pop("precision"), asked.pop("quantize"))
     if source.quantize != "none":  # before it is said what it would be drawn on
         sources.check(source)
     if source.remark:
         click.echo(source.remark, err=True)
+    judge = None
+    if by is not None:
+        from diffalign.rewards import picking
+
+        judge = picking.judge(by, asked["fps"])
     with Display() as display:
-        drawn = pictures.sample(source, texts, asked.pop("count"), **asked, progress=display.doing)
+        drawn = pictures.sample(source, texts, asked.pop("count"), **asked, judge=judge, progress=display.doing)
     show(map(pictures.label, drawn))
 
 

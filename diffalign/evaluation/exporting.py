@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from diffalign.errors import UserError
 from diffalign.evaluation import samples
 from diffalign.runtime.files import write_text
-from diffalign.sampling.pictures import write_video
+from diffalign.sampling.shots import write_video
 
 if TYPE_CHECKING:
     from diffalign.evaluation.task import Task

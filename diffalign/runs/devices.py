@@ -8,7 +8,7 @@ from diffalign import config as configs
 from diffalign.config import Config
 from diffalign.errors import UserError
 from diffalign.models import quantizing
-from diffalign.models.graphs import Tools
+from diffalign.models.recordings import Tools
 from diffalign.runtime.device import one_order
 from diffalign.runtime.distributed import World
 from diffalign.runtime.launcher import several

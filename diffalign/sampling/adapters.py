@@ -54,10 +54,15 @@ def put(pipe: Any, adapters: Sequence[Adapter], model: str) -> None:
     """
     from diffalign.models import lora_files
 
-    for number, adapter in enumerate(adapters):
+    for name, adapter in zip(names(len(adapters)), adapters, strict=True):
         try:
-            lora_files.load(pipe, adapter.folder, f"adapter_{number}")
+            lora_files.load(pipe, adapter.folder, name)
         except ValueError as error:
             raise UserError(f"sample: {adapter} cannot be used on {model}: {error}") from error
     if adapters:
-        pipe.set_adapters([f"adapter_{k}" for k in range(len(adapters))], [a.strength for a in adapters])
+        pipe.set_adapters(names(len(adapters)), [a.strength for a in adapters])
+
+
+def names(count: int) -> list[str]:
+    """Of so many adapters, in the pipeline."""
+    return [f"adapter_{number}" for number in range(count)]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
 from diffalign.models.calls import films
-from diffalign.prompts.files import read
+from diffalign.prompts.files import Entry, read
 from diffalign.report import pages
 from diffalign.report.pictures import grid, small
 from diffalign.runtime.extras import missing
 from diffalign.runtime.files import make_folder
 from diffalign.runtime.progress import Progress, silent
 from diffalign.sampling.calling import drawer
-from diffalign.sampling.sources import Source, call_of, check_negative, pipeline, resolve
+from diffalign.sampling.mixing import mixed
+from diffalign.sampling.shots import Files, Judgement, Shot
+from diffalign.sampling.sources import GUIDED, Source, call_of, check_negative, pipeline, resolve
 
 PAGE = Path(__file__).parent / "page.html"
 BATCH = 8  # pictures a call
@@ -25,7 +27,7 @@ BATCH = 8  # pictures a call
 
 def sample(
     source: Source | Path | str,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Entry],
     n: int = 4,
     seed: int = 0,
     out: Path | str = "samples",
@@ -35,15 +37,19 @@ def sample(
     base: bool = False,
     fps: int = 16,
     progress: Progress = silent,
+    best_of: int | None = None,
+    judge: Judgement | None = None,
 ) -> list[Path]:
     """Write `n` pictures or videos a prompt, a grid and an index page; picture k of a prompt uses `manual_seed(seed + k)`.
 
     Args:
         source: a run, an adapter, a model, or what `resolve` made of them.
+        prompts: captions, or entries of a prompt file with what its rewards read.
         negative: what guidance leads away from.
         base: also draw with the adapters off, from the same seeds, and show both.
         fps: frames per second of videos, which are mp4 files beside a picture of their middle frame.
         progress: told of every batch.
+        best_of, judge: draw so many and keep the `n` that the judge likes best, best first; `diffalign.rewards.picking.judge` makes one.
 
     Returns:
         The pictures with adapters, then those without, `grid.png` and `index.html`.
@@ -54,6 +60,8 @@ def sample(
     out = Path(out)
     source = source if isinstance(source, Source) else resolve(str(source))
     call = call_of(source, steps, guidance, negative)
+    entries = [{"prompt": given} if isinstance(given, str) else given for given in prompts]
+    _check(source, n, best_of, judge)
     if base and not source.adapters:
         raise UserError(f"--base: {source.model} is sampled without an adapter, there is nothing to compare")
     make_folder(out, "--out")
@@ -63,79 +71,51 @@ def sample(
     if films(pipe) and (mend := missing("imageio")):
         raise UserError(f"sample: {type(pipe).__name__} makes videos, which need imageio; {mend}")
     draw, batch = drawer(pipe, replace(source, call=call)), 1 if films(pipe) else BATCH
-    aligned = _draw(draw, batch, prompts, range(seed, seed + n), out, "", fps, progress)
-    plain: list[Path] = []
+    files = Files(out, fps, batch, progress)
+    pool = [range(seed, seed + (best_of or n))] * len(entries)
+    aligned = files.draw(mixed(pipe, source, draw), entries, pool, judge=judge, keep=n)
+    plain: list[Shot] = []
     if base:
         pipe.disable_lora()
-        plain = _draw(draw, batch, prompts, range(seed, seed + n), out, "_base", fps, progress)
-    _grid(aligned, plain, n, out / "grid.png")
-    _page(source, prompts, aligned, plain, n, call, out / "index.html")
-    return [*aligned, *plain, out / "grid.png", out / "index.html"]
+        kept = [[shot.seed for shot in aligned[start : start + n]] for start in range(0, len(aligned), n)]
+        plain = files.draw(draw, entries, kept, "_base")
+    _grid([shot.path for shot in aligned], [shot.path for shot in plain], n, out / "grid.png")
+    _page(source, entries, aligned, plain, n, call, out / "index.html")
+    return [*(shot.path for shot in (*aligned, *plain)), out / "grid.png", out / "index.html"]
 
 
-def captions(given: Sequence[str], file: str | None) -> list[str]:
-    """The captions of a command line: given ones, then a file's.
+def _check(source: Source, n: int, best_of: int | None, judge: Judgement | None) -> None:
+    """Refuse options that do not go together."""
+    if (best_of is None) != (judge is None):
+        raise UserError("--best-of and --by: got one of them; allowed are both, such as --best-of 16 --by pickscore")
+    if best_of is not None and best_of < n:
+        raise UserError(f"--best-of: got {best_of}, {n} pictures are kept of a caption; allowed is {n} and more")
+    if source.mix == "predictions" and not source.adapters:
+        raise UserError(f"--mix predictions: {source.model} is sampled without an adapter, there is nothing to mix")
+    if source.negative is not None and source.call.get(GUIDED) is not None:
+        raise UserError(
+            f"--negative-adapter: guidance acts on the steps {source.call[GUIDED]} only; allowed with --set {GUIDED}=null"
+        )
+
+
+def captions(given: Sequence[str], file: str | None) -> list[Entry]:
+    """The captions of a command line: given ones, then a file's, with what it says of them.
 
     Raises:
         UserError: if there is none, or the file cannot be read.
     """
-    texts = list(given)
+    entries: list[Entry] = [{"prompt": text} for text in given]
     if file is not None:
-        texts += [entry["prompt"] for entry in read(file, (), "test", "--prompts")]
-    if not texts:
+        entries += read(file, (), "test", "--prompts")
+    if not entries:
         raise UserError("sample: no caption; give --prompt TEXT or --prompts FILE")
-    return texts
+    return entries
 
 
 def label(path: Path) -> str:
     """What to say of a file that was written."""
     video = path.with_suffix(".mp4")
     return f"{video}, {path.name} is its middle frame" if video.is_file() else str(path)
-
-
-def _draw(
-    draw: Callable[[Sequence[str], Sequence[int]], Any],
-    batch: int,
-    prompts: Sequence[str],
-    seeds: range,
-    out: Path,
-    ending: str,
-    fps: int,
-    progress: Progress,
-) -> list[Path]:
-    paths: list[Path] = []
-    what = "sampling the base" if ending else "sampling"
-    for number, prompt in enumerate(prompts):
-        for start in range(0, len(seeds), batch):
-            progress(what, len(paths), len(prompts) * len(seeds))
-            some = seeds[start : start + batch]
-            for s, shot in zip(some, draw([prompt] * len(some), some), strict=True):
-                paths.append(_write(shot, out / f"{number:03d}_seed{s}{ending}.png", fps))
-    return paths
-
-
-def _write(shot: Any, path: Path, fps: int) -> Path:
-    """A picture (H, W, 3), or a video (F, H, W, 3) as mp4 with its middle frame beside; values in [0, 1]."""
-    import numpy as np
-    from PIL import Image
-
-    if not np.isfinite(np.asarray(shot)).all():
-        raise UserError(
-            f"sample: {path.stem} has numbers that are not finite; the call's arguments or an adapter are at fault"
-        )
-    shot = np.round(np.asarray(shot) * 255).astype(np.uint8)
-    if shot.ndim == 4:
-        write_video(shot, path.with_suffix(".mp4"), fps)
-        shot = shot[len(shot) // 2]
-    Image.fromarray(shot).save(path)
-    return path
-
-
-def write_video(frames: Any, path: Path, fps: int, quality: int = 5) -> None:
-    """Frames (F, H, W, 3) uint8 as mp4; quality: 0 to 10, the best."""
-    from imageio.v2 import mimwrite
-
-    mimwrite(path, list(frames), fps=fps, macro_block_size=2, quality=quality)
 
 
 def _grid(aligned: list[Path], plain: list[Path], n: int, path: Path) -> None:
@@ -159,9 +139,9 @@ def _shown(picture: Path) -> str:
 
 def _page(
     source: Source,
-    prompts: Sequence[str],
-    aligned: list[Path],
-    plain: list[Path],
+    entries: Sequence[Entry],
+    aligned: list[Shot],
+    plain: list[Shot],
     n: int,
     call: dict[str, Any],
     path: Path,
@@ -171,19 +151,23 @@ def _page(
 
     groups = [
         {
-            "prompt": prompt,
+            "prompt": entry["prompt"],
             "pairs": [
-                {"seed": p.stem.split("seed")[1], "aligned": _shown(p), "base": _shown(plain[k]) if plain else None}
-                for k, p in list(enumerate(aligned))[start : start + n]
+                {
+                    "seed": shot.seed if shot.score is None else f"{shot.seed}, {shot.score:.4g}",
+                    "aligned": _shown(shot.path),
+                    "base": _shown(plain[k].path) if plain else None,
+                }
+                for k, shot in list(enumerate(aligned))[start : start + n]
             ],
         }
-        for prompt, start in zip(prompts, range(0, len(aligned), n), strict=True)
+        for entry, start in zip(entries, range(0, len(aligned), n), strict=True)
     ]
     facts = {
         "model": source.model,
-        "adapters": ", ".join(f"{a.folder} at {a.strength:g}" for a in source.adapters) or "none",
+        "adapters": source.told,
         "call": " ".join(f"{key}={shlex.quote(str(value))}" for key, value in call.items() if key != "sigmas"),
     }
-    with Image.open(aligned[0]) as first:
+    with Image.open(aligned[0].path) as first:
         seen = small((first.height, first.width))
     path.write_text(pages.render(PAGE, groups=groups, facts=facts, base=bool(plain), small=seen), encoding="utf-8")

@@ -34,7 +34,8 @@ class Source:
     were trained walking DDIM, the model's commit on the hub, None for the newest, the single file of its denoiser, None for its own, and
     what it is loaded in.
 
-    trained_on: how the bases of its adapters were quantised, where something is known of that; frozen: adapters that are part of the base.
+    trained_on: how the bases of its adapters were quantised, where something is known of that; frozen: adapters that are part of the base;
+    negative: one for what guidance leads away from; mix: whether adapters act at once, by their weights, or `predictions` are mixed.
     """
 
     model: str
@@ -47,6 +48,19 @@ class Source:
     quantize: str = "none"
     trained_on: tuple[str, ...] = ()
     frozen: tuple[Adapter, ...] = ()
+    negative: Adapter | None = None
+    mix: str = "weights"
+
+    @property
+    def told(self) -> str:
+        """Its adapters, in words."""
+        each = ", ".join(f"{a.folder} at {a.strength:g}" for a in self.adapters) or "none"
+        mixed = ", mixed by predictions" if self.mix == "predictions" else ""
+        return (
+            each
+            + mixed
+            + ("" if self.negative is None else f"; led away from {self.negative.folder} at {self.negative.strength:g}")
+        )
 
     @property
     def remark(self) -> str:
@@ -62,22 +76,27 @@ class Source:
         return f"{on}; {differ}" if on else differ
 
 
-def resolve(target: str, strength: float = 1.0, more: Sequence[str] = ()) -> Source:
-    """A run folder, a folder with a LoRA written by `train`, or a model; `more` adapters as FOLDER or FOLDER:STRENGTH.
+def resolve(
+    target: str, strength: float = 1.0, more: Sequence[str] = (), negative: str | None = None, mix: str = "weights"
+) -> Source:
+    """A run folder, a folder with a LoRA written by `train`, or a model; `more` adapters as FOLDER or FOLDER:STRENGTH, and one for what
+    guidance leads away from.
 
     Raises:
         UserError: if there is nothing of that kind, or an adapter belongs to another model.
     """
     source = _target(home(target), strength)
     others = [given(text) for text in more]
-    for adapter in others:
+    away = None if negative is None else given(negative, "--negative-adapter")
+    for adapter in (*others, *(() if away is None else (away,))):
         notes = adapters.notes(adapter)
         base = notes.base_model or source.model
         if base != source.model:
-            raise UserError(f"--adapter: {adapter} belongs to {base}, the pictures come from {source.model}")
+            key = "--negative-adapter" if adapter is away else "--adapter"
+            raise UserError(f"{key}: {adapter} belongs to {base}, the pictures come from {source.model}")
         under = [each for each in adapters.frozen(adapter.folder, notes) if each not in source.frozen]
         source = replace(source, trained_on=(*source.trained_on, notes.quantize), frozen=(*source.frozen, *under))
-    return replace(source, adapters=(*source.adapters, *others))
+    return replace(source, adapters=(*source.adapters, *others), negative=away, mix=mix)
 
 
 def with_options(
@@ -216,7 +235,7 @@ def pipeline(source: Source) -> Any:
         merging.merge(pipe, source.frozen)
     except ValueError as error:
         raise UserError(f"sample: {error}") from error
-    adapters.put(pipe, source.adapters, source.model)
+    adapters.put(pipe, (*source.adapters, *(() if source.negative is None else (source.negative,))), source.model)
     return pipe
 
 

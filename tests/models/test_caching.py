@@ -11,7 +11,7 @@ from diffalign.errors import UserError
 from diffalign.models import loading, lora
 from diffalign.models.caching import ABLE, Cache
 from diffalign.models.calls import GIVEN
-from diffalign.models.graphs import Call, Tools
+from diffalign.models.recordings import Call, Tools
 from diffalign.processes import PROCESSES
 from diffalign.prompts import book
 from diffalign.rewards.scorer import Scorer

@@ -10,7 +10,8 @@ from diffalign.backends.diffusers import DiffusersPolicy
 from diffalign.errors import Fault
 from diffalign.models import graphs, loading, lora
 from diffalign.models.calls import GIVEN
-from diffalign.models.graphs import Graphs, Tools
+from diffalign.models.graphs import Graphs
+from diffalign.models.recordings import Tools
 from diffalign.processes import PROCESSES
 from diffalign.prompts import book
 from diffalign.runtime.memory import fitting
