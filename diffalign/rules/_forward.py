@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LEAST_ERROR = 1e-5  # of a self-normalised loss
+
+
 class ForwardSettings(ReferenceSettings, MergeSettings):
     """Keys of rules that noise finished samples."""
 
@@ -38,16 +41,39 @@ class ForwardSettings(ReferenceSettings, MergeSettings):
     levels: tuple[int, int] | None = Field(
         None, description="first and one past the last of them, 0 is the noisiest; null: all"
     )
+    states: Literal["forward", "own"] = Field(
+        "forward", description="own: the states samples came through, in place of ones noised anew"
+    )
     shared_noise: bool = Field(False, description="one noise for all samples of a group")
     scale: Literal["group", "batch", "none"] = Field("batch", description="what advantages are divided by")
     advantage_limit: float = Field(5.0, gt=0, description="advantages are clipped to +- this, and divided by it")
     kl: float = Field(0.0, ge=0, description="weight of mean (v - v_reference)^2", json_schema_extra=factors(0.1, 10))
+    norm: float = Field(
+        0.0,
+        ge=0,
+        description="weight of mean max(0, |v| / |v_reference| - 1 - norm_slack)^2",
+        json_schema_extra=factors(0.1, 10),
+    )
+    norm_slack: float = Field(0.02, ge=0, description="of that: how much longer costs nothing")
     noise: bool = Field(False, description="sample with the process's noise; false: deterministically")
     inner_updates: int = Field(1, ge=1, description="optimiser steps per rollout")
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
         problems, (first, stop) = super().problems(steps), self.levels or (0, steps)
+        problems += [] if self.norm > 0 else self.idle(("norm_slack",), "rule.norm")
+        if self.states == "own":
+            drawn = [
+                key
+                for key, on in (
+                    ("spread: antithetic", self.spread == "antithetic"),
+                    ("shared_noise", self.shared_noise),
+                )
+                if on
+            ]
+            problems += [
+                f"rule.{key}: got it with rule.states: own, which draws no noise; allowed with forward" for key in drawn
+            ]
         if not 0 <= first < stop <= steps:
             return [
                 *problems,
@@ -56,6 +82,11 @@ class ForwardSettings(ReferenceSettings, MergeSettings):
         most = len(self.candidates(steps))
         few = f"rule.times: got {self.times}, allowed is up to the noise levels ({most})"
         return [*problems, *([few] if self.times > most else [])]
+
+    @property
+    def referred(self) -> bool:
+        """Whether anything is held against the reference."""
+        return super().referred or self.norm > 0
 
     def candidates(self, steps: int) -> range:
         """The levels that samples may be noised to."""
@@ -78,7 +109,7 @@ def plan(schedule: Schedule, settings: ForwardSettings, rng: np.random.Generator
 
     def terms() -> tuple[Term, ...]:
         once = [
-            Term(level, level, "forward", weight, draw=int(rng.integers(1, 2**62)))
+            Term(level, level, "forward", weight, draw=int(rng.integers(1, 2**62)), stored=settings.states == "own")
             for level, weight in drawn_levels(levels, settings.times, settings.spread == "strata", rng)
         ]
         if settings.spread != "antithetic":
@@ -129,6 +160,12 @@ class Noised:
     def clean(self, predicted: Tensor) -> Tensor:
         return ops.matching.clean(self.x, predicted, self.alpha, self.sigma, self.prediction)
 
+    def clean_error(self, predicted: Tensor) -> Tensor:
+        """mean_d (x0' - x0)^2 / stopgrad(mean_d |x0' - x0|), x0' the clean sample that a prediction implies; (N,)."""
+        clean = self.clean(predicted)
+        size = ops.gaussian.reduce_latent((clean - self.x0).detach().abs(), "mean").clamp(min=LEAST_ERROR)
+        return ops.matching.error(clean, self.x0) / size
+
 
 def rising(update: int, highest: float) -> float:
     """A decay that a shadow reaches from 0 in steps of 0.001 an update."""
@@ -151,19 +188,31 @@ class ForwardRule(Rule):
         return Credit(ops.advantages.average_to_parents(advantage / s.advantage_limit, tree.parent)[1:])
 
     def held(self, value: Tensor, metrics: dict[str, Tensor], at: Noised, predicted: Tensor, policy: Policy) -> Tensor:
-        """value + kl mean (v - v_reference)^2, noted in `metrics`."""
-        if self.settings.kl == 0:
+        """value + kl mean (v - v_reference)^2 + norm mean max(0, |v| / |v_reference| - 1 - slack)^2, noted in `metrics`."""
+        s = self.settings
+        if s.kl == 0 and s.norm == 0:
             return value
         with policy.reference():
             base = at.predicted(policy)
-        kl = ops.matching.error(predicted, base).mean()
-        metrics["kl"] = kl.detach()
-        return value + self.settings.kl * kl
+        metrics |= ops.norms.metrics(predicted.detach(), base)
+        if s.kl > 0:
+            kl = ops.matching.error(predicted, base).mean()
+            metrics["kl"] = kl.detach()
+            value = value + s.kl * kl
+        if s.norm > 0:
+            value = value + s.norm * ops.norms.excess(predicted, base, s.norm_slack).mean()
+        return value
 
 
 def noised(term: Term, policy: Policy, part: Rollout, shared: bool = False) -> Noised:
-    """The part's finished samples with the term's noise, in the place of the latents of its level; shared: one noise a group."""
+    """The part's finished samples with the term's noise, in the place of the latents of its level; shared: one noise a group. Where the
+    term's states are stored ones: those, and the noise that would have led there, n = (x_t - alpha x_0) / sigma.
+    """
     schedule, step = policy.schedule, term.start
+    if term.stored:
+        alpha, sigma = float(schedule.alpha[step]), float(schedule.sigma[step])
+        x0 = part.x[-1]
+        return Noised(part, x0, (part.x[step] - alpha * x0) / sigma, step, alpha, sigma, schedule.prediction)
     there, noise = renoised(part, schedule, step, Purpose.FORWARD, term.draw, shared, term.mirrored)
     alpha, sigma = float(schedule.alpha[step]), float(schedule.sigma[step])
     return Noised(there, part.x[-1], noise, step, alpha, sigma, schedule.prediction)

@@ -34,10 +34,22 @@ class AWM(forward.ForwardRule):
     class Settings(forward.ForwardSettings):
         """Keys of `rule:` for awm."""
 
-        weight: Literal["uniform", "t", "t2", "huber", "ghuber"] = Field(
-            "ghuber", description="w, of the squared error and t"
+        weight: Literal["uniform", "t", "t2", "huber", "ghuber", "adaptive"] = Field(
+            "ghuber",
+            description="w, of the squared error and t; adaptive: of x_0, over its size",
         )
         power: float = Field(0.25, gt=0, le=1, description="p of ghuber")
+        row: Literal["clipped", "ratio", "proximal"] = Field(
+            "clipped",
+            description="what a row weighs: max(-A r, -A clip(r)); ratio: A r held fixed (EPG); proximal: r (A - kappa log r) (PEPG)",
+        )
+        kappa: float = Field(1.0, ge=0, description="of proximal: it stops at log r = A / kappa")
+        old_decay: float | None = Field(
+            None,
+            ge=0,
+            le=1,
+            description="a slow policy samples, of this decay, reached in steps of 0.001; null: the present one",
+        )
         clip: float = Field(
             1.0, gt=0, description="half-width of the ratio's range", json_schema_extra=factors(0.1, 10)
         )
@@ -71,6 +83,7 @@ class AWM(forward.ForwardRule):
         def problems(self, steps: int) -> list[str]:
             """What is wrong with these settings for a sampler of `steps` steps."""
             problems = super().problems(steps)
+            problems += [] if self.row == "proximal" else self.idle(("kappa",), "rule.row: proximal")
             if self.implicit == "none":
                 return [*problems, *self.idle(("implicit_beta", "implicit_to"), "rule.implicit")]
             if self.implicit_to == "anchor" and not (self.anchor > 0 and self.anchor_decay > 0):
@@ -79,7 +92,8 @@ class AWM(forward.ForwardRule):
 
         def unused(self) -> set[str]:
             """Keys that nothing uses with these settings."""
-            return {"clip"} if self.inner_updates == 1 else set()  # on a first pass every ratio is 1
+            first = self.inner_updates == 1 and self.old_decay is None  # on a first pass every ratio is 1
+            return {"clip"} if first or self.row != "clipped" else set()
 
     settings: Settings
 
@@ -101,10 +115,12 @@ class AWM(forward.ForwardRule):
     def decays(self, update: int) -> dict[str, float]:
         s = self.settings
         anchor = {"anchor": forward.rising(update, s.anchor_decay)} if s.anchor > 0 else {}
+        if s.old_decay is not None:
+            return {**anchor, "old": forward.rising(update, s.old_decay)}
         return {**anchor, "old": 0.0} if s.inner_updates > 1 else anchor  # old: the policy that samples
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
-        return forward.plan(schedule, self.settings, rng)
+        return forward.plan(schedule, self.settings, rng, "" if self.settings.old_decay is None else "old")
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         credit = super().credit(tree, scores, prompts)
@@ -129,18 +145,18 @@ class AWM(forward.ForwardRule):
         return {"weight": weights / s.advantage_limit, "implicit": looked["implicit"]}
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
-        """max(-A r, -A clip(r)) with log r = w(ell_old) - w(ell), + anchor and kl terms, averaged over the part."""
+        """max(-A r, -A clip(r)) with log r = w(ell_old) - w(ell), or what `row` says, and anchor, kl and norm terms, averaged."""
         assert credit is not None
         s = self.settings
         at = forward.noised(term, policy, part, s.shared_noise)
         predicted = at.predicted(policy)
         log_p = self._log_p(at, predicted)
         old = log_p.detach()
-        if s.inner_updates > 1:
+        if s.inner_updates > 1 or s.old_decay is not None:
             with policy.shadow("old"):
                 old = self._log_p(at, at.predicted(policy))
         advantage = ops.gaussian.like(credit.rows.get("weight", credit.edges[-1]), log_p)
-        value = ops.surrogate.clipped(log_p - old, advantage, s.clip).mean()
+        value = self._row(log_p, old, advantage).mean()
         low, high = ops.surrogate.clip_fraction((log_p - old).detach(), s.clip)
         metrics = {"matching": -log_p.detach().mean(), "clip_low": low, "clip_high": high}
         if "implicit" in credit.rows:
@@ -151,8 +167,19 @@ class AWM(forward.ForwardRule):
             drift = ops.matching.error(predicted, slow).mean()
             value, metrics["drift"] = value + s.anchor * drift, drift.detach()
         value = self.held(value, metrics, at, predicted, policy)
-        return Loss(value, metrics, gap=(log_p.detach() - old).abs().max(), clip=s.clip)
+        gap = (log_p.detach() - old).abs().max() if s.old_decay is None else None  # a slow copy is not what is trained
+        return Loss(value, metrics, gap=gap, clip=s.clip)
+
+    def _row(self, log_p: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
+        """What is minimised of each row (N,); at r = 1 the gradients of all three are those of -A log p."""
+        s, log_ratio = self.settings, (log_p - old).detach()
+        if s.row == "clipped":
+            return ops.surrogate.clipped(log_p - old, advantage, s.clip)
+        kept = advantage - (s.kappa * log_ratio if s.row == "proximal" else 0.0)
+        return -log_ratio.exp() * kept * log_p
 
     def _log_p(self, at: forward.Noised, predicted: Any) -> Any:
+        if self.settings.weight == "adaptive":
+            return -at.clean_error(predicted)
         ell = ops.matching.error(predicted, at.target)
         return -ops.matching.weighted(ell, at.sigma, self.settings.weight, self.settings.power)

@@ -13,7 +13,6 @@ from diffalign.rules import _forward as forward
 from diffalign.runtime.settings import factors
 from diffalign.types import Credit, Plan, Rollout, Schedule, Term, Update
 
-LEAST_ERROR = 1e-5  # of the self-normalised loss
 EQUAL = 5  # updates after which it is said that the old policy is the trained one
 
 
@@ -50,7 +49,7 @@ class NFT(forward.ForwardRule):
     def needs(self) -> Needs:
         s = self.settings
         # At A = 0 the loss still draws v towards v_old.
-        return Needs(groups=True, reference=s.kl > 0, stochastic_sampler=s.noise, anchored=True, exact_steps=False)
+        return Needs(groups=True, reference=s.referred, stochastic_sampler=s.noise, anchored=True, exact_steps=False)
 
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)
@@ -88,6 +87,4 @@ class NFT(forward.ForwardRule):
     def _error(self, at: forward.Noised, predicted: Any) -> Any:
         if self.settings.space == "prediction":
             return ops.matching.error(predicted, at.target)
-        clean = at.clean(predicted)
-        size = ops.gaussian.reduce_latent((clean - at.x0).detach().abs(), "mean").clamp(min=LEAST_ERROR)
-        return ops.matching.error(clean, at.x0) / size
+        return at.clean_error(predicted)

@@ -10,8 +10,8 @@ from typing import Literal
 class Term:
     """One piece of a loss: steps [start, stop) seen through the reward's gradient, a slope that an earlier term kept, log-probs, the
     forward process, or noise on the parameters. steps: those it is about, None: all; draw: key of noise of its own, 0: it has none;
-    mirrored: that noise with its sign turned round; keep_slope: its loss's gradient to the latents of `start` is kept for the terms after
-    it, of the same micro-batch.
+    mirrored: that noise with its sign turned round; stored: of the forward process, at the latents that its level had in the rollout;
+    keep_slope: its loss's gradient to the latents of `start` is kept for the terms after it, of the same micro-batch.
     """
 
     start: int
@@ -22,10 +22,12 @@ class Term:
     draw: int = 0
     keep_slope: bool = False
     mirrored: bool = False
+    stored: bool = False
 
     def __str__(self) -> str:
         at = "" if self.steps is None else f" at {', '.join(map(str, self.steps))}"
         turned, kept = " mirrored" if self.mirrored else "", " -> slope" if self.keep_slope else ""
+        turned += " as sampled" if self.stored else ""
         return f"{self.through}[{self.start},{self.stop}){at}{turned} x {self.weight:.3g}{kept}"
 
 
@@ -84,12 +86,13 @@ class Plan:
     @property
     def levels(self) -> frozenset[int]:
         """Levels whose latents are read after sampling: the last, those that terms and noisy steps lead from and to (the forward process
-        starts from the last); all where nothing is trained."""
+        starts from the last, unless its states are the stored ones); all where nothing is trained."""
         terms = [term for terms in self.updates for term in terms]
         if not terms:
             return frozenset(range(self.stop + 1))
         noisy = [level for k, on in enumerate(self.noise[: self.stop]) if on for level in (k, k + 1)]
-        ends = [level for term in terms if term.through != "forward" for level in (term.start, term.stop)]
+        read = [term for term in terms if term.through != "forward" or term.stored]
+        ends = [level for term in read for level in (term.start, term.stop)]
         return frozenset([self.stop, *noisy, *ends])
 
     @property
