@@ -41,14 +41,14 @@ class AWM(forward.ForwardRule):
         power: float = Field(0.25, gt=0, le=1, description="p of ghuber")
         row: Literal["clipped", "ratio", "proximal"] = Field(
             "clipped",
-            description="what a row weighs: max(-A r, -A clip(r)); ratio: A r held fixed (EPG); proximal: r (A - kappa log r) (PEPG)",
+            description="what a row weighs: clipped A r; ratio: A r (EPG); proximal: r (A - kappa log r) (PEPG)",
         )
         kappa: float = Field(1.0, ge=0, description="of proximal: it stops at log r = A / kappa")
         old_decay: float | None = Field(
             None,
             ge=0,
             le=1,
-            description="a slow policy samples, of this decay, reached in steps of 0.001; null: the present one",
+            description="of a slow policy that samples, reached in steps of 0.001; null: none",
         )
         clip: float = Field(
             1.0, gt=0, description="half-width of the ratio's range", json_schema_extra=factors(0.1, 10)
