@@ -10,23 +10,22 @@ probabilities leave out more than 0.05, has no score. A question of one's own, w
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import re
 from abc import abstractmethod
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
-from diffalign.errors import Fault
+from diffalign.errors import Fault, UserError
 from diffalign.rewards.base import Reward, to_uint8
 from diffalign.runtime.http import Patient, openai_key
 from diffalign.types import Media, Prompts
+from reward_models._endpoint import Endpoint
 
 REWARDS = {
     "vlm_judge": {
@@ -72,6 +71,7 @@ OUTSIDE = 0.05  # probability that the listed tokens may leave out
 MOST_LIKELY = 1.01  # of all tokens together, but for rounding
 FRAMES = 4  # of a video that are shown
 AT_ONCE = 8  # requests on their way
+SIDE, RED, BLUE, SHOWN = 64, (220, 20, 20), (20, 20, 220), "a plain red picture"  # what a greeting asks about
 
 
 class _Asked(Reward):
@@ -89,14 +89,43 @@ class _Asked(Reward):
         self.asked = Path(file).read_text(encoding="utf-8") if file else self.question
         if "{prompt}" not in self.asked:
             raise ValueError(f"{file} does not say where the prompt goes; allowed is a text with {{prompt}} in it")
-        self.url = f"{address.rstrip('/')}/chat/completions"
         self.unread = ""
         self._client = Patient(openai_key(), deadline)
+        self._endpoint = Endpoint(f"{self.name}@{address}#{self.model}", address, self.model, self._client)
 
     @property
     def said(self) -> str:
         """Why the last request failed, or what was answered that is no score."""
         return self._client.said or self.unread
+
+    def greet(self, say: Callable[[str], None] = print) -> None:
+        """Ask the endpoint for its models, then about a red picture and a blue one: whether they are red. See `Reward.greet`.
+
+        Raises:
+            UserError: for a wrong address, key or model, and one that takes no picture or answers nothing that is a score.
+            Fault: if nobody answers in time.
+        """
+        self._endpoint.greet(say)
+        who = self._endpoint.name
+        self._client.begin()
+        try:
+            answers = [self._ask(np.full((1, SIDE, SIDE, 3), colour, np.uint8), SHOWN) for colour in (RED, BLUE)]
+            scores = [math.nan if answer is None else self.read(answer) for answer in answers]
+        except Fault as error:
+            raise UserError(
+                f"rewards: {who}: a question about a picture failed: {error}; allowed is a model that takes pictures, and a key that it "
+                "wants is OPENAI_API_KEY's"
+            ) from error
+        if None in answers:
+            raise Fault(f"reward {who}: no answer to a question about a picture ({self._client.said})")
+        if all(map(math.isnan, scores)):
+            raise UserError(
+                f"rewards: {who}: answered {_said(answers[0])[0][:80]!r}, which is no score; allowed is a model that answers at once"
+            )
+        if scores[0] == scores[1]:
+            say(
+                f"{who}: gives {scores[0]:.3g} to a red picture and to a blue one, asked for {SHOWN}; does it see them?"
+            )
 
     def __call__(self, media: Media, prompts: Prompts) -> list[float]:
         shown = to_uint8(media)
@@ -114,18 +143,7 @@ class _Asked(Reward):
         return found
 
     def _ask(self, frames: np.ndarray, prompt: str) -> Any:
-        pictures = [{"type": "image_url", "image_url": {"url": _data(frame)}} for frame in frames]
-        content = [*pictures, {"type": "text", "text": self.asked.replace("{prompt}", prompt)}]
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": self.length,
-            "temperature": 0,  # servers draw by the model's own settings unless told
-            "seed": 0,
-            "logprobs": True,
-            "top_logprobs": 20,
-        }
-        return self._client.post(lambda: self.url, body)
+        return self._endpoint.ask(frames, self.asked.replace("{prompt}", prompt), self.length)
 
     @abstractmethod
     def read(self, answer: Any) -> float:
@@ -148,12 +166,6 @@ class VLMPoints(_Asked):
 
     def read(self, answer: Any) -> float:
         return points(answer) / MOST
-
-
-def _data(frame: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _said(answer: Any) -> tuple[str, list[dict[str, Any]]]:

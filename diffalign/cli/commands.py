@@ -104,7 +104,7 @@ def train(config: str, overrides: tuple[str, ...], fresh: bool, change: bool, qu
 )
 @click.option("--by", metavar="REWARD", help="What --best-of chooses by.")
 @click.option("--base", is_flag=True, help="Also draw without adapters, from the same seeds.")
-@click.option("--fps", type=click.IntRange(1, 240), default=16, show_default=True, help="Frames per second of videos.")
+@click.option("--fps", type=click.IntRange(1, 240), help="Frames per second of videos; else the model's, or 16.")
 @click.option("--out", type=Place(file_okay=False), default="samples", show_default=True, help="Where to write.")
 def sample(
     target: str, strength: float, more: tuple[str, ...], arguments: tuple[str, ...], by: str | None, **asked: Any
@@ -124,7 +124,7 @@ def sample(
     if by is not None:
         from diffalign.rewards import picking
 
-        judge = picking.judge(by, asked["fps"])
+        judge = picking.judge(by, asked["fps"] or source.fps)
     with Display() as display:
         drawn = pictures.sample(source, texts, asked.pop("count"), **asked, judge=judge, progress=display.doing)
     show(map(pictures.label, drawn))

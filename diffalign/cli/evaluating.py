@@ -41,7 +41,9 @@ from diffalign.runtime.options import A_CALL, Place
     type=click.Choice(("vbench",)),
     help="Also write videos as VBench's own tool wants them, PROMPT-INDEX.mp4.",
 )
-@click.option("--fps", type=click.IntRange(1, 240), default=16, show_default=True, help="Frames per second of those.")
+@click.option(
+    "--fps", type=click.IntRange(1, 240), help="Frames per second of videos; else as trained, or the model's."
+)
 @click.option("--fresh", is_flag=True, help="Make again what is there.")
 @click.option("--out", required=True, type=Place(file_okay=False, path_type=Path), help="Folder to write to.")
 def evaluate(targets: tuple[str, ...], suite: str, judges: tuple[str, ...], out: Path, **asked: Any) -> None:

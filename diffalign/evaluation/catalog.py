@@ -58,6 +58,27 @@ SUITES = {
         comparable="Comparable with published Soft-TIFA (GM) if the judge is Qwen3-VL-8B-Instruct in process with its own pixels; "
         "published numbers are 100 times these. Not with a smaller judge, nor with a server's top 20 tokens.",
     ),
+    "dpg": Suite(
+        "dpg@",
+        ("dsg",),
+        comparable="Not comparable with published numbers: those are 100 times the verdicts of modelscope's mPLUG, without the table's "
+        "first row. Prompts, questions and how they hang together are DPG-Bench's, the answers another model's.",
+    ),
+    "compbench": Suite(
+        "compbench@",
+        ("vlm_ask", "clipscore@openai/clip-vit-base-patch32"),
+        samples=10,
+        overall="columns",
+        comparable="Not comparable with published numbers but for non_spatial by CLIP ViT-B/32, which is their formula: color, shape and "
+        "texture are published by BLIP-VQA on noun phrases, spatial, 3d_spatial and numeracy by UniDet, complex by a mean of three.",
+    ),
+    "diversity": Suite(
+        "",
+        ("diversity", "diversity_clip"),
+        samples=8,
+        comparable="Comparable within one report: distances depend on prompts and size. Noise and broken pictures are far apart too: read "
+        "them beside a judge of quality.",
+    ),
     "hpsv2": Suite(
         "hpdv2@",
         ("hpsv2.1", "hpsv2"),

@@ -6,14 +6,14 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffalign.errors import UserError
 from diffalign.evaluation import samples
 from diffalign.runtime.files import write_text
-from diffalign.sampling.shots import write_video
+from diffalign.sampling.shots import FPS, write_video
 
 if TYPE_CHECKING:
     from diffalign.evaluation.task import Task
@@ -22,16 +22,18 @@ LONGEST = 255  # bytes of a file's name, of nearly all file systems
 ROOM = len("-99999.mp4")
 
 
-def vbench(task: Task, folders: Sequence[Path], out: Path, fps: int, say: Callable[[str], None] = print) -> list[Path]:
+def vbench(
+    task: Task, folders: Mapping[Path, float | None], out: Path, say: Callable[[str], None] = print
+) -> list[Path]:
     """Each model's videos as VBench's own tool wants them, `PROMPT-INDEX.mp4` in a folder a model, and `names.json`, which says of every
-    file its prompt. What is there and newer than its sample stays.
+    file its prompt. folders: of the samples, with their frames per second, None: 16. What is there and newer than its sample stays.
 
     Raises:
         UserError: if a model made pictures.
     """
     texts = [entry["prompt"] for entry in task.entries for _ in range(task.samples)]
     places = []
-    for folder in folders:
+    for folder, fps in folders.items():
         place = out / "vbench" / folder.name
         place.mkdir(parents=True, exist_ok=True)
         files = file_names(texts)
@@ -42,7 +44,7 @@ def vbench(task: Task, folders: Sequence[Path], out: Path, fps: int, say: Callab
             frames = samples.read(folder, row)
             if len(frames) == 1:
                 raise UserError(f"--export: vbench is of videos, {folder.name} made pictures")
-            write_video(frames, target, fps, quality=10)
+            write_video(frames, target, fps or FPS, quality=10)
         write_text(place / "names.json", json.dumps(dict(zip(files, texts, strict=True)), indent=1) + "\n")
         if changed := sum(not name.startswith(f"{text}-") for name, text in zip(files, texts, strict=True)):
             say(f"{place}: {changed} files have no prompt that a file can be named; names.json says which is which")

@@ -74,6 +74,7 @@ def _row(task: Task, label: str, model: sources.Source, own: Drawn, base: Drawn 
         "trained_on": trained,
         "warning": warning(task, trained),
         "call": {key: value for key, value in model.call.items() if key != "sigmas"},
+        **({} if model.fps is None else {"fps": model.fps}),
         "scores": {
             name: _score(task, values, None if base is None else base.scores[name])
             | {"mark": families.mark(name, trained)}

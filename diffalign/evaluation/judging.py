@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from diffalign.rewards import catalog, content
 from diffalign.rewards.base import Reward
 from diffalign.rewards.scorer import Scorer
 from diffalign.runtime.progress import Progress, silent
-from diffalign.types import Media, Prompts, chunks
+from diffalign.types import Media, Prompts
 
 
 @contextmanager
@@ -30,18 +30,25 @@ def _scores(out: Path) -> Iterator[cache.ScoreCache]:
 
 
 def scores(
-    task: Task, folder: Path, rows: Sequence[int], scorer: Scorer, progress: Progress = silent
-) -> dict[str, np.ndarray]:
-    """Scores of some samples by reward, from the cache where they are there."""
-    found = {name: np.full(len(rows), np.nan) for name in scorer.rewards}
+    task: Task,
+    folder: Path,
+    parts: Sequence[Sequence[int]],
+    rewards: Mapping[str, Reward],
+    fps: float | None = None,
+    progress: Progress = silent,
+) -> tuple[list[int], dict[str, np.ndarray]]:
+    """Scores of some samples by reward, from the cache where they are there, and which samples these are. parts: rows that are judged
+    together; for rewards that compare the samples of a prompt, all of a prompt's. fps:
+    of videos, None: not known."""
+    found: dict[str, list[float]] = {name: [] for name in rewards}
     with _scores(folder.parent) as kept:
-        for part in chunks(len(rows), task.batch):
-            frames = _stacked(folder, [rows[k] for k in part])
-            entries = [task.entries[rows[k] // task.samples] for k in part]
-            progress(f"{folder.name}: judging", part[0], len(rows))
-            for name, reward in scorer.rewards.items():
-                found[name][list(part)] = _scored(name, reward, frames, entries, kept)
-    return found
+        for part in parts if rewards else ():
+            frames = _stacked(folder, part)
+            entries = [task.entries[row // task.samples] for row in part]
+            progress(f"{folder.name}: judging", len(next(iter(found.values()))), sum(map(len, parts)))
+            for name, reward in rewards.items():
+                found[name] += _scored(name, reward, frames, entries, kept, fps)
+    return [row for part in parts for row in part], {name: np.array(values) for name, values in found.items()}
 
 
 def _stacked(folder: Path, rows: Sequence[int]) -> np.ndarray:
@@ -60,14 +67,15 @@ def _scored(
     frames: np.ndarray,
     entries: list[prompt_files.Entry],
     kept: cache.ScoreCache,
+    fps: float | None,
 ) -> list[float]:
     entry_of, files = catalog.find(name), {*reward.files, *kept.files(name)}
 
     def keys() -> list[str] | None:
-        """Of the samples' scores; None where what they depend on cannot be known."""
-        version = cache.version(entry_of, tuple(files))
+        """Of the samples' scores; None where what they depend on cannot be known, or is more than the sample."""
+        version = None if reward.grouped else cache.version(entry_of, tuple(files))
         given = zip(frames, entries, strict=True)
-        return None if version is None else [cache.key(shot, entry, name, version) for shot, entry in given]
+        return None if version is None else [cache.key(shot, entry, name, version, fps) for shot, entry in given]
 
     asked = keys()
     known = [None] * len(entries) if asked is None else kept.read(asked)
@@ -76,9 +84,10 @@ def _scored(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         pixels = torch.from_numpy(frames[new]).to(device).permute(0, 1, 4, 2, 3).float() / 255
         numbers = np.arange(len(new))
-        prompts = Prompts([entries[k]["prompt"] for k in new], numbers, numbers, numbers, [entries[k] for k in new])
+        group = np.zeros_like(numbers) if reward.grouped else numbers
+        prompts = Prompts([entries[k]["prompt"] for k in new], group, numbers, numbers, [entries[k] for k in new])
         with content.opened() as seen:
-            values = Scorer({name: reward}).scores(Media(pixels), prompts).by_name[name].tolist()
+            values = Scorer({name: reward}).scores(Media(pixels, fps), prompts).by_name[name].tolist()
         read = set(content.own_files(entry_of, seen)) - files
         if asked is not None and read:  # files that it reads while it scores: another version
             kept.note(name, read)

@@ -55,9 +55,11 @@ def _digest(files: list[Path]) -> str:
     return hashed.hexdigest()
 
 
-def key(frames: NDArray[np.uint8], metadata: dict[str, Any], name: str, version: str) -> str:
-    """Name of a sample's score: its pixels (F, H, W, 3), its prompt and metadata, the reward and its version."""
-    hashed = hashlib.sha256(json.dumps([frames.shape, metadata, name, version], sort_keys=True, default=str).encode())
+def key(frames: NDArray[np.uint8], metadata: dict[str, Any], name: str, version: str, fps: float | None = None) -> str:
+    """Name of a sample's score: its pixels (F, H, W, 3), its prompt and metadata, the reward and its version, frames per second where they
+    are known."""
+    facts = [frames.shape, metadata, name, version, *([] if fps is None else [float(fps)])]
+    hashed = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     hashed.update(np.ascontiguousarray(frames).data)
     return hashed.hexdigest()
 

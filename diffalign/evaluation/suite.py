@@ -6,6 +6,7 @@ command that was stopped goes on where it was. Several processes share the work 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -33,6 +34,7 @@ from diffalign.runtime.extras import missing
 from diffalign.runtime.files import make_folder, write_text
 from diffalign.runtime.progress import Progress, silent
 from diffalign.sampling import sources
+from diffalign.types import chunks
 
 LABEL = re.compile(r"\d+-[A-Za-z0-9._-]*", re.ASCII)  # of a model's folder, as `labels` makes it
 MANIFEST = "manifest.json"
@@ -58,7 +60,7 @@ def evaluate(
     drift: bool = True,
     fresh: bool = False,
     export: str | None = None,
-    fps: int = 16,
+    fps: float | None = None,
     say: Callable[[str], None] = print,
     progress: Progress = silent,
 ) -> Path:
@@ -72,16 +74,18 @@ def evaluate(
         steps, guidance, arguments (KEY=VALUE), precision, quantize: of the pipelines and their calls, where they are not to be as trained.
         drift: also compare predictions with the base model's, which is twice the work.
         fresh: make again what `out` holds.
-        export: also write the samples as others' tools want them, vbench; fps: of videos in it.
+        export: also write the samples as others' tools want them, vbench.
+        fps: frames per second of videos; None: as trained, or the model's own.
 
     Raises:
         UserError, Fault: see `run`.
     """
     if export is not None and (mend := missing("imageio")):
         raise UserError(f"--export: {export} needs imageio; {mend}")
-    task = task_of(suite, prompts, judges, split, samples, seed, batch, drift, say)
-    models = models_of(targets, arguments, steps, guidance, precision, quantize)
-    return run(task, models, Path(out), fresh, say, progress, fps if export else None)
+    models = models_of(targets, arguments, steps, guidance, precision, quantize, fps)
+    slowest = min((model.fps or 0 for model in models), default=0) or None
+    task = task_of(suite, prompts, judges, split, samples, seed, batch, drift, say, slowest)
+    return run(task, models, Path(out), fresh, say, progress, export is not None)
 
 
 def models_of(
@@ -91,12 +95,13 @@ def models_of(
     guidance: float | None,
     precision: str | None = None,
     quantize: str | None = None,
+    fps: float | None = None,
 ) -> list[sources.Source]:
     """What to sample from: every target, and before the first adapter of a model, that model without."""
     models: list[sources.Source] = []
     for target in targets:
         source = sources.with_options(sources.resolve(target), options, precision, quantize)
-        source = replace(source, call=sources.call_of(source, steps, guidance, None))
+        source = replace(source, call=sources.call_of(source, steps, guidance, None), fps=fps or source.fps)
         for one in (replace(source, adapters=(), trained_on=()), source):
             if one not in models:
                 models.append(one)
@@ -110,9 +115,9 @@ def run(
     fresh: bool,
     say: Callable[[str], None],
     progress: Progress = silent,
-    exported: int | None = None,
+    exported: bool = False,
 ) -> Path:
-    """Evaluate models on a task; returns the page to look at. exported: frames per second of videos for VBench, None: none are written.
+    """Evaluate models on a task; returns the page to look at. exported: whether videos are written for VBench.
 
     Raises:
         UserError: if `out` holds another evaluation or cannot be written, or a model or reward does not load.
@@ -134,9 +139,9 @@ def run(
         ]
         page = world.lead(lambda: report.write(task, list(labels(models)), models, drawn, out))
         tell(str(page))
-        if exported is not None:
-            folders = [out / label for label in labels(models)]
-            for place in world.lead(lambda: exporting.vbench(task, folders, out, exported, tell)):
+        if exported:
+            folders = {out / label: model.fps for label, model in labels(models).items()}
+            for place in world.lead(lambda: exporting.vbench(task, folders, out, tell)):
                 tell(str(place))
         world.lead(lambda: _complete(drawn, scorer))
         return page
@@ -148,10 +153,12 @@ def _scorer(task: Task, say: Callable[[str], None]) -> Scorer:
     try:
         judges: Judges = {}
         scorer = Scorer({name: load_reward(name, judges=judges) for name in task.rewards})
-        if grouped := [name for name, reward in scorer.rewards.items() if reward.grouped]:
-            raise UserError(
-                f"rewards: {grouped[0]} compares the samples of a group; allowed here are those that score one by one"
-            )
+        for name, reward in scorer.rewards.items():
+            if reward.grouped and min(sizes := tuple({len(rows) for rows in task.together()})) < 2:
+                raise UserError(
+                    f"rewards: {name} compares the samples of a prompt, got one alone; allowed is -n 2 or more"
+                )
+            reward.sizes = sizes if reward.grouped else ()
         scorer.greet(say)
     except UserError as error:
         raise UserError(*(line.replace("rewards: ", "--judges: ", 1) for line in error.problems)) from error
@@ -177,7 +184,7 @@ def _facts(task: Task, models: Sequence[sources.Source]) -> dict[str, Any]:
             content = hashlib.sha256(b"".join(path.read_bytes() for path in files_of(adapter.folder))).hexdigest()
             adapters.append({"folder": str(adapter.folder), "strength": adapter.strength, "content": content})
         facts = {**asdict(model), "adapters": adapters}
-        del facts["frozen"]
+        del facts["frozen"], facts["fps"]  # what is drawn does not depend on it
         if model.frozen:  # evaluations from before there were any go on
             facts["frozen"] = [{"strength": each.strength, "content": each.digest} for each in model.frozen]
         return facts
@@ -254,13 +261,20 @@ def _one(
         world.together(lambda: samples.draw(task, model, folder, rows, missing, progress))
     else:
         world.together(lambda: None)
-    scores = world.gather((rows, world.together(lambda: judging.scores(task, folder, rows, scorer, progress))))
+    prompts = task.together()
+    parts = {
+        False: [[rows[k] for k in part] for part in chunks(len(rows), task.batch)],
+        True: [prompts[k] for k in world.rows(len(prompts), 1)],
+    }
+    whole = {name: np.full(task.total, np.nan) for name in scorer.rewards}
+    for grouped, own in parts.items():
+        asked = {name: reward for name, reward in scorer.rewards.items() if reward.grouped == grouped}
+        judged = functools.partial(judging.scores, task, folder, own, asked, model.fps, progress)
+        for places, columns in world.gather(world.together(judged)):
+            for name, values in columns.items():
+                whole[name][places] = values
     if not world.leads:
         return None
-    whole = {name: np.full(task.total, np.nan) for name in scorer.rewards}
-    for own, columns in scores:
-        for name, values in columns.items():
-            whole[name][own] = values
     means = ", ".join(f"{name} {np.nanmean(values):.3f}" for name, values in whole.items() if np.isfinite(values).any())
     say(f"{folder.name}: {means or 'no scores'}")
     return Drawn(folder, whole)

@@ -61,6 +61,10 @@ class Task:
         """Which prompt each sample is of (total,)."""
         return np.repeat(same_text(self.entries), self.samples)
 
+    def together(self) -> list[list[int]]:
+        """The samples of each prompt, by rows."""
+        return [np.flatnonzero(self.prompt == name).tolist() for name in np.unique(self.prompt)]
+
     def columns(self) -> dict[str, tuple[Integers, list[str]]]:
         """For every key of the suite's whose values are several: which of them each sample has (total,), and the values, in the order of
         the prompts."""
@@ -106,8 +110,9 @@ def task_of(
     batch: int,
     drift: bool = True,
     say: Callable[[str], None] = print,
+    fps: float | None = None,
 ) -> Task:
-    """What a command line asks for; `count` None: as many samples of a prompt as the suite has.
+    """What a command line asks for; `count` None: as many samples of a prompt as the suite has; fps: of videos, None: not known.
 
     Raises:
         UserError: for an unknown suite, unreadable prompts, an unknown reward, or one that these prompts have nothing for.
@@ -131,7 +136,7 @@ def task_of(
         )
     problems = []
     for name in names:
-        others, unfit = catalog.problems(name, entries)
+        others, unfit = catalog.problems(name, entries, fps)
         problems += [f"--judges: {name}{problem}" for problem in (*others, unfit) if problem]
     if problems:
         raise UserError(*problems)

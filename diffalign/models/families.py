@@ -64,6 +64,15 @@ def usual(model: str, revision: str | None = None) -> Usual:
     return Usual("its scheduler's config", "flow_sde" if _flows(scheduler) else "ddim")
 
 
+def fps(model: str) -> float | None:
+    """Frames per second of a family's videos; None of other models, and of one on the hub that the table does not list by name."""
+    folder = Path(model)
+    for facts in table().values():
+        if facts["model"] == model or (is_file(folder / INDEX) and _is(folder, facts)):
+            return facts.get("fps")
+    return None
+
+
 def _of_family(name: str) -> Usual:
     facts = table()[name]
     return Usual(

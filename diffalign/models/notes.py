@@ -17,9 +17,10 @@ LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for an adapter's fi
 PEFT_FILE = "adapter_model.safetensors"  # peft's
 PEFT_CONFIG = "adapter_config.json"  # beside that, with its strengths
 DDIM = "DDIMScheduler"  # in an adapter's notes: it was trained walking DDIM
-FORMAT = 6  # of the notes; a change of what they mean needs a new number. 1: without a number
+FORMAT = 7  # of the notes; a change of what they mean needs a new number. 1: without a number
 PLAIN_FORMAT = 3  # where nothing stands in them that readers of 3 do not know
 _SINCE = {
+    "fps": 7,
     "guidance_steps": 6,
     "start": 5,
     "frozen": 4,
@@ -43,7 +44,8 @@ class Notes:
     its fingerprint; denoisers: their classes; updates: how many it was trained for; call: arguments of the pipeline's call that give what
     training saw; quantize: how the base was quantised in training; scheduler: `DDIM` if it was walked;
     frozen: adapters that were part of the base, each with place, strength and digest; start: the place, with its commit on the hub, of
-    what it began with; guidance_steps: the first step with guidance and one past the last, empty: all.
+    what it began with; guidance_steps: the first step with guidance and one past the last, empty: all;
+    fps: frames per second of its videos, 0: not known.
     """
 
     base_model: str = ""
@@ -63,6 +65,7 @@ class Notes:
     frozen: list[dict[str, Any]] = field(default_factory=list)
     start: str = ""
     guidance_steps: list[int] = field(default_factory=list)
+    fps: float = 0.0
 
     def written(self) -> dict[str, str]:
         """As metadata of a safetensors file: strings."""
@@ -92,11 +95,7 @@ class Notes:
                 if not isinstance(values[name], kind):
                     raise ValueError(f"its note {name} is {shown(metadata[name])}, expected a {kind.__name__}")
         _check_frozen(values.get("frozen", []))
-        steps = values.get("guidance_steps", [])
-        if steps and not (len(steps) == 2 and all(type(step) is int for step in steps) and 0 <= steps[0] <= steps[1]):
-            raise ValueError(
-                f"its note guidance_steps is {shown(steps)}, expected the first step and one past the last"
-            )
+        _check_numbers(values.get("guidance_steps", []), values.get("fps", 0.0))
         if "\0" in "".join(value for value in values.values() if isinstance(value, str)):
             raise ValueError("its notes have a NUL")
         known = {*GIVEN, "negative_prompt"} - {"prompt", "generator"}
@@ -121,6 +120,13 @@ class Notes:
             return cls.of(metadata(folder / LORA))
         except ValueError as error:
             raise ValueError(f"{folder} holds a damaged adapter: {error}") from error
+
+
+def _check_numbers(steps: list[Any], fps: float) -> None:
+    if steps and not (len(steps) == 2 and all(type(step) is int for step in steps) and 0 <= steps[0] <= steps[1]):
+        raise ValueError(f"its note guidance_steps is {shown(steps)}, expected the first step and one past the last")
+    if not 0 <= fps <= 1000:
+        raise ValueError(f"its note fps is {fps}, expected frames per second, up to 1,000")
 
 
 def _check_frozen(specs: list[Any]) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffalign.errors import Fault, shown
-from diffalign.types import Floats, Media, Prompts
+from diffalign.types import Floats, Integers, Media, Prompts
 
 
 class Reward(ABC):
@@ -59,6 +59,19 @@ class Reward(ABC):
     def problems(self) -> list[str]:
         """What looks wrong with its weights."""
         return []
+
+    def groups(self, prompts: Prompts) -> list[Integers]:
+        """Rows of the samples of each group, for a reward that compares them.
+
+        Raises:
+            Fault: if one has another size than the whole ones have.
+        """
+        found = [np.flatnonzero(prompts.group == group) for group in dict.fromkeys(prompts.group.tolist())]
+        for rows in found:
+            if len(rows) not in self.sizes:
+                sizes = " or ".join(map(str, self.sizes)) or "whole ones, which samples have in training and suites"
+                raise Fault(f"compares the samples of a group and got one of {len(rows)}; allowed is {sizes}")
+        return found
 
     def networks(self) -> list[torch.nn.Module]:
         """Its networks, which may be moved between uses: each call puts them where the pictures are."""
@@ -125,7 +138,10 @@ class Wrapped(Reward):
         return getattr(self.function, "said", "")
 
     def greet(self, say: Callable[[str], None] = print) -> None:
-        getattr(self.function, "greet", _nothing)()
+        if isinstance(self.function, Reward):
+            self.function.greet(say)
+        else:
+            getattr(self.function, "greet", _nothing)()
 
     def checkpoint(self) -> None:
         getattr(self.function, "checkpoint", _nothing)()

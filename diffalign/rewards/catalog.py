@@ -287,7 +287,7 @@ def problems(name: str, prompts: Iterable[dict[str, Any]], fps: float | None = N
     ]
     if entry.timed and fps is None:
         problems.append(
-            " goes by time, and how many frames a second there are is not said; in a config sampler.fps does"
+            " goes by time, and how many frames a second there are is not said; sampler.fps or --fps says it"
         )
     unfit = entry.unfit(prompts)
     return problems, f" {unfit}" if unfit else ""

@@ -31,6 +31,7 @@ def check(name: str) -> list[str]:
     """
     entry = find(name)
     reward = load(name)
+    reward.greet()
     kinds = {"text": _writing, "sign": _signs}
     wanted, shots = kinds.get(entry.shown, _videos if entry.modality == "video" else _pictures)()
     pixels = torch.from_numpy(shots).permute(0, 1, 4, 2, 3) / 255
@@ -77,7 +78,8 @@ def _pictures() -> tuple[dict[str, Any], NDArray[np.uint8]]:
     asked = ("Is there a circle in the image?", "Is the circle red?")
     questions = [{"question": question, "answer": "Yes"} for question in asked]
     wanted = caption(Combination("colors", (("circle", "red"),)))
-    return {**wanted, "questions": questions}, np.stack([right, wrong, noise])[:, None]
+    graph = [{"question": question, "parents": [0] * (number > 0)} for number, question in enumerate(asked)]
+    return {**wanted, "questions": questions, "scene_graph": graph}, np.stack([right, wrong, noise])[:, None]
 
 
 def _writing() -> tuple[dict[str, Any], NDArray[np.uint8]]:

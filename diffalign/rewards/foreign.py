@@ -188,11 +188,7 @@ class FlowFactory(Wrapped):
         if not self.grouped:
             return self._scored(media, prompts)
         scores: Floats = np.full(len(prompts), np.nan)
-        for group in dict.fromkeys(prompts.group.tolist()):
-            rows = np.flatnonzero(prompts.group == group)
-            if len(rows) not in self.sizes:
-                sizes = " or ".join(map(str, self.sizes)) or "whole ones, which samples have in training alone"
-                raise Fault(f"compares the samples of a group and got one of {len(rows)}; allowed is {sizes}")
+        for rows in self.groups(prompts):
             values = self._scored(Media(media.pixels[torch.from_numpy(rows)], media.fps), prompts.select(rows))
             scores[rows] = values.detach().cpu() if isinstance(values, Tensor) else values
         return scores

@@ -36,9 +36,25 @@ def _is_questions(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(question, value))
 
 
+def _is_scene_graph(value: Any) -> bool:
+    """Yes-no questions about a picture: each with the places in the list, from 0, of those without which it does not hold."""
+
+    def question(given: Any) -> bool:
+        if not isinstance(given, dict) or not isinstance(given.get("question"), str) or not given["question"].strip():
+            return False
+        parents = given.get("parents", [])
+        return isinstance(parents, list) and all(type(place) is int and 0 <= place < len(value) for place in parents)
+
+    return isinstance(value, list) and bool(value) and all(map(question, value))
+
+
 FORMS = {
     "include": (_is_include, 'a list of objects such as {"class": "star", "count": 2, "color": "red"}'),
     "questions": (_is_questions, 'a list of objects such as {"question": "Is the star red?", "answer": "Yes"}'),
+    "scene_graph": (
+        _is_scene_graph,
+        'a list of objects such as {"question": "Is the star red?", "parents": [0]}, each parent the place of another question, from 0',
+    ),
 }
 
 

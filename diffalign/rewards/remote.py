@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from diffalign.errors import Fault, UserError, shortened
 from diffalign.rewards.base import Reward
 from diffalign.rewards.wire import packed, scores_of
-from diffalign.runtime import http
 from diffalign.runtime.http import TOKEN, Patient, TooLarge, reward_token
 from diffalign.types import Media, Prompts, chunks
 
@@ -45,16 +43,14 @@ class Remote(Reward):
             UserError: for a wrong path or token, or servers of different rewards.
             Fault: if none answers within the deadline.
         """
-        pause, until, told = http.PAUSE, time.monotonic() + self._client.deadline, False
-        self._client.begin()
-        while not any((answered := {url: self._client.status(url) for url in self.urls}).values()):
-            if not told:
-                say(f"waiting for {' or '.join(self.urls)}, up to {self._client.deadline:.0f} s ({self.said})")
-                told = True
-            time.sleep(max(0.0, min(until - time.monotonic(), pause)))
-            if time.monotonic() >= until:
-                raise Fault(f"reward {self.name}: no server answers ({self.said})")
-            pause = min(2 * pause, http.LONGEST)
+        answered: dict[str, int] = {}
+
+        def there() -> bool:
+            answered.update({url: self._client.status(url) for url in self.urls})
+            return any(answered.values())
+
+        if not self._client.wait(there, " or ".join(self.urls), say):
+            raise Fault(f"reward {self.name}: no server answers ({self.said})")
         for url, status in answered.items():
             if status in (401, 403):
                 raise UserError(f"rewards: {url} wants another token ({status}); set {TOKEN} as at the server")

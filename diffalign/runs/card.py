@@ -98,6 +98,7 @@ def notes(config: Config, parts: Parts, update: int) -> Notes:
         frozen=[{"place": a.place, "strength": a.strength, "digest": a.digest} for a in parts.frozen],
         start="" if parts.start is None else parts.start.place,
         guidance_steps=list(config.sampler.guidance_steps or ()),
+        fps=config.sampler.fps or 0.0,
     )
 
 

@@ -20,6 +20,7 @@ PAUSE, LONGEST = 0.5, 30.0  # seconds before the second attempt, doubled each ti
 PIECE, REPLY = 2**16, 2**22  # bytes sent before the deadline is looked at, and of the longest answer
 FAILURES = 4  # answers of 500 to one request after which it is not tried again: the reward itself fails
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
+LATER = RETRIED - {500}  # what is said by a server that is not up yet, or has too much to do
 
 
 class _Down(Exception):
@@ -180,24 +181,56 @@ class Patient:
             where = response.headers.get("location", "")
             return response.status_code, bytes(text), f" to {shortened(where)}" if where else ""
 
+    def wait(self, there: Callable[[], bool], where: str, say: Callable[[str], None]) -> bool:
+        """Ask with growing pauses until somebody is `there`, for as long as a call may last; whether anybody was. `say` hears once what is
+        waited for."""
+        pause, until, told = PAUSE, time.monotonic() + self.deadline, False
+        self.begin()
+        while not there():
+            if not told:
+                say(f"waiting for {where}, up to {self.deadline:.0f} s ({self.said})")
+                told = True
+            time.sleep(max(0.0, min(until - time.monotonic(), pause)))
+            if time.monotonic() >= until:
+                return False
+            pause = min(2 * pause, LONGEST)
+        return True
+
     def status(self, url: str) -> int:
         """What a server says to a request with nothing in it; 0 if there is no answer.
 
         Raises:
             UserError: if that is no address, or another one than the server's.
         """
+        return self._greeted("POST", url, b"{}")[0]
+
+    def get(self, url: str) -> tuple[int, Any]:
+        """The status and JSON of what a server has at an address; 0 if there is no answer, None if it is no JSON.
+
+        Raises:
+            UserError: if that is no address, or another one than the server's.
+        """
+        status, text = self._greeted("GET", url)
+        try:
+            return status, json_text.parse(text)
+        except ValueError:
+            return status, None
+
+    def _greeted(self, method: str, url: str, content: bytes | None = None) -> tuple[int, bytes]:
         import httpx
 
         try:
-            status, _, where = self._exchange("POST", url, b"{}", HELLO)
+            status, text, where = self._exchange(method, url, content, HELLO)
         except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.LocalProtocolError) as error:
             raise UserError(f"rewards: {url}: {one_line(error)}") from error
         except httpx.HTTPError as error:
             self.said = f"{url}: {one_line(error)}"
-            return 0
+            return 0, b""
         if 300 <= status < 400:
             raise UserError(f"rewards: {url} leads on{where} ({status}); give the address that it leads to")
-        return status
+        if status in RETRIED:
+            self.said = f"{url}: status {status} {shortened(text.decode('utf-8', 'replace'), 200)}".rstrip()
+        return status, text
 
     def facts(self, url: str) -> dict[str, Any]:
         """What a server says of itself at /health; nothing where it has none."""

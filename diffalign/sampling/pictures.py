@@ -18,7 +18,7 @@ from diffalign.runtime.files import make_folder
 from diffalign.runtime.progress import Progress, silent
 from diffalign.sampling.calling import drawer
 from diffalign.sampling.mixing import mixed
-from diffalign.sampling.shots import Files, Judgement, Shot
+from diffalign.sampling.shots import FPS, Files, Judgement, Shot
 from diffalign.sampling.sources import GUIDED, Source, call_of, check_negative, pipeline, resolve
 
 PAGE = Path(__file__).parent / "page.html"
@@ -35,7 +35,7 @@ def sample(
     guidance: float | None = None,
     negative: str | None = None,
     base: bool = False,
-    fps: int = 16,
+    fps: float | None = None,
     progress: Progress = silent,
     best_of: int | None = None,
     judge: Judgement | None = None,
@@ -47,7 +47,7 @@ def sample(
         prompts: captions, or entries of a prompt file with what its rewards read.
         negative: what guidance leads away from.
         base: also draw with the adapters off, from the same seeds, and show both.
-        fps: frames per second of videos, which are mp4 files beside a picture of their middle frame.
+        fps: frames per second of videos, which are mp4 files beside a picture of their middle frame; None: what the source says, or 16.
         progress: told of every batch.
         best_of, judge: draw so many and keep the `n` that the judge likes best, best first; `diffalign.rewards.picking.judge` makes one.
 
@@ -71,7 +71,7 @@ def sample(
     if films(pipe) and (mend := missing("imageio")):
         raise UserError(f"sample: {type(pipe).__name__} makes videos, which need imageio; {mend}")
     draw, batch = drawer(pipe, replace(source, call=call)), 1 if films(pipe) else BATCH
-    files = Files(out, fps, batch, progress)
+    files = Files(out, fps or source.fps or FPS, batch, progress)
     pool = [range(seed, seed + (best_of or n))] * len(entries)
     aligned = files.draw(mixed(pipe, source, draw), entries, pool, judge=judge, keep=n)
     plain: list[Shot] = []

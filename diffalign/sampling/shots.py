@@ -13,6 +13,8 @@ from diffalign.errors import UserError
 from diffalign.prompts.files import Entry
 from diffalign.runtime.progress import Progress
 
+FPS = 16  # of videos, where nobody says it
+
 Judgement = Callable[[Sequence[Any], Mapping[str, Any]], Any]  # pictures of a caption, its entry -> a score each
 
 
@@ -30,7 +32,7 @@ class Files:
     """Where pictures go; fps: of videos; batch: pictures a call."""
 
     out: Path
-    fps: int
+    fps: float
     batch: int
     progress: Progress
 
@@ -75,7 +77,7 @@ def best(shots: list[tuple[int, Any, float | None]], keep: int | None) -> list[t
     return sorted(shots, key=order)[:keep]
 
 
-def write(shot: Any, path: Path, fps: int) -> Path:
+def write(shot: Any, path: Path, fps: float) -> Path:
     """A picture (H, W, 3), or a video (F, H, W, 3) as mp4 with its middle frame beside; values in [0, 1]."""
     from PIL import Image
 
@@ -91,7 +93,7 @@ def write(shot: Any, path: Path, fps: int) -> Path:
     return path
 
 
-def write_video(frames: Any, path: Path, fps: int, quality: int = 5) -> None:
+def write_video(frames: Any, path: Path, fps: float, quality: int = 5) -> None:
     """Frames (F, H, W, 3) uint8 as mp4; quality: 0 to 10, the best."""
     from imageio.v2 import mimwrite
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError, shown
+from diffalign.models import families
 from diffalign.models.calls import FIXED, GIVEN
 from diffalign.models.notes import DDIM, Notes, choices, lora_folder
 from diffalign.models.places import Adapter, given
@@ -36,6 +37,7 @@ class Source:
 
     trained_on: how the bases of its adapters were quantised, where something is known of that; frozen: adapters that are part of the base;
     negative: one for what guidance leads away from; mix: whether adapters act at once, by their weights, or `predictions` are mixed.
+    fps: frames per second of its videos, None where nobody says it.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Source:
     quantize: str = "none"
     trained_on: tuple[str, ...] = ()
     frozen: tuple[Adapter, ...] = ()
+    fps: float | None = None
     negative: Adapter | None = None
     mix: str = "weights"
 
@@ -146,6 +149,7 @@ def _target(target: str, strength: float) -> Source:
             notes.quantize or "none",
             (notes.quantize,),
             adapters.frozen(folder, notes),
+            notes.fps or families.fps(notes.base_model),
         )
     if is_file(path / "config.yaml"):
         raise UserError(f"sample: the run {target} has no adapter yet; it has its first at a checkpoint")
@@ -157,7 +161,7 @@ def _target(target: str, strength: float) -> Source:
             f"--strength: got {strength:g}, {target} has no adapter of its own; use --adapter FOLDER:STRENGTH"
         )
     if models.path(target) or is_file(path / "model_index.json"):
-        return Source(target, (), models.call(target))
+        return Source(target, (), models.call(target), fps=families.fps(target))
     if (
         not HUB_ID.fullmatch(target) or path.exists() or path.parent.is_dir()
     ):  # a mistyped folder beside others is no hub id
@@ -165,7 +169,7 @@ def _target(target: str, strength: float) -> Source:
         raise UserError(
             f"sample: got {shown(target)}, which is no run, adapter, model folder or hub id; embedded are {known}"
         )
-    return Source(target, (), {})
+    return Source(target, (), {}, fps=families.fps(target))
 
 
 def _check_weights(folder: Path, notes: Notes) -> None:

@@ -157,7 +157,12 @@ def test_published_layouts_are_read(tmp_path):
         read(f"hpdv3@{tmp_path}", (), "test")
     line = {"prompt": "seven cows", "atom_count": 2, "vqa_list": [["How many?", "seven"]], "skills": ["count"]}
     (tmp_path / "g.jsonl").write_text(json.dumps(line) + "\n")
-    assert read(f"geneval2@{tmp_path}/g.jsonl", (), "test") == [{**line, "tag": "2 atoms"}]
+    questions = [{"question": "How many?", "answer": "seven", "skill": "count"}]
+    assert read(f"geneval2@{tmp_path}/g.jsonl", (), "test") == [{**line, "questions": questions, "tag": "2 atoms"}]
+    assert task_of("geneval2", f"{tmp_path}/g.jsonl", (), "test", None, 0, 4).rewards == ("soft_tifa", "soft_tifa_am")
+    (tmp_path / "g.jsonl").write_text(json.dumps({**line, "skills": []}) + "\n")
+    with pytest.raises(UserError, match="line 1: vqa_list is no list of questions with answers, or skills has not one"):
+        read(f"geneval2@{tmp_path}/g.jsonl", (), "test")
     (tmp_path / "g.jsonl").write_text('{"prompt": "seven cows"}\n')
     with pytest.raises(UserError, match="line 1 is no object with prompt, atom_count and vqa_list"):
         read(f"geneval2@{tmp_path}/g.jsonl", (), "test")
@@ -166,6 +171,75 @@ def test_published_layouts_are_read(tmp_path):
     (tmp_path / "o.txt").write_text("a sign\n")
     with pytest.raises(UserError, match="got 'a sign', without a text in"):
         read(f"ocr-prompts@{tmp_path}/o.txt", (), "test")
+
+
+TABLE = (
+    "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
+    "whoops3,x,,1,0,entity,whole,entity - whole (hat),Is there a hat?\n"
+    'whoops3,x,,2,1,attribute,color,"attribute - color (hat, red)","Is the hat, all of it, red?"\n'
+    'whoops3,x,,4,"1, 2",relation,spatial,relation - spatial (hat),Is it on the dog?\n'
+    "7,y,,1,0,entity,whole,entity - whole (cat),Is there a cat?\n"
+)
+
+
+@pytest.fixture
+def dpg(tmp_path):
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "dpg_bench.csv").write_text(TABLE)
+    (tmp_path / "prompts" / "whoops3.txt").write_text("A red hat.\n")
+    (tmp_path / "prompts" / "7.txt").write_text("A cat.")
+    return tmp_path
+
+
+def test_dpgs_questions_know_what_they_hang_on(dpg):
+    first, second = read(f"dpg@{dpg}", (), "test")
+    assert first["prompt"] == "A red hat." and first["tag"] == "whoops" and second["tag"] == "numbered"
+    assert first["scene_graph"] == [
+        {"question": "Is there a hat?", "parents": []},
+        {"question": "Is the hat, all of it, red?", "parents": [0]},
+        {"question": "Is it on the dog?", "parents": [0, 1]},  # 1 and 2 of the table
+    ]
+    made = task_of("dpg", str(dpg), (), "test", None, 0, 4)
+    assert (made.rewards, made.samples, made.copy.whole) == (("dsg",), 4, None)
+    assert made.comparable.startswith("Not comparable with published numbers")
+    before = made.copy.digest
+    (dpg / "prompts" / "7.txt").write_text("A dog.")
+    assert task_of("dpg", str(dpg), (), "test", None, 0, 4).copy.digest != before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"1, 2"', '"1, 9"', "whoops3 has a proposition_id or dependency that is none of its own"),
+        ("whoops3,x,,4", "whoops3,x,,1", "whoops3 has two rows of one proposition_id"),
+        ("7,y,,1", "8,y,,1", "No such file.*8.txt"),
+        ("dependency", "parents", "it has no 'dependency'"),
+    ],
+)
+def test_a_dpg_table_that_is_none_is_refused(dpg, old, new, said):
+    (dpg / "dpg_bench.csv").write_text(TABLE.replace(old, new))
+    with pytest.raises(UserError, match=said):
+        read(f"dpg@{dpg}", (), "test")
+
+
+def test_compbenchs_categories_are_files_and_its_copy_is_known(tmp_path, monkeypatch):
+    for name in published.CATEGORIES:
+        (tmp_path / f"{name}_val.txt").write_bytes(f"a {name} thing \r\n\r\ntwo of them".encode())
+        (tmp_path / f"{name}_train.txt").write_text("not to be drawn")
+    made = asked("compbench", str(tmp_path))
+    assert [(entry["tag"], entry["prompt"]) for entry in made.entries[:3]] == [
+        ("color", "a color thing"),
+        ("color", "two of them"),
+        ("shape", "a shape thing"),
+    ]
+    assert (len(made.entries), made.samples, made.overall, made.copy.whole) == (16, 10, "tag", False)
+    whole = b"".join(f"a {name} thing \n\ntwo of them".encode() for name in published.CATEGORIES)
+    known = replace(published.PUBLISHED["compbench"], digest=hashlib.sha256(whole).hexdigest())
+    monkeypatch.setitem(published.PUBLISHED, "compbench", known)
+    assert asked("compbench", str(tmp_path)).copy.whole
+    (tmp_path / "shape_val.txt").write_text("\n")
+    with pytest.raises(UserError, match="shape_val.txt has no prompt"):
+        asked("compbench", str(tmp_path))
 
 
 @pytest.fixture
@@ -217,6 +291,8 @@ def test_what_cannot_be_fetched_says_where_it_is_and_what_it_should_be(monkeypat
         UserError, match=r"hpdv3 is not fetched; see https://.*HPDv3.*licence: MIT; allowed is a folder"
     ):
         asked("hpsv3")
+    with pytest.raises(UserError, match="compbench is not fetched; see https://.*licence: MIT; allowed is the folder"):
+        asked("compbench")
     with pytest.raises(UserError, match="drawbench is not fetched; .*licence: none is stated"):
         fetching.fetched("drawbench", "--prompts")
 

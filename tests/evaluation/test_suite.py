@@ -56,6 +56,40 @@ def out(prompts, run, tmp_path_factory):
     return place
 
 
+def test_diversity_is_of_whole_prompts_and_paired_with_the_base(prompts, run, tmp_path):
+    """Against distances of thumbnails made otherwise: by resizing whole pictures, whose sides are multiples of 16. What is drawn
+    by fours, with three samples a prompt, is scored by prompts."""
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps({"prompt": f"a red circle {k}"}) + "\n" for k in range(9)))
+    few = ["--steps", "2", "-n", "3", "--batch", "4", "--no-drift", "--out", tmp_path / "out"]
+    judged = invoke(run, "--suite", "diversity", "--prompts", more, "--judges", "diversity,jpeg_compressibility", *few)
+    assert judged.exit_code == 0, judged.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["comparable"].startswith("Comparable within one report")
+    means = []
+    for row in report["models"]:
+        files = sorted((tmp_path / "out" / row["label"]).glob("*.png"))
+        small = [
+            np.asarray(Image.open(file).resize((16, 16), Image.Resampling.BOX, reducing_gap=None)) for file in files
+        ]
+        flat = np.stack(small).reshape(9, 3, -1) / 255
+        pairs = [np.sqrt(np.mean((flat[:, i] - flat[:, j]) ** 2, 1)) for i, j in ((0, 1), (0, 2), (1, 2))]
+        means.append(np.mean(pairs))
+        found = row["scores"]["diversity"]
+        assert found["mean"]["mean"] == pytest.approx(means[-1], abs=0.002)  # of 8 bits, rounded
+        assert found["mean"]["mean"] == pytest.approx(row["diversity"]["mean"], rel=1e-9)
+        assert found["mean"]["low"] < means[-1] < found["mean"]["high"]
+    gain = report["models"][1]["scores"]["diversity"]["gain"]
+    assert gain["mean"] == pytest.approx(means[1] - means[0], abs=0.003)
+    assert gain["low"] is not None
+    alone = invoke(
+        run, "--suite", "diversity", "--prompts", more, "--judges", "diversity", "-n", "1", "--out", tmp_path / "a"
+    )
+    assert list(alone.exception.problems) == [
+        "--judges: diversity compares the samples of a prompt, got one alone; allowed is -n 2 or more"
+    ]
+
+
 def test_base_and_aligned_are_judged_from_the_same_noises(out, prompts):
     report = json.loads((out / "report.json").read_text())
     assert [row["label"] for row in report["models"]] == ["0-shapes-sd3", "1-tuned"]

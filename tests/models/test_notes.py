@@ -11,6 +11,8 @@ from tests.kit import ROOT
 
 # Changing these needs a new FORMAT: a later version must know what it reads.
 WRITTEN = {
+    7: "base_model base_revision base_weights base_weights_digest denoisers rule rewards seed updates precision quantize diffalign_version "
+    "call scheduler frozen start guidance_steps fps",
     6: "base_model base_revision base_weights base_weights_digest denoisers rule rewards seed updates precision quantize diffalign_version "
     "call scheduler frozen start guidance_steps",
     5: "base_model base_revision base_weights base_weights_digest denoisers rule rewards seed updates precision quantize diffalign_version "
@@ -53,7 +55,9 @@ def test_a_file_of_another_tool_says_nothing(tmp_path):
     [
         ({"quantize": "int3"}, "its note quantize is 'int3', allowed are none, int8, nf4"),
         ({"precision": "float8"}, "its note precision is 'float8', allowed are float32, bfloat16"),
-        ({"notes_format": "7"}, "its notes have format 7, this version reads up to 6"),
+        ({"notes_format": "8"}, "its notes have format 8, this version reads up to 7"),
+        ({"notes_format": "7", "fps": "-1.0"}, "its note fps is -1.0, expected frames per second"),
+        ({"notes_format": "7", "fps": '"16"'}, "its note fps is .* expected a float"),
         ({"notes_format": "6", "guidance_steps": "[3]"}, "its note guidance_steps is \\[3\\], expected the first step"),
         ({"notes_format": "two"}, "its notes have format two"),
         ({"call": "{"}, "its note call is not JSON"),

@@ -302,10 +302,42 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
         load(f"hpsv2@{path}")
 
 
+@pytest.mark.parametrize(("frames", "seen"), [(1, [0]), (5, [0, 1, 3, 4])])
+def test_diversity_is_the_mean_over_pairs_of_a_group(frames, seen, folder):
+    """Groups 7 and 2 among one another, against cosines of transformers' own features, pair by pair."""
+    reward = load(f"diversity_clip@{folder}")
+    reward.sizes = (3, 2)
+    pixels, groups = (
+        torch.rand(5, frames, 3, 32, 32, generator=torch.Generator().manual_seed(3)),
+        np.array([7, 2, 7, 7, 2]),
+    )
+    keys = np.arange(5)
+    found = reward(Media(pixels), Prompts([""] * 5, groups, keys, keys, [{}] * 5))
+    net = CLIPModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        vectors = [
+            [net.get_image_features(_clip.normalised(shot[k : k + 1])).pooler_output[0] for k in seen]
+            for shot in pixels
+        ]
+
+    def apart(i, j):
+        return np.mean(
+            [1 - float(F.cosine_similarity(a, b, dim=0)) for a, b in zip(vectors[i], vectors[j], strict=True)]
+        )
+
+    expected = [
+        (apart(0, 2) + apart(0, 3)) / 2, apart(1, 4), (apart(2, 0) + apart(2, 3)) / 2, (apart(3, 0) + apart(3, 2)) / 2, apart(4, 1),
+    ]  # fmt: skip
+    assert found == pytest.approx(expected, abs=1e-6)  # float32 cosines near 1
+    reward.sizes = (3,)
+    with pytest.raises(Fault, match="compares the samples of a group and got one of 2; allowed is 3"):
+        reward(Media(pixels), Prompts([""] * 5, groups, keys, keys, [{}] * 5))
+
+
 def test_a_place_is_for_rewards_with_weights():
     with pytest.raises(
         LookupError,
-        match="is for rewards with weights: aesthetic, clipscore, geneval_like, geneval_like_partial, hpsv2, hpsv2.1, "
+        match="is for rewards with weights: aesthetic, clipscore, diversity_clip, dsg, geneval_like, geneval_like_partial, hpsv2, hpsv2.1, "
         "hpsv3, imagereward, pickscore, q_realign, q_realign_aesthetic, soft_tifa, soft_tifa_am, videoreward, videoreward_vq, "
         "videoreward_mq, videoreward_ta, vlm_ask, vlm_judge, vlm_points",
     ):

@@ -226,6 +226,46 @@ def test_j14_soft_tifa_is_the_mean_over_a_prompts_own_questions(folders):
         assert float(found["soft_tifa_am"][k]) == pytest.approx(sum(p) / len(p), rel=1e-4)
 
 
+def test_dsg_counts_what_is_likelier_yes_and_hangs_on_nothing_that_is_not(folders, monkeypatch):
+    """In picture 0 there is no hat, in picture 1 all is as asked; yes and no are rare beside all other words."""
+    reward = load(f"dsg@{folders['qwen3_vl']}").reward
+
+    def answers(pixels, questions):
+        assert pixels.shape == (2, 1, 3, *SIDES)
+        yes = [
+            question.picture == 1 or question.text != "Is there a hat? Please answer yes or no."
+            for question in questions
+        ]
+        return torch.tensor([[0.02, 0.01] if one else [0.01, 0.02] for one in yes]).log()
+
+    monkeypatch.setattr(reward.model, "ask", answers)
+    hat, red, dog = {"question": "Is there a hat?"}, "Is the hat red?", {"question": "Is there a dog?", "parents": []}
+    graphs = [
+        [hat, {"question": red, "parents": [0]}, {"question": "Is it bright red?", "parents": [1]}, dog],
+        [dog, hat, {"question": red, "parents": [1, 0]}],
+    ]
+    assert reward(Media(shots(2)), prompts("ab", [{"scene_graph": graph} for graph in graphs])) == [1 / 4, 1.0]
+    assert reward.problems()[0].startswith("yes and no get 0.03 of the first token's probability")
+
+
+def test_dsg_asks_in_the_models_own_words(folders):
+    """Verdicts of a random model against transformers' own call."""
+    folder, pixels = folders["qwen3_vl"], shots(3)
+    yes, no = zip(
+        *(probabilities(folder, each, "Red? Please answer yes or no.", YES_NO) for each in pixels), strict=True
+    )
+    found = load(f"dsg@{folder}")(Media(pixels), prompts("abc", [{"scene_graph": [{"question": "Red?"}]}] * 3))
+    assert found == [float(y > n) for y, n in zip(yes, no, strict=True)]
+
+
+def test_scene_graphs_are_asked_for_in_the_metadata():
+    entry = catalog.find("dsg")
+    graph = [{"question": "Is there a hat?"}, {"question": "Is it red?", "parents": [0]}]
+    assert entry.unfit([{"prompt": "a", "scene_graph": graph}]) == ""
+    for wrong in ([], [{"question": ""}], [{"question": "?", "parents": [1]}], [{"question": "?", "parents": 0}]):
+        assert "allowed is a list of objects such as" in entry.unfit([{"prompt": "a", "scene_graph": wrong}]), wrong
+
+
 def test_questions_are_asked_for_in_the_metadata():
     entry = catalog.find("soft_tifa")
     assert entry.unfit([{"prompt": "a", "questions": QUESTIONS}]) == ""

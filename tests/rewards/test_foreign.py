@@ -354,10 +354,9 @@ def test_groups_that_micro_batches_would_cut_are_refused_beforehand(tmp_path):
     assert sizes("evaluation.images_per_prompt=4") == (2, 4)
     with pytest.raises(UserError, match="evaluation.images_per_prompt: got 1 with optimizer.micro_batch 4, r compares"):
         sizes()
-    with pytest.raises(
-        UserError, match="--judges: .*MyGroupwiseRewardModel compares the samples of a group; allowed here"
-    ):
-        suite._scorer(SimpleNamespace(rewards=[f"{OTHERS}:MyGroupwiseRewardModel"]), print)
+    alone = SimpleNamespace(rewards=[f"{OTHERS}:MyGroupwiseRewardModel"], together=lambda: [[0, 1], [2]])
+    with pytest.raises(UserError, match="--judges: .*MyGroupwiseRewardModel compares the samples of a prompt, got one"):
+        suite._scorer(alone, print)
     with pytest.raises(UserError, match="prompts.group_size: got 6 with optimizer.micro_batch 4"):
         sizes("prompts.group_size=6", "evaluation.enabled=false")
 

@@ -40,16 +40,21 @@ def samples(n, frames=1, size=8):
 
 
 class Server:
-    """Answers each request by `reply(body) -> (status, content)`, and counts them."""
+    """Answers each request by `reply(body) -> (status, content)`, and counts them; what is asked for without a body by `got(path)`."""
 
-    def __init__(self, reply, port=0):
+    def __init__(self, reply, port=0, got=lambda path: (404, {})):
         self.bodies = []
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(handler):
                 body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
                 self.bodies.append((body, handler.headers.get("Authorization")))
-                status, content = reply(body)
+                handler.answer(*reply(body))
+
+            def do_GET(handler):
+                handler.answer(*got(handler.path))
+
+            def answer(handler, status, content):
                 sent = content if isinstance(content, bytes) else json.dumps(content).encode()
                 handler.send_response(status)
                 handler.send_header("Content-Length", str(len(sent)))

@@ -169,6 +169,99 @@ def test_points_are_asked_for_in_the_users_own_words(tmp_path):
         load(f"vlm_points@http://127.0.0.1:1/v1#m;{words}")
 
 
+def seeing(body):
+    """A judge that looks: is it red?"""
+    *pictures, text = body["messages"][0]["content"]
+    assert "a plain red picture" in text["text"] and text["text"] != "a plain red picture"
+    shot = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[0]["image_url"]["url"].split(",")[1]))))
+    red = shot[0, 0, 0] > shot[0, 0, 2]
+    return 200, answer("Yes" if red else "No", Yes=0.9 if red else 0.1, No=0.1 if red else 0.9)
+
+
+def greeted(reply, got, model="tiny", judge="vlm_judge"):
+    """What is said at a greeting, and how often a question was asked."""
+    said, server = [], Server(reply, got=got)
+    try:
+        reward = load(f"{judge}@{server.url.replace('/score', f'/v1#{model}')}")
+        reward._client.deadline = 5.0
+        reward.greet(said.append)
+        return said, len(server.bodies)
+    finally:
+        server.close()
+
+
+def lists(*names):
+    return lambda path: (200, {"data": [{"id": name} for name in names]}) if path == "/v1/models" else (404, {})
+
+
+def test_a_judge_is_asked_for_its_models_and_about_two_pictures_before_anything_is_begun():
+    assert greeted(seeing, lists("large", "tiny")) == ([], 2)
+    assert greeted(seeing, lists("models/tiny")) == ([], 2)
+    with pytest.raises(
+        UserError, match=r"rewards: vlm_judge@http.*#tiny: got the model 'tiny', http.*/v1/models lists large, b$"
+    ):
+        greeted(seeing, lists("large", "b"))
+    with pytest.raises(UserError, match=r"lists m0, m1, .*, m11 and 8 more$"):
+        greeted(seeing, lists(*(f"m{k}" for k in range(20))))
+
+
+@pytest.mark.parametrize("got", [(404, {}), (200, {"models": []}), (200, b"<html>"), (403, {}), (500, {})])
+def test_a_server_that_lists_no_models_is_told_of_once_and_taken(got):
+    (said,), asked = greeted(seeing, lambda path: got)
+    assert asked == 2
+    assert f"/v1/models lists no models ({got[0]}), so tiny is taken as it is" in said
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (
+            (401, {"error": "bad key"}),
+            r"a question about a picture failed: .*refused \(401\).*bad key.* OPENAI_API_KEY's",
+        ),
+        (
+            (400, {"error": "tiny takes no image"}),
+            r"refused \(400\).*takes no image.*; allowed is a model that takes pictures",
+        ),
+        ((200, {"error": "template"}), "is no chat completion; allowed is a model that takes pictures"),
+        ((200, answer("<think>")), "answered '<think>', which is no score; allowed is a model that answers at once"),
+    ],
+)
+def test_what_would_fail_in_the_first_update_is_refused_before(reply, expected):
+    with pytest.raises(UserError, match=f"rewards: vlm_judge@http.*#tiny: .*{expected}"):
+        greeted(lambda body: reply, lists("tiny"))
+
+
+def test_a_key_that_the_list_refuses_is_named():
+    with pytest.raises(UserError, match=r"/v1/models wants another key \(401\); set OPENAI_API_KEY"):
+        greeted(seeing, lambda path: (401, {}))
+
+
+def test_a_judge_that_does_not_look_is_told_of():
+    (said,), _ = greeted(lambda body: (200, answer("Yes", Yes=0.7, No=0.3)), lists("tiny"))
+    assert said.endswith(
+        "gives 0.7 to a red picture and to a blue one, asked for a plain red picture; does it see them?"
+    )
+    with pytest.raises(UserError, match="answered 'Score: high', which is no score"):
+        greeted(lambda body: (200, answer("Score: high")), lists("tiny"), judge="vlm_points")
+
+
+def test_a_judge_that_is_not_up_yet_is_waited_for(monkeypatch):
+    monkeypatch.setattr(http, "PAUSE", 0.02)
+    answers = iter([(503, {}), (502, {})])
+    said, asked = greeted(seeing, lambda path: next(answers, (200, {"data": [{"id": "tiny"}]})))
+    assert asked == 2
+    assert [line.partition(" (")[0].rpartition("/v1")[2] for line in said] == [", up to 5 s"]
+    reward = load("vlm_judge@http://127.0.0.1:1/v1#m")
+    reward._client.deadline = 0.1
+    with pytest.raises(Fault, match=r"reward vlm_judge@http://127.0.0.1:1/v1#m: no server answers \(.*ConnectError"):
+        reward.greet(said.append)
+    troubled = iter([(200, {"data": [{"id": "tiny"}]})])
+    monkeypatch.setattr(http, "FAILURES", 1)
+    with pytest.raises(Fault, match=r"no answer to a question about a picture \(.*status 500"):
+        greeted(lambda body: (500, {}), lambda path: next(troubled))
+
+
 def test_a_dead_judge_gives_no_score():
     reward = load("vlm_judge@http://127.0.0.1:1/v1#m")
     reward._client.deadline = 0.2

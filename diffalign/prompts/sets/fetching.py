@@ -24,7 +24,7 @@ def fetched(name: str, option: str, say: Callable[[str], None] = print) -> Path:
     """
     known = PUBLISHED[name]
     from_there = f"see {known.url}, " if known.url else ""
-    if not known.digest or not known.url:
+    if not known.digest or not known.url or known.files:
         raise UserError(
             f"{option}: {name} is not fetched; {from_there}licence: {known.licence}; allowed is {known.layout} of yours"
         )
