@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.base import Reward
-from reward_models import _clip
+from reward_models import _bits, _clip
 from reward_models._patches import Patches
 
 FAMILIES = (
@@ -88,14 +88,15 @@ class FirstToken:
 
     _loaded: ClassVar[WeakValueDictionary[str, FirstToken]] = WeakValueDictionary()
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, quantize: str = "none") -> None:
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
         kind = AutoConfig.from_pretrained(source).model_type
         if kind not in FAMILIES:
             raise ValueError(f"{source} is a {kind}; allowed are {', '.join(FAMILIES)}")
         self.source = source
-        self.net: Any = AutoModelForImageTextToText.from_pretrained(source, dtype="auto").requires_grad_(False).eval()
+        net = AutoModelForImageTextToText.from_pretrained(source, dtype="auto").requires_grad_(False).eval()
+        self.net: Any = _bits.quantised(net, quantize, ("lm_head",))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
         self.patches = Patches.read(source)
         self.image: int = self.net.config.image_token_id
@@ -106,7 +107,7 @@ class FirstToken:
         self._arounds: dict[int, tuple[list[int], str]] = {}
 
     @classmethod
-    def load(cls, name: str, repo: str, place: str | None) -> FirstToken:
+    def load(cls, name: str, repo: str, place: str | None, quantize: str = "none") -> FirstToken:
         """The model of a reward. In half precision one serves all rewards that ask for the same place; one in float32 is the reward's own,
         since judges of training may be narrowed and those of evaluations not.
 
@@ -114,17 +115,17 @@ class FirstToken:
             FileNotFoundError: if there is none at the place.
         """
         source = _clip.fetched(name, place, repo)
-        if source in cls._loaded:
-            return cls._loaded[source]
+        if (known := f"{source}+{quantize}") in cls._loaded:
+            return cls._loaded[known]
         lacking = f"{source} holds no vision-language model as the hub lays it out"
         if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
             raise FileNotFoundError(lacking)
         try:
-            made = cls(source)
+            made = cls(source, quantize)
         except OSError as error:
             raise FileNotFoundError(lacking if Path(source).is_dir() else _clip.missing(name, source)) from error
-        if next(made.net.parameters()).dtype in (torch.bfloat16, torch.float16):
-            cls._loaded[source] = made
+        if made.net.dtype in (torch.bfloat16, torch.float16) or quantize != "none":
+            cls._loaded[known] = made
         return made
 
     def checkpoint(self) -> None:

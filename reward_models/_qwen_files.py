@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward_models import _clip
+from reward_models import _bits, _clip
 
 Weights = dict[str, Tensor]
 HEAD = "rm_head."
@@ -114,8 +114,9 @@ def strict(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: st
             )
 
 
-def network(source: str, weights: Weights, rows: int) -> Any:
-    """Qwen2-VL without its output layer, frozen, in the type of its weights. source: of its config; rows: of its word embeddings.
+def network(source: str, weights: Weights, rows: int, quantize: str = "none") -> Any:
+    """Qwen2-VL without its output layer, frozen, in the type of its weights or quantised. source: of its config; rows: of its word
+    embeddings.
 
     Raises:
         ValueError: if the weights are not this model's.
@@ -141,7 +142,7 @@ def network(source: str, weights: Weights, rows: int) -> Any:
     finally:
         if shown:
             logging.enable_progress_bar()
-    return rounded(net).requires_grad_(False).eval()
+    return _bits.quantised(rounded(net).requires_grad_(False).eval(), quantize)
 
 
 class Angles(torch.nn.Module):

@@ -69,8 +69,8 @@ def at(
 class QwenVL:
     """A Qwen2-VL with a head, on the device of what it scores: on a card in bfloat16, elsewhere as its weights are; the head in float32."""
 
-    def __init__(self, net: Any, head: nn.Module, words: Words, form: Form) -> None:
-        self.net, self.head, self.words, self.form = net, head, words, form
+    def __init__(self, net: Any, head: nn.Module, words: Words, form: Form, quantize: str = "none") -> None:
+        self.net, self.head, self.words, self.form, self.quantize = net, head, words, form, quantize
         self._checkpointed = False
 
     def states(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -90,7 +90,7 @@ class QwenVL:
             return self.head(states)
 
     def _move(self, device: torch.device) -> None:
-        if device.type == "cuda":
+        if device.type == "cuda" and self.quantize == "none":  # else it is in its types
             self.net.to(device, torch.bfloat16)
         else:
             self.net.to(device)

@@ -22,6 +22,7 @@ REWARDS = {
         "about": "share of a prompt's yes-no questions that hold; one that hangs on another holds only if that does",
         "range": "0 to 1",
         "memory": 16.3,
+        "kept": 2.3,
         "weights": "Qwen/Qwen3-VL-8B-Instruct",
         "licence": "Apache-2.0",
         "family": "zero-shot VLM",
@@ -38,8 +39,8 @@ class SceneGraph(Asking):
 
     words: ClassVar[str] = "yes and no"
 
-    def __init__(self, place: str | None = None) -> None:
-        self.model = FirstToken.load("dsg", REPO, place)
+    def __init__(self, place: str | None = None, quantize: str = "none") -> None:
+        self.model = FirstToken.load("dsg", REPO, place, quantize)
         self.model.apart(YES, NO)
 
     def __call__(self, media: Media, prompts: Prompts) -> list[float]:

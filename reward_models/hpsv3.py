@@ -25,6 +25,7 @@ REWARDS = {
         "about": "human preference, version 3: mu of a language model that sees the picture; differences are log-odds",
         "range": "unbounded, usually 0 to 13",
         "memory": 14.4,
+        "kept": 1.0,
         "narrow": True,
         "weights": "MizzenAI/HPSv3 and Qwen/Qwen2-VL-7B-Instruct",
         "licence": "Apache-2.0",
@@ -51,14 +52,14 @@ class HPSv3(_qwen_vl.QwenVL, Reward):
     preprocessor; its weights are not needed.
     """
 
-    def __init__(self, place: str | None = None) -> None:
+    def __init__(self, place: str | None = None, quantize: str = "none") -> None:
         source = _qwen_files.base(NAME, place, BASE)
         words = Words(NAME, source, templates.of(NAME, place), SPECIAL, "image")
         path = _clip.fetched(NAME, None if place is None else str(Path(place) / FILE), REPO, FILE)
         body, top = _qwen_files.renamed(_qwen_files.read(path))
-        net = _qwen_files.network(source, body, words.rows)
+        net = _qwen_files.network(source, body, words.rows, quantize)
         head = _qwen_vl.filled(_head(net.config.text_config.hidden_size), top)
-        super().__init__(net, head, words, _qwen_vl.form(NAME, source))
+        super().__init__(net, head, words, _qwen_vl.form(NAME, source), quantize)
 
     def __call__(self, media: Media, prompts: Prompts) -> Tensor:
         return self.score(_clip.wide(media.pixels), prompts.text)[:, 0]

@@ -24,6 +24,7 @@ REWARDS = {
         "about": "geometric mean of the right answers' probabilities over a prompt's questions: one wrong answer fails it",
         "range": "0 to 1",
         "memory": 16.3,
+        "kept": 2.3,
         "weights": "Qwen/Qwen3-VL-8B-Instruct",
         "licence": "Apache-2.0",
         "family": "zero-shot VLM",
@@ -37,6 +38,7 @@ REWARDS = {
         "about": "their arithmetic mean: about the share of what is right",
         "range": "0 to 1",
         "memory": 16.3,
+        "kept": 2.3,
         "weights": "Qwen/Qwen3-VL-8B-Instruct",
         "licence": "Apache-2.0",
         "family": "zero-shot VLM",
@@ -52,8 +54,8 @@ class Geometric(Asking):
 
     name: ClassVar[str] = "soft_tifa"
 
-    def __init__(self, place: str | None = None) -> None:
-        self.model = FirstToken.load(self.name, REPO, place)
+    def __init__(self, place: str | None = None, quantize: str = "none") -> None:
+        self.model = FirstToken.load(self.name, REPO, place, quantize)
 
     def __call__(self, media: Media, prompts: Prompts) -> Tensor:
         return self.means(media, prompts)[0]

@@ -28,6 +28,7 @@ REWARDS = {
         "about": "VideoAlign's overall mark: visual quality + motion quality + text alignment",
         "range": "about -9 to 9",
         "memory": 4.1,
+        "kept": 0.4,
         "narrow": True,
         "timed": True,
         "column": "sum",
@@ -47,6 +48,7 @@ REWARDS = {
         "about": "VideoAlign's visual quality: each frame by itself",
         "range": "about -3 to 3",
         "memory": 4.1,
+        "kept": 0.4,
         "narrow": True,
         "timed": True,
         "column": "VQ",
@@ -61,6 +63,7 @@ REWARDS = {
         "about": "VideoAlign's motion quality: steady, natural, and enough of it",
         "range": "about -3 to 3",
         "memory": 4.1,
+        "kept": 0.4,
         "narrow": True,
         "timed": True,
         "column": "MQ",
@@ -75,6 +78,7 @@ REWARDS = {
         "about": "VideoAlign's text alignment: what is shown, how it moves, and the camera",
         "range": "about -3 to 3",
         "memory": 4.1,
+        "kept": 0.4,
         "narrow": True,
         "timed": True,
         "column": "TA",
@@ -100,17 +104,17 @@ class VideoReward(_qwen_vl.QwenVL, Judge):
 
     columns = (*MARKS, "sum")
 
-    def __init__(self, place: str | None = None) -> None:
+    def __init__(self, place: str | None = None, quantize: str = "none") -> None:
         source = _qwen_files.base(NAME, place, BASE)
         words = Words(NAME, source, templates.of(NAME, place), SPECIAL, "video")
         said = settings(NAME, REPO if place is None else place, CONFIG)
         body, top = _qwen_files.renamed(_weights(place, source, _scale(said)))
-        net = _qwen_files.network(source, body, words.rows)
+        net = _qwen_files.network(source, body, words.rows, quantize)
         width, rows = net.config.text_config.hidden_size, len(top.get("weight", ()))
         if rows not in (1, len(MARKS)):
             raise ValueError(f"the head has {rows} rows, allowed are 1 and {len(MARKS)}")
         head = _qwen_vl.filled(nn.Linear(width, rows, bias=False), top)
-        super().__init__(net, head, words, _qwen_vl.form(NAME, source))
+        super().__init__(net, head, words, _qwen_vl.form(NAME, source), quantize)
         self.most = int(_said(said, "data_config", "max_frame_pixels"))
         units = [
             [float(_said(said, "inference_config", f"{mark}_{part}")) for mark in MARKS] for part in ("mean", "std")

@@ -23,6 +23,7 @@ REWARDS = {
         "about": "P(yes) of a vision-language model asked whether the picture, or four of a video's frames, show the prompt",
         "range": "0 to 1",
         "memory": 16.3,
+        "kept": 2.3,
         "weights": "Qwen/Qwen3-VL-8B-Instruct",
         "licence": "Apache-2.0",
         "family": "zero-shot VLM",
@@ -40,12 +41,12 @@ class Ask(Asking):
 
     words = "yes and no"
 
-    def __init__(self, place: str | None = None) -> None:
+    def __init__(self, place: str | None = None, quantize: str = "none") -> None:
         where, _, file = (place or "").partition(";")
         self.asked = Path(file).read_text(encoding="utf-8") if file else QUESTION
         if "{prompt}" not in self.asked:
             raise ValueError(f"{file} does not say where the prompt goes; allowed is a text with {{prompt}} in it")
-        self.model = FirstToken.load("vlm_ask", REPO, where or None)
+        self.model = FirstToken.load("vlm_ask", REPO, where or None, quantize)
         self.model.apart(YES, NO)
 
     def __call__(self, media: Media, prompts: Prompts) -> Tensor:

@@ -13,8 +13,7 @@ import torch
 from diffalign.errors import UserError
 from diffalign.models import lora as adapters
 from diffalign.runtime.extras import missing
-
-_MODULES = {"int8": "torchao", "nf4": "bitsandbytes"}
+from diffalign.runtime.precision import QUANTIZERS
 
 
 def check(quantize: str, device: str, field: str = "memory.quantize") -> None:
@@ -25,8 +24,8 @@ def check(quantize: str, device: str, field: str = "memory.quantize") -> None:
     """
     if quantize == "none":
         return
-    if mend := missing(_MODULES[quantize]):
-        raise UserError(f"{field}: got {quantize}, which needs {_MODULES[quantize]}; {mend}")
+    if mend := missing(QUANTIZERS[quantize]):
+        raise UserError(f"{field}: got {quantize}, which needs {QUANTIZERS[quantize]}; {mend}")
     if quantize == "nf4" and not device.startswith("cuda"):
         raise UserError(f"{field}: got nf4, which needs a CUDA device, this is {device}; allowed here is none, int8")
 

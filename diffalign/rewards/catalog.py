@@ -3,12 +3,13 @@
     REWARDS = {"name": {"object": "Class or function", "differentiable": False, "modality": "image", "about": "one line"}}
 
 with `range`, `needs` (keys of the prompts' metadata), `weights` (where its weights are, with a class that takes another place:
-`name@PLACE`), `licence`, `memory` (GiB of its weights), `narrow` (on a card they are bfloat16, in evaluations too), `extra` (a module of
-an optional extra), `background` (it works on the CPU, while sampling goes on), `timed` (it needs videos' frames per second), `column` (its
-object is a judge that gives several numbers, and this is one of them), `template` (what `rewards fetch` looks for) and `family` (the data
-or model it learned from, one name for all that share it) where they apply. What `rewards check` shows and expects: `shown` ("text":
-writing, "sign": a stop sign, else shapes), and of its three samples, one as asked, another one and noise, the `known` scores within
-`tolerance`, or that they are `ordered`: the first above the second.
+`name@PLACE`), `licence`, `memory` (GiB of its weights), `narrow` (on a card they are bfloat16, in evaluations too), `kept` (GiB that stay
+bfloat16 in `NAME+int8` and `NAME+nf4`, which it has then, and a class that takes the way as `quantize`), `extra` (a module of an optional
+extra), `background` (it works on the CPU, while sampling goes on), `timed` (it needs videos' frames per second), `column` (its object is a
+judge that gives several numbers, and this is one of them), `template` (what `rewards fetch` looks for) and `family` (the data or model it
+learned from, one name for all that share it) where they apply. What `rewards check` shows and expects: `shown` ("text": writing, "sign": a
+stop sign, else shapes), and of its three samples, one as asked, another one and noise, the `known` scores within `tolerance`, or that they
+are `ordered`: the first above the second.
 
 Any Python function `f(media, prompts)` works too, as `./file.py:function` or `package.module:function`, and those that were written for
 other trainers (see `takes`), `#part` after the name picks one of several scores; a module-level
@@ -31,15 +32,18 @@ from typing import Any
 
 from diffalign.errors import UserError
 from diffalign.rewards import metadata, takes
+from diffalign.rewards.parsing import defined, literal, parsed
 from diffalign.runtime.extras import missing
 from diffalign.runtime.files import HUB_ID, is_file
+from diffalign.runtime.precision import PRECISIONS, QUANTIZED, QUANTIZERS
 
 
 @dataclass(frozen=True)
 class Entry:
     """Where a reward is and what it promises. needs: keys its samples' metadata must have; weights: where its weights are unless
     `place` says otherwise; extra: the module it needs from an optional extra; range: of its scores; memory: GiB of its weights;
-    narrow: whether they are bfloat16; background: it may score in a thread of its own; timed: it needs frames per second; column: of a
+    narrow: whether they are bfloat16; kept: GiB of them that stay so where they are quantised, 0: they cannot be; quantize: how they are;
+    background: it may score in a thread of its own; timed: it needs frames per second; column: of a
     judge's numbers; template: where the text that it asks with is; family: the data or model that it learned from, which others share;
     urls: of its servers; part: of what a user's function returns; known, tolerance, ordered: what `rewards check` expects."""
 
@@ -56,6 +60,8 @@ class Entry:
     range: str = ""
     memory: float = 0.0
     narrow: bool = False
+    kept: float = 0.0
+    quantize: str = "none"
     background: bool = False
     timed: bool = False
     column: str = ""
@@ -72,13 +78,30 @@ class Entry:
     @property
     def network(self) -> str:
         """A name for its weights: rewards of one judge share them."""
-        return f"{self.source}:{self.attribute}@{self.place}" if self.column else self.name
+        held = "" if self.quantize == "none" else f"+{self.quantize}"
+        return f"{self.source}:{self.attribute}{held}@{self.place}" if self.column else self.name
 
     @property
     def missing(self) -> str:
         """What it needs and is not installed, with the command that installs it; empty if nothing is missing."""
-        mend = missing(self.extra) if self.extra else ""
-        return f"{self.extra}; {mend}" if mend else ""
+        for module in filter(None, (self.extra, QUANTIZERS.get(self.quantize))):
+            if mend := missing(module):
+                return f"{module}; {mend}"
+        return ""
+
+    def quantized(self, how: str) -> Entry:
+        """The same with linear layers in `how`, without a gradient.
+
+        Raises:
+            LookupError: if it has no such form.
+        """
+        if how not in QUANTIZED or not self.kept:
+            able = ", ".join(key for key, entry in builtin().items() if entry.kept)
+            raise LookupError(
+                f"got {self.name}+{how}; allowed are {' and '.join(f'+{h}' for h in QUANTIZED)}, of {able}"
+            )
+        size = self.kept + (self.memory - self.kept) * QUANTIZED[how] / PRECISIONS["bfloat16"]
+        return replace(self, name=f"{self.name}+{how}", quantize=how, differentiable=False, memory=round(size, 1))
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -97,50 +120,12 @@ class Entry:
         return ""
 
 
-def _literal(body: list[ast.stmt], name: str) -> Any:
-    """The value a module assigns to a name, None if it does not or it is not a literal."""
-    for node in body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            try:
-                return ast.literal_eval(node.value)
-            except ValueError:
-                return None
-    return None
-
-
-def _parsed(path: Path) -> list[ast.stmt]:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path)).body
-
-
-def _defined(body: list[ast.stmt]) -> set[str]:
-    """The names that a module binds: functions, classes, what is assigned or imported, under conditions too; `*` if it may be others."""
-    names: set[str] = set()
-    for node in body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
-        else:
-            for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-                inner = getattr(node, field, [])
-                names |= _defined([part for part in inner if isinstance(part, ast.stmt)])
-                names |= {
-                    n
-                    for part in inner
-                    if isinstance(part, (ast.ExceptHandler, ast.match_case))
-                    for n in _defined(part.body)
-                }
-            stored = (part for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store))
-            names |= {part.id for part in stored}
-    return names
-
-
 def _differentiable(body: list[ast.stmt], function: str, source: str) -> bool:
-    declared = _literal(body, "DIFFERENTIABLE")
+    declared = literal(body, "DIFFERENTIABLE")
     if declared is None or isinstance(declared, bool):
         return bool(declared)
     names = [declared] if isinstance(declared, str) else list(declared)
-    if unknown := [str(name) for name in names if name not in _defined(body)]:
+    if unknown := [str(name) for name in names if name not in defined(body)]:
         raise LookupError(f"{source}: DIFFERENTIABLE names {', '.join(unknown)}, which it does not define")
     return function in names
 
@@ -153,7 +138,7 @@ def builtin() -> dict[str, Entry]:
     assert spec.submodule_search_locations
     entries: dict[str, Entry] = {}
     for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
-        facts_of = _literal(_parsed(path), "REWARDS")
+        facts_of = literal(parsed(path), "REWARDS")
         assert facts_of, f"{path.name} has no literal REWARDS"
         for name, facts in facts_of.items():
             known = {field.name for field in fields(Entry)} & facts.keys()
@@ -161,6 +146,12 @@ def builtin() -> dict[str, Entry]:
             given = {key: facts[key] for key in known} | {k: tuple(facts.get(k, ())) for k in ("needs", "known")}
             entries[name] = Entry(name, f"reward_models.{path.stem}", facts["object"], **given)
     return entries
+
+
+def shipped(name: str) -> str:
+    """The name in `reward_models` of a reward with or without a place, quantised or not; any other name as it is."""
+    bare = name.partition("@")[0].partition("+")[0]
+    return bare if bare in builtin() else name
 
 
 def plugged(name: str) -> str | None:
@@ -198,6 +189,11 @@ def find(name: str) -> Entry:
     if "://" in name.partition("@")[0]:
         return _served(name)
     bare, at, place = name.partition("@")
+    stem, plus, how = bare.partition("+")
+    if plus and stem in known:
+        known = {**known, bare: known[stem].quantized(how)}
+        if not at:
+            return known[bare]
     if at and bare in known:
         if not known[bare].weights or not place:
             able = ", ".join(key for key, entry in known.items() if entry.weights)
@@ -240,18 +236,18 @@ def _function(name: str, place: str) -> Entry:
         if not is_file(path):
             raise LookupError(f"no file {source}")
         try:
-            body = _parsed(path)
+            body = parsed(path)
         except SyntaxError as error:
             raise LookupError(f"{source} line {error.lineno}: {error.msg}") from error
         except ValueError as error:
             raise LookupError(f"{source} is not Python text ({error})") from error
-        defined = _defined(body)
-        if attribute.partition(".")[0] not in defined and "*" not in defined:
+        names = defined(body)
+        if attribute.partition(".")[0] not in names and "*" not in names:
             raise LookupError(
-                f"{source} defines no function {attribute!r}, it defines {', '.join(sorted(defined)) or 'nothing'}"
+                f"{source} defines no function {attribute!r}, it defines {', '.join(sorted(names)) or 'nothing'}"
             )
         try:
-            takes.check_source(body, attribute, _literal(body, "TAKES"))
+            takes.check_source(body, attribute, literal(body, "TAKES"))
         except takes.Unrecognised as error:
             raise LookupError(str(error)) from error
         return Entry(name, str(path.resolve()), attribute, _differentiable(body, attribute, source), part=part)
@@ -266,7 +262,7 @@ def _function(name: str, place: str) -> Entry:
         name,
         source,
         attribute,
-        bool(known_source) and _differentiable(_parsed(Path(str(spec.origin))), attribute, source),
+        bool(known_source) and _differentiable(parsed(Path(str(spec.origin))), attribute, source),
         part=part,
     )
 

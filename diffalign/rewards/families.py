@@ -14,20 +14,14 @@ TRAINED_ON, IN_DOMAIN = "trained on", "in domain"
 
 def family(name: str) -> str:
     """Of a reward by name, with its weights' place or without; empty where it shares nothing that is known, as a function of one's own."""
-    entry = catalog.builtin().get(_bare(name))
+    entry = catalog.builtin().get(catalog.shipped(name))
     return "" if entry is None else entry.family
-
-
-def _bare(name: str) -> str:
-    """A reward's name without its weights' place."""
-    bare = name.partition("@")[0]
-    return bare if bare in catalog.builtin() else name
 
 
 def mark(judge: str, trained: Iterable[str]) -> str:
     """`trained on`, `in domain` for one of the family of what was trained on, or empty."""
     names = list(trained)
-    if _bare(judge) in map(_bare, names):
+    if catalog.shipped(judge) in map(catalog.shipped, names):
         return TRAINED_ON
     own = family(judge)
     return IN_DOMAIN if own and own in map(family, names) else ""

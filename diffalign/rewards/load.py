@@ -49,6 +49,8 @@ def load(
         entry = find(name)
     except LookupError as error:
         raise UserError(f"rewards: {name}: {error}") from error
+    if entry.quantize != "none" and entry.missing:
+        raise UserError(f"rewards: {name} needs {entry.missing}")
     if entry.urls:
         return Remote(name, entry.urls, deadline, batch)
     with content.opened() as seen, switches():
@@ -71,7 +73,8 @@ def _shipped(entry: Entry, judges: Judges) -> Reward:
     if entry.column and entry.network in judges:
         return Column(judges[entry.network], entry.column)
     target = _target(entry, _imported(entry))
-    made = _created(entry, target, *filter(None, [entry.place])) if inspect.isclass(target) else target
+    given = [entry.place, entry.quantize] if entry.quantize != "none" else [entry.place] if entry.place else []
+    made = _created(entry, target, *given) if inspect.isclass(target) else target
     if entry.column:
         return Column(judges.setdefault(entry.network, made), entry.column)
     return made if isinstance(made, Reward) else Wrapped(made, entry.background)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
-from diffalign.rewards.catalog import Entry, builtin
+from diffalign.rewards.catalog import Entry, builtin, shipped
 from diffalign.runtime.files import write_text
 from diffalign.runtime.launcher import cache_folder
 
@@ -55,7 +55,7 @@ def fetch(entry: Entry, source: Path) -> Path:
     Raises:
         UserError: if the reward asks none, or it is not in there, or is another text.
     """
-    name, facts = entry.name.partition("@")[0], entry.template
+    name, facts = shipped(entry.name), entry.template
     if not facts:
         able = ", ".join(key for key, other in builtin().items() if other.template)
         raise UserError(f"rewards: {entry.name} has no question of its authors'; allowed are {able}")

@@ -8,3 +8,4 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "floa
 # with an 8-bit scale each, and one of 32 bits for 256 blocks: 4 + 8 / 64 + 32 / (64 * 256) bits.
 QUANTIZED = {"int8": 1.0, "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
 QUANTIZE = ("none", *QUANTIZED)
+QUANTIZERS = {"int8": "torchao", "nf4": "bitsandbytes"}  # whose layers they are
