@@ -69,7 +69,7 @@ MUTATIONS = [
     Mutation("variants unweighted", TBP, "weight = 1 / (1 + s.variants)", "weight = 1.0"),
     Mutation("slope a step short", SLOPE, "math.prod(a[after:]) * part", "math.prod(a[term.start :]) * part"),
     Mutation("inverse weights biased", SLOPE, "left / p + later)", "left / p)"),
-    Mutation("finished latent judged early", TBP, "else span.clean)", "else span.x)"),
+    Mutation("finished latent judged early", TBP, "else span.clean", "else span.x"),
     Mutation(
         "input not detached",
         WALK,
@@ -148,4 +148,6 @@ MUTATIONS = [
     Mutation("worst bundles weigh as the others", ADVANTAGES, "(lower - reward, 0) / low", "(lower - reward, 0)"),
     Mutation("CPS without its noise", CPS, "np.sqrt(after**2 - std**2)", "after"),
     Mutation("flat to one is flat to all", TRAINER, "not plan.perturbed and not any(", "not plan.perturbed and any("),
+    Mutation("known noise left in", FORWARD, "- sigma * noise) / alpha", ") / alpha"),
+    Mutation("a leap's start carries less", SLOPE, "(kept + float(of_x[0]))", "kept"),
 ]

@@ -78,8 +78,8 @@ class ChainPolicy(Trained, ABC):
         nearest step is."""
 
     @abstractmethod
-    def pixels(self, prompts: Prompts, x: Tensor) -> Media:
-        """Decode finished latents, with gradient to them."""
+    def pixels(self, prompts: Prompts, x: Tensor, whole: bool = True) -> Media:
+        """Decode finished latents, with gradient to them. whole: all of a video, whatever rewards are to see of it."""
 
     @abstractmethod
     @contextmanager
@@ -224,9 +224,9 @@ class ChainPolicy(Trained, ABC):
             parts.append(replace(part, micro_batch=self.micro_batch, mean=mean, log_prob=log_prob))
         return concatenate(parts, rollout.prompts)
 
-    def decode(self, part: Rollout, x: Tensor) -> Media:
-        """Decode latents of the part's leaves."""
-        return self.pixels(part.prompts.select(part.tree.leaf_root), x)
+    def decode(self, part: Rollout, x: Tensor, whole: bool = False) -> Media:
+        """Decode latents of the part's leaves: what rewards are to see in training, or the `whole`."""
+        return self.pixels(part.prompts.select(part.tree.leaf_root), x, whole)
 
 
 def child_seeds(seeds: list[int], children: int) -> list[int]:

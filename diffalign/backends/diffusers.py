@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as rerun
 
-from diffalign.backends import recorder
+from diffalign.backends import first_latent, recorder
 from diffalign.backends.chain import ChainPolicy
 from diffalign.backends.guiding import rows_of
 from diffalign.backends.seam import Seam
@@ -52,9 +52,10 @@ class DiffusersPolicy(ChainPolicy):
         cache: of features, for rollouts within `cached`; None: there is none.
         fps: frames per second of its videos, None: not known.
         guidance_steps: the first step with guidance and one past the last, None: all.
+        one_latent: whether only the first latent of a video is decoded, unless all of it is asked for.
 
     Raises:
-        UserError: for a pipeline that cannot be called so, or not with such a cache.
+        UserError: for a pipeline that cannot be called so, or not with such a cache, or whose first frame needs other latents too.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class DiffusersPolicy(ChainPolicy):
         cache: Cache | None = None,
         fps: float | None = None,
         guidance_steps: Sequence[int] | None = None,
+        one_latent: bool = False,
     ) -> None:
         arguments = call_arguments(steps, guidance_scale, call)
         self.seam = seam = Seam(pipe, process.kind, sigmas, arguments, kept)
@@ -84,6 +86,9 @@ class DiffusersPolicy(ChainPolicy):
         self.parameters = parameters or {}
         if guidance_steps is not None:
             seam.leave_out_guidance(guidance_steps)
+        self.one_latent = one_latent
+        if one_latent:
+            first_latent.check(seam)
         self.scale = seam.recorder.config.num_train_timesteps
         super().__init__(
             seam.timesteps, seam.levels, process, noise_level, micro_batch, stretches, guidance_steps, self.scale
@@ -209,8 +214,10 @@ class DiffusersPolicy(ChainPolicy):
         self.seam.run(text, x, (0,), keep, forced=forced, guided=guided)
         return seen[0]
 
-    def pixels(self, prompts: Prompts, x: Tensor) -> Media:
+    def pixels(self, prompts: Prompts, x: Tensor, whole: bool = True) -> Media:
         def decode(latent: Tensor) -> Tensor:
+            if self.one_latent and not whole:
+                return first_latent.decode(self.seam, prompts.text, latent)
             return self.seam.run(prompts.text, latent, (), None, output="pt")
 
         wanted = self._checkpoint_decoder and torch.is_grad_enabled() and x.requires_grad

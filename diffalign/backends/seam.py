@@ -80,10 +80,11 @@ class Seam:
         output: str = "latent",
         forced: Tensor | None = None,
         guided: bool = True,
+        changed: dict[str, Any] | None = None,
     ) -> Any:
         """The call over some steps, from latents x where given; every prediction goes to `on_step`. forced: other timesteps; guided: with
-        guidance, as far as the arguments ask for it."""
-        arguments = self.arguments if guided else {**self.arguments, **self.unguided}
+        guidance, as far as the arguments ask for it; changed: arguments that are others this time."""
+        arguments = {**self.arguments, **({} if guided else self.unguided), **(changed or {})}
         self.recorder.steps, self.recorder.forced = list(steps), forced
         self.recorder.on_step = on_step or recorder._unexpected
         self._latent = x
@@ -120,11 +121,13 @@ class Seam:
         with torch.no_grad(), self.accepting(PROBE):
             self.unguided = guiding.switch(self.pipe, steps, rows)
 
-    def start(self, text: list[str], generators: list[torch.Generator]) -> Tensor:
+    def start(
+        self, text: list[str], generators: list[torch.Generator], changed: dict[str, Any] | None = None
+    ) -> Tensor:
         """The pipeline's own initial latents."""
         # Not what the call returns: some pipelines unpack their latents before they hand them out.
         with self.accepting("these prompts"):  # arguments that fit the first, short text may not fit others
-            self.run(text, None, (), None, generators=generators)
+            self.run(text, None, (), None, generators=generators, changed=changed)
         assert self._prepared is not None
         return self._prepared
 

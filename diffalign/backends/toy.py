@@ -86,7 +86,7 @@ class ToyPolicy(ChainPolicy):
     def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor:
         return self.network(x, time.to(x).expand(len(x)))
 
-    def pixels(self, prompts: Prompts, x: Tensor) -> Media:
+    def pixels(self, prompts: Prompts, x: Tensor, whole: bool = True) -> Media:
         return Media(torch.sigmoid(x).reshape(len(x), 1, 3, 1, -1))
 
     @contextmanager

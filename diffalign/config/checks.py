@@ -243,10 +243,15 @@ def _check_together(config: Config, settings: Any) -> list[str]:
 
 
 def _unknown(config: Config, settings: Any) -> list[str]:
-    """Rewards that a rule's settings name and the run does not have."""
-    named = ((key, name) for key in ("gate", "floors") for name in getattr(settings, key, ()))
+    """Rewards that are named in a rule's settings or for a contrast and the run does not have."""
+    named = [(f"rule.{key}", name) for key in ("gate", "floors") for name in getattr(settings, key, ())]
+    named += [("scoring.contrast", name) for name in config.scoring.contrast]
     allowed = f"allowed are rewards of this run: {', '.join(config.rewards)}"
-    return [f"rule.{key}: got {shown(name)}, {allowed}" for key, name in named if name not in config.rewards]
+    same = [name for name, words in config.scoring.contrast.items() if words.plus == words.minus]
+    return [
+        *(f"{key}: got {shown(name)}, {allowed}" for key, name in named if name not in config.rewards),
+        *(f"scoring.contrast.{name}.minus: got the words of plus, which leaves 0; allowed are others" for name in same),
+    ]
 
 
 def _not_free(arguments: dict[str, Any]) -> list[str]:

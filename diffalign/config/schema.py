@@ -144,6 +144,13 @@ class OutputConfig(Settings):
     )
 
 
+class ContrastConfig(Settings):
+    """Words before a prompt, for a reward that is the difference of both."""
+
+    plus: str = Field(min_length=1, description="words before the prompt, whose score counts")
+    minus: str = Field(min_length=1, description="words before the prompt, whose score is taken away")
+
+
 class ScoringConfig(Settings):
     """How rewards are asked, and when too many samples go without a score."""
 
@@ -159,11 +166,16 @@ class ScoringConfig(Settings):
     batch: int = Field(16, ge=1, description="samples in a request to a reward server")
     frames: str = Field(
         "all",
-        pattern=r"^(first|middle|all|uniform:[1-9]\d*)$",
-        description="of a video, for rewards that see pictures",
-        json_schema_extra={**ASKED, "allowed": "first, middle, all or uniform:N"},
+        pattern=r"^(first|middle|all|uniform:[1-9]\d*|first_latent)$",
+        description="of a video, for rewards that see pictures; first_latent: decode only it",
+        json_schema_extra={**ASKED, "allowed": "first, middle, all, uniform:N or first_latent"},
     )
     reduce: Literal["mean", "min"] = Field("mean", description="over those frames", json_schema_extra=ASKED)
+    contrast: dict[str, ContrastConfig] = Field(
+        {},
+        description="reward: {plus: words, minus: words}: in training its score of plus and the prompt less that of minus and it",
+        json_schema_extra=ASKED,
+    )
     probe: bool = Field(
         True, description="try rewards in other trainers' forms on two samples first; false: where calls cost money"
     )

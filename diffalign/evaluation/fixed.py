@@ -126,7 +126,7 @@ def scores(policy: Policy, scorer: Scorer, prompts: Prompts, progress: Progress 
     done = 0
     progress("evaluating", 0, len(prompts))
     for part in _rollouts(policy, prompts):
-        begun.append(scorer.begin(policy.decode(part, part.x[-1]), part.prompts))
+        begun.append(scorer.begin(policy.decode(part, part.x[-1], whole=True), part.prompts))
         done += len(part.prompts)
         progress("evaluating", done, len(prompts))
     parts = [answer() for answer in begun]
@@ -136,7 +136,8 @@ def scores(policy: Policy, scorer: Scorer, prompts: Prompts, progress: Progress 
 @torch.no_grad()
 def pictures(policy: Policy, prompts: Prompts) -> NDArray[np.uint8]:
     """Deterministic samples (n, H, W, 3); of videos five frames side by side."""
-    return np.concatenate([strips(to_uint8(policy.decode(part, part.x[-1]))) for part in _rollouts(policy, prompts)])
+    decoded = (policy.decode(part, part.x[-1], whole=True) for part in _rollouts(policy, prompts))
+    return np.concatenate([strips(to_uint8(media)) for media in decoded])
 
 
 @torch.no_grad()

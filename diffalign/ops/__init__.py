@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffalign.ops import advantages, gaussian, geneval, implicit, matching, norms, surrogate
+    from diffalign.ops import advantages, gaussian, geneval, implicit, lagrange, matching, norms, prediction, surrogate
 
-__all__ = ["advantages", "gaussian", "geneval", "implicit", "matching", "norms", "surrogate"]
+__all__ = ["advantages", "gaussian", "geneval", "implicit", "lagrange", "matching", "norms", "prediction", "surrogate"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -31,3 +31,12 @@ def parts(alpha: Floats, sigma: Floats, kind: str) -> tuple[Floats, Floats, Floa
     if (alpha == 0).any():
         raise ValueError("epsilon prediction says nothing about x_0 where alpha is 0")
     return 1 / alpha, -sigma / alpha, zero, one  # x_0 = (x - s e) / a
+
+
+def arrival(at_x: float, at_prediction: float, alpha: float, sigma: float, kind: str) -> tuple[float, float]:
+    """alpha' and sigma' of where a step x' = at_x x + at_prediction p without noise leads from a level: x' = alpha' x_0 + sigma' n, with
+    the x_0 and n that the prediction implies."""
+    clean_x, clean_p, noise_x, noise_p = parts(np.array([alpha]), np.array([sigma]), kind)
+    of_both = np.array([[clean_x[0], noise_x[0]], [clean_p[0], noise_p[0]]])
+    signal, noise = np.linalg.solve(of_both, np.array([at_x, at_prediction]))
+    return float(signal), float(noise)

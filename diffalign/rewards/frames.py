@@ -12,21 +12,27 @@ from torch import Tensor
 from diffalign.rewards.base import Reward, Wrapped, numbers
 from diffalign.types import Integers, Media, Prompts
 
-POLICY = re.compile(r"first|middle|all|uniform:([1-9]\d*)")
+POLICY = re.compile(r"first_latent|first|middle|all|uniform:([1-9]\d*)")
 
 
 def chosen(policy: str, count: int) -> Integers:
-    """Indices of the frames of `count` that a policy shows: first, middle, all, or uniform:N (N of them, both ends included).
+    """Indices of the frames of `count` that a policy shows: first, middle, all, uniform:N (N of them, both ends included), or first_latent,
+    the first, which is all there is of a video where its first latent alone was decoded.
 
     Raises:
         ValueError: for another policy.
     """
     match = POLICY.fullmatch(policy)
     if match is None:
-        raise ValueError(f"got {policy!r}, allowed are first, middle, all and uniform:N")
+        raise ValueError(f"got {policy!r}, allowed are first, middle, all, uniform:N and first_latent")
     if match.group(1):
         return np.unique(np.linspace(0, count - 1, min(int(match.group(1)), count)).round().astype(np.int64))
-    return {"first": np.arange(1), "middle": np.array([count // 2]), "all": np.arange(count)}[policy]
+    return {
+        "first": np.arange(1),
+        "first_latent": np.arange(1),
+        "middle": np.array([count // 2]),
+        "all": np.arange(count),
+    }[policy]
 
 
 class PerFrame(Wrapped):

@@ -235,3 +235,17 @@ def renoised(
     noise = -noise if mirrored else noise
     x = ops.matching.noised(x0, noise, float(schedule.alpha[step]), float(schedule.sigma[step]))
     return replace(part, x=[*part.x[:step], x, *part.x[step + 1 :]]), noise
+
+
+def stepped(policy: Policy, part: Rollout, step: int, draw: int) -> Tensor:
+    """x_0 (N, D...) of the part's finished latents, noised to a step's level, after that step without noise, with the noise that they were
+    given taken out again: (x' - sigma' n) / alpha' (SRPO, arXiv 2509.06942).
+
+    A right network gives the latents back; the gradient to its prediction is that of x_0 times b / alpha', b the step's coefficient.
+    """
+    schedule = policy.schedule
+    part, noise = renoised(part, schedule, step, Purpose.VARIANT, draw)
+    at_x, at_prediction, _ = policy.table(part.plan, step)
+    level = float(schedule.alpha[step]), float(schedule.sigma[step])
+    alpha, sigma = ops.prediction.arrival(at_x, at_prediction, *level, schedule.prediction)
+    return (policy.replay(part, step, step + 1).x - sigma * noise) / alpha

@@ -1,7 +1,8 @@
 """The reward's slope handed to steps without a graph of the chain (FlowBP, arXiv 2606.11075): which steps, and what reaches each.
 
 x[t+1] = a_t x[t] + b_t p_t + noise, p_t the network's prediction at x[t]. With the networks' inputs held fixed,
-dR/dp_i = c_i dR/dx[T], c_i = b_i prod_{k > i} a_k; so one network call at a time is enough.
+dR/dp_i = c_i dR/dx[T], c_i = b_i prod_{k > i} a_k; so one network call at a time is enough. Two leaps over several steps
+each take the place of that chain in `leaps`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffalign import ops
 from diffalign.protocols import Policy
-from diffalign.types import Floats, Plan, Rollout, Term
+from diffalign.types import Floats, Plan, Rollout, Schedule, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,3 +80,36 @@ def reaching(part: Rollout, term: Term, a: Floats, gamma: float, scale: float) -
         return math.prod(a[after:]) * part.slope[last]
     arrived = gamma / scale * part.slope[bridge] + (1 - gamma) * math.prod(a[bridge:]) * part.slope[last]
     return math.prod(a[after:bridge]) * arrived
+
+
+def leaps(steps: range, order: int, late: float, rng: np.random.Generator) -> tuple[list[int], int]:
+    """The steps whose network calls make two leaps, from a drawn step to another one and from there to the end, and that other one.
+
+    Drawn as `drawn`; of each leap at most `order` calls, the first at its start.
+    """
+    start, middle = sorted(drawn(steps, 2, late, rng))
+    first, second = range(start, middle), range(middle, steps.stop)
+    return [*ops.lagrange.spread(first, order), *ops.lagrange.spread(second, order)], middle
+
+
+def reaching_leap(part: Rollout, schedule: Schedule, term: Term, gamma: float, support: float) -> tuple[float, Tensor]:
+    """How far the end of a term's leap moves with its prediction, times `support` unless it is the leap's first, and what reaches that
+    end from the reward (N, D...): dR/dx[T], or at the middle j, where x[T] = A x[j] + sum_m (X_m x[m] + P_m p_m),
+
+        lambda_j = (A + X_j) dR/dx[T] + gamma P_j (dp_j/dx)^T dR/dx[T].
+
+    Other latents are stored ones and carry none. The last part was kept of the loss of step j's own term.
+    """
+    plan, last = part.plan, part.plan.stop
+    middle = bridged(plan)
+    assert middle is not None
+    calls = sorted(other.start for other in plan.updates[0] if other.through == "slope")
+    here = [k for k in calls if (k >= middle) == (term.start >= middle)]
+    levels = schedule.alpha, schedule.sigma, schedule.prediction
+    *_, of_p = ops.lagrange.leap(*levels, here, last if term.start >= middle else middle)
+    own = here.index(term.start)
+    weight = float(of_p[own]) * (1.0 if own == 0 else support)
+    if term.start >= middle:
+        return weight, part.slope[last]
+    kept, of_x, _ = ops.lagrange.leap(*levels, [k for k in calls if k >= middle], last)
+    return weight, (kept + float(of_x[0])) * part.slope[last] + gamma * part.slope[middle]

@@ -9,6 +9,7 @@ import torch
 from diffalign.config import Config
 from diffalign.models.notes import Notes
 from diffalign.rewards import families
+from diffalign.rewards.catalog import find
 from diffalign.rewards.narrow import Narrow, difference
 from diffalign.runs.devices import promise
 from diffalign.runs.parts import Parts
@@ -25,6 +26,12 @@ def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str],
         say("evaluating on prompts that are trained on: scores do not say what is true of others")
     if config.evaluation.enabled and len(config.book.evaluation) < config.book.held_out:
         say(f"evaluating {config.book.extent} as evaluation.prompts says; null: all")
+    if config.scoring.frames == "first_latent" and (
+        moving := [n for n in config.rewards if find(n).modality == "video"]
+    ):
+        say(
+            f"scoring.frames: first_latent: {', '.join(moving)} see one frame of each video: nothing they say of what moves is learnt from"
+        )
     held_out = [name for name in config.eval_rewards if name not in config.rewards]
     if said := families.warning(held_out, config.rewards, "hold one of another family out too, eval_rewards"):
         say(said)

@@ -23,6 +23,7 @@ from diffalign.processes import PROCESSES
 from diffalign.protocols import START
 from diffalign.rewards.base import Reward
 from diffalign.rewards.catalog import find
+from diffalign.rewards.contrast import Contrast
 from diffalign.rewards.load import Judges
 from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.narrow import Narrow
@@ -122,6 +123,8 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     loaded: Judges = {}
     judges = {name: _reward(config, name, say, loaded) for name in judging}
     training = {name: _narrowed(config, name, judges[name], say) for name in config.rewards}
+    for name, words in config.scoring.contrast.items():
+        training[name] = Contrast(training[name], words.plus, words.minus)
     offload = config.memory.judges == "offloaded"
     scorers = Scorer(training, config.rewards, offload), Scorer(judges, offload=offload)
     return Parts(place, policy(config, pipe, parameters, kept), *scorers, frozen, start)
@@ -234,6 +237,7 @@ def policy(
             noise_level=sampler.noise_level,
             guidance_scale=sampler.guidance_scale,
             guidance_steps=sampler.guidance_steps,
+            one_latent=config.scoring.frames == "first_latent",
             sigmas=sampler.sigmas,
             call=sampler.pipeline_args,
             micro_batch=config.micro_batch,

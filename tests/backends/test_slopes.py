@@ -44,6 +44,8 @@ def test_41_a_bridge_over_two_steps_is_full_backpropagation_through_diffusers_ow
     )
     expected = full_backpropagation(name, 2, guidance)
     assert relative(gradients(policy, rule, update), expected) < 1e-6  # float64, or float32 where the pipeline insists
+    leaps = TruncatedBP(S(connect="lagrange", depth="all", gamma=1.0))  # over one step each
+    assert relative(gradients(policy, leaps), expected) < 1e-6
     assert relative(gradients(policy, TruncatedBP(S(connect="sparse", depth="all"))), expected) > 1e-3
 
 

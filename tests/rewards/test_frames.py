@@ -26,6 +26,7 @@ def video(n=2, frames=5, size=8):
         ("uniform:3", [0, 2, 4]),
         ("uniform:1", [0]),
         ("uniform:9", [0, 1, 2, 3, 4]),
+        ("first_latent", [0]),
     ],
 )
 def test_policies_choose_frames(policy, expected):
@@ -34,7 +35,7 @@ def test_policies_choose_frames(policy, expected):
 
 @pytest.mark.parametrize("policy", ["last", "uniform", "uniform:0", "uniform:-1", ""])
 def test_other_policies_are_refused(policy):
-    with pytest.raises(ValueError, match="allowed are first, middle, all and uniform:N"):
+    with pytest.raises(ValueError, match="allowed are first, middle, all, uniform:N and first_latent"):
         chosen(policy, 5)
     with pytest.raises(UserError, match="scoring.frames"):
         config.load("flow_grpo/shapes-sd3", [f"scoring.frames='{policy}'"])

@@ -31,6 +31,8 @@ FORMS = {
     "refl": lambda: TBP(TBP.Settings(judged=(2, 3), objective="hinge", target=5.0)),
     "flow_bp_sparse": lambda: TBP(TBP.Settings(connect="sparse", depth="all", trained=2, rescale=0.5, noise=True)),
     "flow_bp_bridge": lambda: TBP(TBP.Settings(connect="bridge", depth="all", trained=3)),
+    "flow_bp_lagrange": lambda: TBP(TBP.Settings(connect="lagrange", depth="all", order=2)),
+    "srpo": lambda: TBP(TBP.Settings(connect="known_noise", judged=(1, 3))),
     "drtune": lambda: TBP(TBP.Settings(depth="all", detached=True, trained=2, judged=(3, 4))),
     "dgpo": lambda: AWM(AWM.Settings(implicit="group", implicit_beta=10.0)),
     "residual": lambda: AWM(AWM.Settings(implicit="residual", implicit_to="anchor")),

@@ -248,9 +248,10 @@ def test_the_reward_is_asked_once_and_only_drawn_steps_are_taken_a_gradient_of()
     [
         (
             {"connect": "chain", "gamma": 0.1},
-            "rule.gamma: got 0.1, has no effect without rule.connect: sparse or bridge",
+            "rule.gamma: got 0.1, has no effect without rule.connect: bridge or lagrange",
         ),
-        ({"gamma": 0.1}, "rule.gamma: got 0.1, has no effect without rule.connect: bridge"),
+        ({"gamma": 0.1}, "rule.gamma: got 0.1, has no effect without rule.connect: bridge or lagrange"),
+        ({"order": 2}, "rule.order: got 2, has no effect without rule.connect: lagrange"),
         ({"depth": (2, 4)}, "rule.depth: got [2, 4] with rule.connect sparse"),
         ({"judged": (2, 3)}, "rule.judged: got [2, 3] with rule.connect sparse"),
         ({"variants": 2, "depth": 1}, "rule.variants: got 2 with rule.connect sparse"),
