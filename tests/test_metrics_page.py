@@ -9,6 +9,8 @@ import pytest
 from diffalign.backends.toy import ToyPolicy
 from diffalign.evaluation.results import Evaluation
 from diffalign.rules import RULES
+from diffalign.runtime import keys
+from diffalign.training.selection import Allocation, Scouts
 from tests.kit import ROOT
 from tests.kit.helpers import toy_trainer
 from tools.docs import metrics
@@ -40,6 +42,15 @@ def logged(name: str, settings: dict) -> set[str]:
     policy.add_shadows(rule.decays(0))
     trainer = toy_trainer(rule, policy)
     return {key for index in range(2) for key in trainer.update(index).row()}
+
+
+def test_keys_of_selectors_have_rows():
+    trainer = toy_trainer(RULES["awm"](), ToyPolicy(steps=5))
+    seen = {keys.SCOUTS_INVALID}
+    for trainer.selector in (Scouts(16, 2), Allocation(4, 12, 0.9)):
+        seen |= {key for key in trainer.update(0).row() if key.startswith(("scouts/", "allocated/"))}
+    assert len(seen) == 7
+    assert unknown(seen) == set()
 
 
 @pytest.mark.parametrize("name", RULES)

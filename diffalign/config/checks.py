@@ -16,6 +16,7 @@ from diffalign.config.messages import mistakes as told
 from diffalign.config.messages import near, renamed
 from diffalign.config.sampling import unguided
 from diffalign.config.schema import LARGEST, Config
+from diffalign.config.selecting import unselectable
 from diffalign.config.short import written_out
 from diffalign.errors import UserError, shown
 from diffalign.models.calls import FIXED, GIVEN
@@ -225,7 +226,7 @@ def _check_together(config: Config, settings: Any) -> list[str]:
         problems.append(
             f"prompts.groups: got {config.prompts.groups}, allowed are multiples of rule.risk.bundle ({needs.bundle})"
         )
-    if (config.budget.reward_calls or LARGEST) < (each := config.samples_per_update):
+    if (config.budget.reward_calls or LARGEST) < (each := config.samples_per_update + config.scouts_per_update):
         problems.append(
             f"budget.reward_calls: got {config.budget.reward_calls}, an update scores {each}; allowed is that or more"
         )
@@ -234,7 +235,7 @@ def _check_together(config: Config, settings: Any) -> list[str]:
         problems.append(
             f"optimizer.schedule: got {config.optimizer.schedule}, which ends with updates, and {limits[0]} before; allowed is constant"
         )
-    problems += _not_free(sampler.pipeline_args)
+    problems += [*_not_free(sampler.pipeline_args), *unselectable(config)]
     problems += unguided(sampler, config.prompts.cache is not None)
     problems += _check_cache(config, needs.exact_steps) if sampler.cache is not None else []
     if needs.differentiable_reward:

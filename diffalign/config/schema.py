@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from diffalign.config.hardware import Attention, Checkpoint, MemorySection, Spee
 from diffalign.config.kinds import ASKED, FREE, HELD, Decay, Precision
 from diffalign.config.limits import BudgetConfig, GuardConfig
 from diffalign.config.sampling import SamplerConfig
+from diffalign.config.selecting import AllocateConfig, ScoutsConfig
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import SETS
 from diffalign.rules import RULES, Rule
@@ -51,6 +53,13 @@ class PromptsConfig(Settings):
     )
     groups: int = Field(4, ge=1, le=LARGEST, description="prompts per update")
     group_size: int = Field(16, ge=1, le=LARGEST, description="samples per prompt")
+    scouts: ScoutsConfig | None = Field(
+        None,
+        description="more seeds are tried in few steps, the best and worst sampled anew; null: none",
+    )
+    allocate: AllocateConfig | None = Field(
+        None, description="more samples for prompts whose outcome is uncertain, as many in all; null: equal"
+    )
 
 
 class LoraSection(Settings):
@@ -242,6 +251,10 @@ class Config(Settings):
     def samples_per_update(self) -> int:
         return self.prompts.groups * self.prompts.group_size
 
+    @property
+    def scouts_per_update(self) -> int:
+        return 0 if self.prompts.scouts is None else self.prompts.groups * self.prompts.scouts.pool
+
     def make_rule(self) -> Rule:
         """The rule with its settings."""
         kind: Any = RULES[self.rule["name"]]
@@ -252,7 +265,13 @@ class Config(Settings):
         """Samples per forward pass, decided without a device."""
         if self.optimizer.micro_batch != "auto":
             return self.optimizer.micro_batch
-        return max(size for size in range(1, USUAL + 1) if self.samples_per_update % size == 0)
+        return max(size for size in range(1, USUAL + 1) if self.divided % size == 0)
+
+    @property
+    def divided(self) -> int:
+        """What a micro-batch divides: an update's samples, and where groups differ in size each group's, for none has two groups then."""
+        allocate, whole = self.prompts.allocate, self.samples_per_update
+        return whole if allocate is None else math.gcd(self.prompts.group_size, allocate.least, allocate.most)
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -31,17 +31,20 @@ from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.runtime.words import duration, folded
 from diffalign.shapes import models
 from diffalign.training.fitting import fit
+from diffalign.training.selection import selector
 from diffalign.training.trainer import Trainer
 from diffalign.types import Media, Plan, Prompts, Schedule, Term
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one update: network rows, bytes of trajectories kept, FLOPs of the network and of decoding."""
+    """Of one update: samples that are learnt from, scouts that choose them, network rows, bytes of trajectories kept, FLOPs of the network
+    and of decoding."""
 
     plan: Plan
     schedule: Schedule
     samples: int
+    scouts: int
     rows_forward: int
     rows_backward: int
     stored_bytes: int
@@ -57,6 +60,7 @@ class Cost:
         """A report, what it takes first; `bound`: what to hold its time against, None: nothing is known; told: whether it fits was said."""
         noisy = [k for k, on in enumerate(self.plan.noise) if on and self.schedule.std[k] > 0]
         std = [f"{self.schedule.std[k]:.3f}" for k in noisy]
+        chosen = f", chosen by {self.scouts} scouts that are scored too" if self.scouts else ""
         return [
             self._time(bound),
             *(self.demand.lines(told) if self.demand else ()),
@@ -64,7 +68,7 @@ class Cost:
             f"sampler     {self.schedule.steps} steps to level {self.plan.stop}, noise on steps {folded(noisy)}",
             *([f"std         {' '.join(std)}"] if std else []),
             *_steps(self.plan),
-            f"samples     {self.samples} an update",
+            f"samples     {self.samples} an update{chosen}",
             f"rows        {self.rows_forward} forward, of them {self.rows_backward} with backward",
             f"stored      {self.stored_bytes / 2**20:.1f} MiB of trajectories",
             f"parameters  {self.parameters / 1e6:.2f} M in the denoiser, {self.trained / 1e6:.3f} M trained",
@@ -202,17 +206,20 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
     nodes = sum(int(np.prod(plan.branch[:t])) for t in plan.levels)
     noisy = sum(int(np.prod(plan.branch[: t + 1])) for t in plan.rewalked if t < plan.stop and plan.noise[t])
     leaves = config.samples_per_update * int(np.prod(plan.branch[: plan.stop]))
+    scouts = config.scouts_per_update
     return Cost(
         plan,
         schedule,
         leaves,
+        scouts,
         forward + again,
         backward,
         4 * network.latent * config.samples_per_update * (nodes + noisy),
         network.parameters,
         network.trained,
         network.row * (forward + again + inside - backward) + network.trained_row * backward,
-        network.decode * leaves * (plan.scored + 2 * plan.perturbed) + network.trained_decode * leaves * plan.pathwise,
+        network.decode * (leaves * (plan.scored + 2 * plan.perturbed) + scouts)
+        + network.trained_decode * leaves * plan.pathwise,
         tuple(notes),
         config.updates,
     )
@@ -242,6 +249,7 @@ def _rows(config: Config, rule: Rule, levels: Levels, calls: tuple[int, int]) ->
         torch.optim.SGD(toy.parameters.values(), lr=0.0),
         lambda update: book.draw(entries, config.prompts.groups, config.prompts.group_size, config.seed, update),
         seed=config.seed,
+        selector=selector(config.prompts.scouts, config.prompts.allocate, config.micro_batch),
     )
     trainer.update(0)
     return toy.rows_forward, toy.rows_backward

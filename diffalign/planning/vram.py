@@ -90,7 +90,7 @@ def fitted(name: str, overrides: tuple[str, ...], vram: float, ready: bool = Tru
 
 def _ways(config: Config, found: Facts, vram: float, named: set[str], asked: set[str]) -> Iterator[dict[str, Any]]:
     """Settings to try, cheapest first: rung by rung the largest micro-batch, at last the smallest ones with everything on."""
-    own, whole = config.micro_batch, config.samples_per_update
+    own, whole = config.micro_batch, config.divided
     sizes = [own * GROWS // 2**k for k in range(20) if own * GROWS // 2**k >= 1]
     sizes = [size for size in sizes if size <= whole and whole % size == 0] or [own]
     if "optimizer.micro_batch" in asked:  # on the command line: presets name one too

@@ -67,6 +67,13 @@ class Scorer:
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._proved: set[str] = set()  # those that were found to depend on the pixels
 
+    def only(self, names: Sequence[str] | None) -> Scorer:
+        """The same rewards, or some of them, with the weights that they have now; None: all."""
+        chosen = list(self.rewards) if names is None else names
+        made = Scorer({n: self.rewards[n] for n in chosen}, {n: self.weights[n] for n in chosen}, self._offload)
+        made._threads = self._threads
+        return made
+
     def greet(self, say: Callable[[str], None] = print) -> None:
         """Let rewards behind servers find out whether they will answer; see `Reward.greet`."""
         for reward in self.rewards.values():

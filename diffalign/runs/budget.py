@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run, or an update, took: rows count network rows forward plus twice those backward, reward_calls samples scored, seconds
-    those of updates: evaluations and samples to look at are not in it."""
+    """What a run, or an update, took: rows count network rows forward plus twice those backward, reward_calls samples scored, scouts too,
+    seconds those of updates: evaluations and samples to look at are not in it."""
 
     updates: int = 0
     rows: float = 0.0
@@ -28,7 +28,7 @@ class Spent:
         """What one update took."""
         numbers = update.metrics
         rows = numbers.get("nfe", 0.0) + 2 * numbers.get("nfe_backward", 0.0)
-        return cls(1, rows, update.scored + update.unscored, numbers.get("seconds/total", 0.0))
+        return cls(1, rows, update.scored + update.unscored + update.scouted, numbers.get("seconds/total", 0.0))
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

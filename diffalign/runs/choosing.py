@@ -77,7 +77,8 @@ def _by_clock(config: Config, policy: DiffusersPolicy, world: World, say: Say) -
     kept = remembered.recall(key)
     if not (isinstance(kept, dict) and kept.keys() == {"micro_batch", "graphs"}):
         clock = Stopwatch(config, policy)
-        sizes = candidates(config.micro_batch, config.samples_per_update, world.size) if free else [config.micro_batch]
+        tried = candidates(config.micro_batch, config.samples_per_update, world.size) if free else [config.micro_batch]
+        sizes = [size for size in tried if config.divided % size == 0]
         size, seconds = largest_that_pays(clock, sizes)
         graphs = either and seconds < clock(size, recorded=False)
         kept = {"micro_batch": size, "graphs": graphs}
@@ -103,6 +104,7 @@ def _circumstances(config: Config) -> str:
         config.speed,
         config.optimizer.micro_batch,
         config.samples_per_update,
+        *([] if config.divided == config.samples_per_update else [config.divided]),
     ]
     facts += [config.make_rule().needs.reference, config.deterministic]
     return ", ".join(map(str, facts))

@@ -36,6 +36,7 @@ from diffalign.runtime.progress import Progress, silent
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.fitting import fit
 from diffalign.training.rates import factor
+from diffalign.training.selection import selector
 from diffalign.training.trainer import Trainer
 
 
@@ -148,6 +149,10 @@ def whole_groups(config: Config, name: str) -> tuple[int, ...]:
         UserError: if a micro-batch would hold a part of one.
     """
     sizes = {"prompts.group_size": config.prompts.group_size}
+    if config.prompts.scouts is not None:
+        sizes["prompts.scouts.pool"] = config.prompts.scouts.pool
+    if config.prompts.allocate is not None:
+        raise UserError(f"prompts.allocate: got it with {name}, which compares the samples of a group; allowed is null")
     if config.evaluation.enabled:
         sizes["evaluation.images_per_prompt"] = config.evaluation.images_per_prompt
     if problems := [
@@ -286,6 +291,7 @@ def trainer(
         max_invalid=config.scoring.max_invalid,
         notify=say,
         progress=progress,
+        selector=selector(config.prompts.scouts, config.prompts.allocate, parts.policy.micro_batch),
         rate=lambda update: optimizer.lr * factor(optimizer.schedule, update, optimizer.warmup, config.updates),
     )
     batch = made.draw(0).select(range(parts.policy.micro_batch))

@@ -56,6 +56,7 @@ class SavePoints:
             shadows=policy.shadows,
             optimizer=self.trainer.optimizer.state_dict(),
             rule=self.trainer.rule.state_dict(),
+            selector=self.trainer.selector.state_dict(),
             micro_batch=policy.micro_batch,
             skipped=skipped,
             digests=self.digests,
@@ -98,7 +99,7 @@ class SavePoints:
     def _restore(self, state: RunState, changes: list[str]) -> None:
         policy = self.trainer.policy
         asked = policy.micro_batch
-        states.restore(state, policy, self.trainer.optimizer, self.trainer.rule)
+        states.restore(state, policy, self.trainer.optimizer, self.trainer.rule, self.trainer.selector)
         if any(line.startswith("optimizer.micro_batch:") for line in changes):
             policy.micro_batch = asked
         history = [*state.history, *([{"update": state.update, "changes": changes}] if changes else [])]

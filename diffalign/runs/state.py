@@ -21,6 +21,7 @@ from diffalign.rules import Rule
 from diffalign.runs.budget import Spent
 from diffalign.runs.store import FORMAT, STATE, Store
 from diffalign.runtime.files import share, write_text
+from diffalign.training.selection import Selector
 
 TENSORS, OPTIMIZER = "tensors.safetensors", "optimizer.pt"
 
@@ -29,9 +30,10 @@ TENSORS, OPTIMIZER = "tensors.safetensors", "optimizer.pt"
 class RunState:
     """All that a run needs to go on.
 
-    update: how many are done; rule: its `state_dict`; micro_batch: as large as memory sufficed for; skipped: updates with a gradient that
-    was not finite; digests: of what the run was begun with, by what it is; settings: the resolved config; given: its keys that the user
-    named; history: what was changed on the way, and after which update; logs: digests of the log files; spent: what it took so far.
+    update: how many are done; rule, selector: their `state_dict`; micro_batch: as large as memory sufficed for; skipped: updates with a
+    gradient that was not finite; digests: of what the run was begun with, by what it is; settings: the resolved config; given: its keys
+    that the user named; history: what was changed on the way, and after which update; logs: digests of the log files; spent: what it took
+    so far.
     """
 
     update: int
@@ -40,6 +42,7 @@ class RunState:
     optimizer: dict[str, Any]
     rule: dict[str, Any]
     micro_batch: int
+    selector: dict[str, Any] = field(default_factory=dict)
     skipped: int = 0
     digests: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -52,6 +55,8 @@ class RunState:
         """What is no tensor, JSON-serialisable."""
         tensors = {"parameters", "shadows", "optimizer"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
+        if not self.selector:  # as checkpoints were before there were selectors
+            del values["selector"]
         return values | {"spent": asdict(self.spent)}
 
 
@@ -107,8 +112,10 @@ def load(store: Store, path: Path) -> RunState:
 
 
 @torch.no_grad()
-def restore(state: RunState, policy: TrainablePolicy, optimizer: torch.optim.Optimizer, rule: Rule) -> None:
-    """Put a state's tensors and the rule's memory back where they were; the optimiser keeps the settings it was made with."""
+def restore(
+    state: RunState, policy: TrainablePolicy, optimizer: torch.optim.Optimizer, rule: Rule, selector: Selector
+) -> None:
+    """Put a state's tensors and what rule and selector learnt back where they were; the optimiser keeps the settings it was made with."""
     for name, parameter in policy.parameters.items():
         parameter.copy_(state.parameters[name])
     for name, shadow in state.shadows.items():
@@ -119,3 +126,4 @@ def restore(state: RunState, policy: TrainablePolicy, optimizer: torch.optim.Opt
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
     rule.load_state_dict(state.rule)
+    selector.load_state_dict(state.selector)

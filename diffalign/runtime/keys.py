@@ -14,6 +14,10 @@ RATE, DIVERSITY, DRIFT = "lr", "pictures/diversity", "pictures/drift"
 BLANK, LATENT = "pictures/blank", "latents/rms"
 TOOK = "seconds/total"  # of an update
 RESET = "reference_reset"  # of an update after which the reference became the present model
+# Of scouts: their mean, that of those kept, how far their order is that of the second samples, and how many have no score.
+SCOUTED, SCOUTS_KEPT, SCOUTS_RANK, SCOUTS_INVALID = "scouts/mean", "scouts/kept", "scouts/rank", "scouts/invalid"
+# Of prompts that get more samples than others: the fewest and the most of an update, and the mean of what was thought of their pass rates.
+FEWEST, MOST, PASS_RATE = "allocated/fewest", "allocated/most", "allocated/pass_rate"
 SPARED = "cache/spared"  # share of its rollouts' calls of blocks that a cache answered
 # What a run had taken up to an evaluation, by kind.
 SPENT = {kind: f"spent/{kind}" for kind in ("rows", "reward_calls", "seconds")}

@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     SUITE = 17  # the seeds of an evaluation by a suite
     FORWARD = 18  # noise on finished samples, to learn from
     VARIANT = 19  # noise on finished samples, to go on from (DRaFT-LV)
+    FURTHER = 20  # the seeds of a group's samples beyond those it was drawn with
+    LOT = 21  # which of equally good samples are kept
     TOY = 1 << 40  # the start of the Gaussian chain
 
 

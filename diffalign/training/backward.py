@@ -15,7 +15,7 @@ from diffalign.protocols import TrainablePolicy
 from diffalign.rewards.scorer import Scorer, Tally
 from diffalign.rules import Rule
 from diffalign.runtime.progress import Progress, silent
-from diffalign.types import Credit, Floats, Rollout, Span, Term, chunks
+from diffalign.types import Credit, Floats, Integers, Rollout, Span, Term, chunks
 
 # Largest |log-ratio| of a first pass. On the CPU the same kernels run twice, and only the order of a sum in float64 may differ; elsewhere
 # it is a tenth of the clip range, so that no row can be clipped, and at most 1e-4: rounding stored latents to bfloat16 after their
@@ -56,24 +56,26 @@ class Backward:
         *,
         first: bool,
         where: str = "",
-        total: int | None = None,
+        totals: Integers | None = None,
     ) -> Logged:
         """Add the gradient of a sum of terms to the parameters; `first`: they have not moved since the rollout.
 
         A part of n of N samples weighs n / N, so the cut into micro-batches and processes does not change the gradient.
-        credit: for each term; total: N, the rollout's if it is all there is.
+        credit: for each term; totals: N of each of the rollout's samples, the same within a micro-batch; None: as many as it has.
 
         Raises:
             Fault: if a first pass differs from the rollout, saying `where`.
         """
-        total = total or len(rollout.prompts)
+        count = len(rollout.prompts)
+        totals = np.full(count, count) if totals is None else totals
         self.tally = Tally()
         noted: list[tuple[str | Span, float, Tensor]] = []  # name, share of the samples, value: read when all is done
         gaps: list[tuple[Tensor, Term, float | None]] = []
         parts = list(chunks(len(rollout.prompts), self.policy.micro_batch))
         for at, rows in enumerate(parts):
             part = rollout.select(rows)
-            share = len(rows) / total
+            share = len(rows) / int(totals[rows[0]])
+            assert (totals[rows] == totals[rows[0]]).all(), "a micro-batch of groups that weigh differently"
             # Terms mostly share one credit.
             own = {id(whole): whole and whole.select(rollout.tree, rows) for whole in credit}
             for place, (term, whole) in enumerate(zip(terms, credit, strict=True)):

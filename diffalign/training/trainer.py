@@ -6,8 +6,7 @@ import functools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,8 +23,9 @@ from diffalign.runtime.progress import Progress, silent
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.backward import Backward, Logged
 from diffalign.training.floors import moved
-from diffalign.training.sampled import Sampled, settled, tallied
-from diffalign.training.scoring import Clock, Sampling, appearances, describe, joined_scores, measured
+from diffalign.training.sampled import Sampled, drawn, settled, tallied
+from diffalign.training.scoring import Clock, Sampling, appearances, describe, measured
+from diffalign.training.selection import Everything, Selector
 from diffalign.types import Credit, Plan, Prompts, Rollout, Scores, Span, Term, Tree, Update
 
 
@@ -42,6 +42,7 @@ class Trainer:
         notify: told what a user should know.
         rate: update -> the learning rate of that update; None: it stays the optimizer's own.
         progress: told of every micro-batch.
+        selector: decides which samples are drawn of the prompts; None: all.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class Trainer:
         notify: Callable[[str], None] = print,
         rate: Callable[[int], float] | None = None,
         progress: Progress = silent,
+        selector: Selector | None = None,
     ) -> None:
         self.rule, self.policy, self.scorer, self.optimizer, self.draw = rule, policy, scorer, optimizer, draw
         self.max_grad_norm, self.seed, self.max_invalid, self.notify = max_grad_norm, seed, max_invalid, notify
         self.world, self.dealt, self.rate, self.weights = world, policy.micro_batch, rate, dict(scorer.weights)
+        self.selector: Selector = selector or Everything()
         self.sampling = Sampling(policy, scorer, rule.needs.log_probs, progress)
         self.backward = Backward(rule, policy, scorer, term_norms or rule.needs.term_norms, progress)
         self.compared = False  # whether it was said how far a compiled first pass is from its rollout
@@ -81,7 +84,7 @@ class Trainer:
         if self.rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(index)
-        started, before = time.perf_counter(), self._counters()
+        started, before = time.perf_counter(), _counters(self.policy)
         sampled = self._sample(index, clock)
         update = sampled.update
         if not update.flat:
@@ -93,6 +96,7 @@ class Trainer:
         self.world.check_equal(self.policy.parameters, f"update {index + 1}")
         self.policy.follow(self.rule.decays(index))
         self.rule.after_update(update)
+        self.selector.after_update(update)
         update = moved(self.rule, update, f"update {index + 1}", self.notify)
         if START in self.policy.shadows:
             update = self._reset(index, update)
@@ -101,16 +105,11 @@ class Trainer:
         self.whole = True
         seconds = {f"seconds/{phase}": value for phase, value in clock.seconds.items()}
         seconds["seconds/total"] = time.perf_counter() - started
-        counted = self.world.gather([now - then for now, then in zip(self._counters(), before, strict=True)])
+        counted = self.world.gather([now - then for now, then in zip(_counters(self.policy), before, strict=True)])
         forward, backward, called, run = (float(sum(column)) for column in zip(*counted, strict=True))
         spent = {"nfe": forward, "nfe_backward": backward, **({keys.SPARED: 1 - run / called} if called else {})}
         rate = {keys.RATE: float(self.optimizer.param_groups[0]["lr"])}
         return replace(update, metrics={**update.metrics, **rate, **seconds, **spent})
-
-    def _counters(self) -> tuple[int, int, int, int]:
-        """What the policy has counted so far."""
-        policy = self.policy
-        return policy.rows_forward, policy.rows_backward, policy.parts_called, policy.parts_run
 
     def _reset(self, index: int, update: Update) -> Update:
         """Let the reference be the present model if the rule says so, and note that."""
@@ -129,46 +128,47 @@ class Trainer:
 
     def _sample(self, index: int, clock: Clock) -> Sampled:
         """Plan, sample, score and credit."""
-        prompts = self.draw(index)
         plan = self.rule.plan(self.policy.schedule, index, numpy_generator(self.seed, Purpose.PLAN, index))
         if self.rule.measures_units and not self.rule.units:
             judge, steps = functools.partial(self._scored, clock=clock), self.policy.schedule.steps
             self.rule.units = measured(self.rule, judge, self.draw(0), steps, self.notify)
         if self.rule.measures_units or self.rule.least:
             self.scorer.weights = self.rule.weighed(self.weights)
+        selected = self.selector.select(self.draw(index), plan, functools.partial(self._scouted, clock))
+        prompts, chosen = selected.prompts, Update(scouted=selected.scouted, metrics=selected.metrics)
         rows, rollout, scores = self._scored(prompts, plan, clock)
         if scores is None:
-            return Sampled(rollout, rows, prompts, None, Update())
+            return Sampled(rollout, rows, prompts, None, chosen, selected.uneven)
         tree = Tree.grow(len(prompts), plan.branch)
         if 1 - scores.valid.mean() > self.max_invalid or not scores.valid.any():
             raise Unscored(f"update {index + 1}: samples without a score, {self.scorer.unscored(scores.by_name)}")
         credit = self.rule.credit(tree, scores, prompts)
         found = self.world.gather((rows, self.sampling.appearance()))
-        group = prompts.group[tree.leaf_root]
-        update = Update(
+        judged = prompts.select(tree.leaf_root)
+        update = replace(
+            chosen,
             scored=int(scores.valid.sum()),
             unscored=int((~scores.valid).sum()),
             flat=not self.rule.needs.anchored and _flat(plan, credit),
-            judged=(prompts.select(tree.leaf_root), scores),
-            metrics=describe(scores, group, self.rule.settings) | appearances(found, tree, group),
+            judged=(judged, scores),
+            metrics=chosen.metrics
+            | describe(scores, judged.group, self.rule.settings)
+            | appearances(found, tree, judged.group)
+            | self.selector.compared(selected, judged, scores),
         )
-        return Sampled(rollout, rows, prompts, credit, update)
+        return Sampled(rollout, rows, prompts, credit, update, selected.uneven)
 
     def _scored(self, prompts: Prompts, plan: Plan, clock: Clock) -> tuple[list[int], Rollout, Scores | None]:
-        """This process's rows of some prompts, their rollout, and the scores of all, where the plan samples to the end."""
-        rows = self.world.rows(len(prompts), self.dealt)
+        """See `drawn`."""
+        cached = not self.rule.needs.exact_steps
+        return drawn(self.sampling, prompts, plan, clock, self.world, self.dealt, self.notify, cached)
 
-        def own() -> tuple[Rollout, Scores | None]:
-            with (
-                self.policy.shadow(plan.sampled_by) if plan.sampled_by else nullcontext(),
-                nullcontext() if self.rule.needs.exact_steps else self.policy.cached(),
-            ):
-                work = functools.partial(self.sampling.run, prompts.select(rows), plan, clock)
-                return fitting(self.policy, work, self.notify)
-
-        rollout, part = self.world.together(own)
-        tree = Tree.grow(len(prompts), plan.branch)
-        return rows, rollout, part and joined_scores(self.world.gather((rows, part)), tree)
+    def _scouted(self, clock: Clock, prompts: Prompts, plan: Plan, rewards: Sequence[str] | None) -> Scores:
+        """Some rewards' scores of samples that nothing is learnt from."""
+        sampling = Sampling(self.policy, self.scorer.only(rewards), progress=self.sampling.progress)
+        *_, scores = drawn(sampling, prompts, plan, clock, self.world, self.dealt, self.notify)
+        assert scores is not None, "scouts are sampled to the end"
+        return scores
 
     def _train(self, sampled: Sampled, index: int) -> Update:
         """The optimiser steps of one update; what is logged is averaged over them."""
@@ -179,7 +179,7 @@ class Trainer:
             credit = settled(terms, sampled, self.backward, self.world, self.notify)
             work = functools.partial(self._gradient, terms, sampled, credit, first=first, where=where)
             logged = self.world.together(functools.partial(fitting, self.policy, work, self.notify))
-            logged = self.world.average(logged, len(sampled.rollout.prompts) / len(sampled.prompts))
+            logged = self.world.average(logged, sampled.share)
             counts = tallied(self.world, self.backward.tally, self.max_invalid, where)
             norm = self._step()
             skipped += norm is None
@@ -212,9 +212,7 @@ class Trainer:
         if first and stale and sampled.rollout.micro_batch != self.policy.micro_batch:
             self.notify(f"{where}: old log-probabilities are computed again, for the smaller micro-batch")
             sampled.rollout = self.policy.recomputed(sampled.rollout)
-        return self.backward.accumulate(
-            terms, sampled.rollout, credit, first=first, where=where, total=len(sampled.prompts)
-        )
+        return self.backward.accumulate(terms, sampled.rollout, credit, first=first, where=where, totals=sampled.totals)
 
     def _step(self) -> float | None:
         """Clip and step; returns the gradient's norm before, None where it is not finite and the step is skipped."""
@@ -229,6 +227,11 @@ class Trainer:
         self.whole = False
         self.optimizer.step()
         return norm
+
+
+def _counters(policy: TrainablePolicy) -> tuple[int, int, int, int]:
+    """What a policy has counted so far."""
+    return policy.rows_forward, policy.rows_backward, policy.parts_called, policy.parts_run
 
 
 def _flat(plan: Plan, credit: Credit | None) -> bool:

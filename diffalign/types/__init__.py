@@ -223,14 +223,16 @@ Span = tuple[int, int]  # steps [start, stop)
 class Update:
     """What one update did.
 
-    scored, unscored: samples with and without a score, of all processes, both 0 where nothing was scored beforehand; judged: those
-    samples and their scores; values: where there are none, each reward's scores as gradients were taken, in any order; flat: nothing was
-    to be learnt from them; steps, nonfinite: optimiser steps, and those skipped since their gradient was not finite; term_norms: of each
-    term's own gradient by its steps, where the rule needs them; metrics: numbers to log.
+    scored, unscored: samples with and without a score, of all processes, both 0 where nothing was scored beforehand; scouted: samples
+    scored before that, to choose which are drawn; judged: the samples and their scores; values: where there are none, each reward's
+    scores as gradients were taken, in any order; flat: nothing was to be learnt from them; steps, nonfinite: optimiser steps, and those
+    skipped since their gradient was not finite; term_norms: of each term's own gradient by its steps, where the rule needs them; metrics:
+    numbers to log.
     """
 
     scored: int = 0
     unscored: int = 0
+    scouted: int = 0
     flat: bool = False
     steps: int = 0
     nonfinite: int = 0

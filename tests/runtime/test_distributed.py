@@ -33,22 +33,36 @@ os._exit(0)  # as the command line does: see `cli._leave`
 
 # -- gradients
 
+SCOUTING, UNEVEN = "awm, scouts", "awm, groups of unequal size"
+
 
 def every_rules_update(world: World, folder: str) -> None:
-    """Two updates of every rule on the Gaussian chain; each process writes its gradients, parameters and metrics."""
+    """Two updates of every rule on the Gaussian chain, and of one with scouts and with groups of unequal size; each process writes its
+    gradients, parameters, metrics and the seeds that it drew."""
     from diffalign.backends.toy import ToyPolicy
+    from diffalign.prompts import book
+    from diffalign.rules import AWM
+    from diffalign.training.selection import Allocation, Scouts
     from tests.kit.helpers import toy_prompts
     from tests.rules.test_conformance import FACTORIES
 
     found = {}
-    for name, make in FACTORIES.items():
+    for name, make in {**FACTORIES, SCOUTING: AWM, UNEVEN: AWM}.items():
         policy = ToyPolicy()
         trainer = trainer_of(make(), policy, world)
         trainer.draw = lambda update: toy_prompts(4, 6, update=update)
+        if name == SCOUTING:
+            trainer.selector = Scouts(12, 2)
+        if name == UNEVEN:
+            trainer.draw = lambda update: book.draw([{"prompt": "a"}, {"prompt": "b"}], 2, 16, 0, update)
+            trainer.selector = Allocation(4, 28, 0.9, 4)
+            trainer.selector.passed = {"a": (900.0, 1.0)}
         trainer.update(0)
-        row = trainer.update(1).row()
+        update = trainer.update(1)
+        row = update.row()
         kept = {k: v for k, v in row.items() if not k.startswith("seconds/")}
         found[name] = {"grad": policy.delta.grad.tolist(), "delta": policy.delta.tolist(), "metrics": kept}
+        found[name]["seeds"] = update.judged and update.judged[0].seed.tolist()
     Path(folder, f"{world.size}_{world.rank}.json").write_text(json.dumps(found))
 
 
@@ -82,8 +96,23 @@ def test_the_gradient_is_that_of_one_process_for_every_rule(updates, size):
         np.testing.assert_allclose(found["grad"], expected["grad"], rtol=1e-9, atol=1e-12, err_msg=name)
         np.testing.assert_allclose(found["delta"], expected["delta"], rtol=1e-9, atol=1e-11, err_msg=name)
         assert found["metrics"].keys() == expected["metrics"].keys(), name
+        assert found["seeds"] == expected["seeds"], name
         for key, value in expected["metrics"].items():
             assert found["metrics"][key] == pytest.approx(value, rel=1e-7, abs=1e-10), (name, key)
+
+
+def test_15_processes_keep_the_same_seeds_of_scouts(updates):
+    kept = [found[SCOUTING]["seeds"] for found in updates.values()]
+    assert len(kept) == 7
+    assert all(seeds == kept[0] for seeds in kept)
+    drawn = updates["1_0"]["awm"]["seeds"]
+    assert len(kept[0]) == len(drawn)
+    assert kept[0] != drawn
+
+
+def test_groups_of_unequal_size_were_of_unequal_size(updates):
+    metrics = updates["1_0"][UNEVEN]["metrics"]
+    assert metrics["allocated/fewest"] < 16 < metrics["allocated/most"]
 
 
 @pytest.mark.parametrize("size", [2, 4])
