@@ -66,7 +66,8 @@ class Needs:
     of every term, in `Update.term_norms`; log_probs: those of the rollout's edges in `Scores`; graph_bytes: a call of `Rule.fit` before the
     first plan; anchored: an update even where all rewards are equal, for terms that need none; looks: a call of `Rule.look` for every term
     and micro-batch, and of `Rule.settle`, before each optimiser step; exact_steps: the rollout's steps are the
-    network's own, as ratios and gradients through the chain need. False: only finished samples are used, however they were made.
+    network's own, as ratios and gradients through the chain need. False: only finished samples are used, however they were made; rewards:
+    those that go up: False: it asks none; adapters: names of frozen weights beside the trained ones, as `Policy.weights` takes them.
     """
 
     groups: bool = False
@@ -80,6 +81,8 @@ class Needs:
     anchored: bool = False
     looks: bool = False
     exact_steps: bool = True
+    rewards: bool = True
+    adapters: tuple[str, ...] = ()
 
 
 class Policy(Protocol):
@@ -98,11 +101,13 @@ class Policy(Protocol):
     def predict(self, part: Rollout, x: Tensor, time: Tensor) -> Tensor: ...
     def decode(self, part: Rollout, x: Tensor, whole: bool = False) -> Media: ...
     def reference(self) -> AbstractContextManager[None]: ...
+    def weights(self, name: str, guidance: float | None = None) -> AbstractContextManager[None]: ...
     def shadow(self, name: str) -> AbstractContextManager[None]: ...
     def shifted(self, draw: int, steps: Collection[int], scale: float) -> AbstractContextManager[None]: ...
     def along(self, draw: int, steps: Collection[int]) -> Tensor: ...
 
 
+BASE = "base"  # the bare model, among the names of frozen weights
 START = (
     "start"  # the copy of what a run began with, or of the last reset: `Policy.reference` is that where there is one
 )

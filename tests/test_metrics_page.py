@@ -27,8 +27,9 @@ MORE = {
     "ddpo": [{"estimator": "score"}],
     "truncated_bp": [{"objective": "hinge", "target": 5.0}],
     "rlr": [{"cover": "zo"}, {"start": "norms"}],
-    "awm": [{"kl": 0.1}, {"implicit": "group"}],
+    "awm": [{"kl": 0.1, "kl_gate": {"by": ["toy"]}}, {"implicit": "group"}],
     "nft": [{}],
+    "distil": [{"teachers": {"*": "better"}}],
 }
 
 
@@ -53,15 +54,21 @@ def test_keys_of_selectors_have_rows():
     assert unknown(seen) == set()
 
 
+def _seen(name: str) -> set[str]:
+    bare = [{}] if RULES[name]().needs.rewards else []  # one without rewards has nothing to learn from by itself
+    return set().union(*(logged(name, settings) for settings in (*bare, *MORE[name])))
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_every_key_of_a_rule_has_a_row(name):
-    seen = set().union(*(logged(name, settings) for settings in ({}, *MORE[name])))
-    assert {"reward/total", "grad_norm", "seconds/total", "nfe"} <= seen
+    seen = _seen(name)
+    assert {"grad_norm", "seconds/total", "nfe"} <= seen
+    assert ("reward/total" in seen) == RULES[name]().needs.rewards
     assert unknown(seen) == set()
 
 
 def test_every_row_of_the_rules_is_logged_by_one():
-    seen = set().union(*(logged(name, settings) for name in RULES for settings in ({}, *MORE[name])))
+    seen = set().union(*map(_seen, RULES))
     assert [row.key for row in metrics.PARTS["rules"] if not any(row.matches(key) for key in seen)] == []
 
 
@@ -96,4 +103,4 @@ def test_runs_on_real_pipelines_have_no_other():
     results = json.loads(metrics.RESULTS.read_text())
     for run in (*results["runs"], *results["broken"]):
         assert unknown(run["keys"]) == set(), run["name"]
-    assert {run["rule"]["name"] for run in results["runs"]} == set(RULES)
+    assert {run["rule"]["name"] for run in results["runs"]} == set(RULES) - {"distil"}  # no run of it is told of yet

@@ -81,12 +81,6 @@ class ChainPolicy(Trained, ABC):
     def pixels(self, prompts: Prompts, x: Tensor, whole: bool = True) -> Media:
         """Decode finished latents, with gradient to them. whole: all of a video, whatever rewards are to see of it."""
 
-    @abstractmethod
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """The model before training, without gradient, for the length of the context."""
-        yield
-
     # -- what follows from it
 
     def forget(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from diffalign.models.encodings import Kept
 from diffalign.models.graphs import Graphs
 from diffalign.models.recordings import Tools
 from diffalign.processes import Process
-from diffalign.protocols import START
+from diffalign.protocols import BASE
 from diffalign.types import Media, Prompts, Rollout
 
 
@@ -53,6 +53,7 @@ class DiffusersPolicy(ChainPolicy):
         fps: frames per second of its videos, None: not known.
         guidance_steps: the first step with guidance and one past the last, None: all.
         one_latent: whether only the first latent of a video is decoded, unless all of it is asked for.
+        frozen: peft's names of adapters that `weights` takes, by their names there.
 
     Raises:
         UserError: for a pipeline that cannot be called so, or not with such a cache, or whose first frame needs other latents too.
@@ -79,11 +80,12 @@ class DiffusersPolicy(ChainPolicy):
         fps: float | None = None,
         guidance_steps: Sequence[int] | None = None,
         one_latent: bool = False,
+        frozen: dict[str, str] | None = None,
     ) -> None:
         arguments = call_arguments(steps, guidance_scale, call)
         self.seam = seam = Seam(pipe, process.kind, sigmas, arguments, kept)
         self.pipe, self.arguments, self.fps = pipe, arguments, fps
-        self.parameters = parameters or {}
+        self.parameters, self.adapters = parameters or {}, frozen or {}
         if guidance_steps is not None:
             seam.leave_out_guidance(guidance_steps)
         self.one_latent = one_latent
@@ -226,6 +228,8 @@ class DiffusersPolicy(ChainPolicy):
         return Media(frames.float(), self.fps)
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
-        with self.shadow(START) if START in self.shadows else adapters.disabled(self._lora_layers):
+    def weights(self, name: str, guidance: float | None = None) -> Iterator[None]:
+        layers = self._lora_layers
+        acting = adapters.disabled(layers) if name == BASE else adapters.acting(layers, self.adapters[name])
+        with acting, nullcontext() if guidance is None else self.seam.guided_by(guidance):
             yield

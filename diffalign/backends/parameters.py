@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
+from diffalign.protocols import BASE, START
 from diffalign.runtime.randomness import Purpose, normal
 
 NO_SHIFT: tuple[int, frozenset[int], float] = (0, frozenset(), 0.0)  # draw, steps, scale
 
 
-class Trained:
+class Trained(ABC):
     """A holder of trained parameters, by name, and of shadows: slow copies of them, by name each."""
 
     parameters: dict[str, Tensor]
@@ -101,3 +103,14 @@ class Trained:
         """Use a shadow's parameters, without gradient, for the length of the context."""
         with torch.no_grad(), self._swapped(self.shadows[name]):
             yield
+
+    # -- frozen weights
+
+    @abstractmethod
+    def weights(self, name: str, guidance: float | None = None) -> AbstractContextManager[None]:
+        """Frozen weights by name in place of the trained ones, `base` for none, without gradient, for the length of the context.
+        guidance: their own scale, None: the sampler's."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """The model before training, or what it was set to since, without gradient, for the length of the context."""
+        return self.shadow(START) if START in self.shadows else self.weights(BASE)

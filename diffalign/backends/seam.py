@@ -121,6 +121,16 @@ class Seam:
         with torch.no_grad(), self.accepting(PROBE):
             self.unguided = guiding.switch(self.pipe, steps, rows)
 
+    @contextmanager
+    def guided_by(self, scale: float) -> Iterator[None]:
+        """Guidance of another scale for the length of the context."""
+        own = self.arguments
+        self.arguments = {**own, "guidance_scale": scale}
+        try:
+            yield
+        finally:
+            self.arguments = own
+
     def start(
         self, text: list[str], generators: list[torch.Generator], changed: dict[str, Any] | None = None
     ) -> Tensor:

@@ -18,6 +18,7 @@ from diffalign.backends.chain import ChainPolicy
 from diffalign.backends.walk import OnStep
 from diffalign.processes import PROCESSES, Levels
 from diffalign.processes.table import Kind
+from diffalign.protocols import BASE
 from diffalign.runtime.randomness import Purpose, normal
 from diffalign.types import Media, Prompts, Rollout
 
@@ -68,6 +69,8 @@ class ToyPolicy(ChainPolicy):
         self.base[:, :dim] += 0.8 * torch.eye(dim, dtype=torch.float64)
         self.delta = torch.zeros_like(self.base).requires_grad_()
         self.parameters = {"delta": self.delta}
+        self.adapters: dict[str, Tensor] = {}  # frozen deltas by name
+        self.taught = 1  # rows to count where frozen weights have a guidance of their own
 
     def network(self, x: Tensor, time: Tensor) -> Tensor:
         on = int(self.guided.at(time).sum())
@@ -90,11 +93,12 @@ class ToyPolicy(ChainPolicy):
         return Media(torch.sigmoid(x).reshape(len(x), 1, 3, 1, -1))
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
-        own = self.delta.data
+    def weights(self, name: str, guidance: float | None = None) -> Iterator[None]:
+        own, counted = self.delta.data, self.predictions
         with torch.no_grad():
             try:
-                self.delta.data = torch.zeros_like(own)
+                self.predictions = counted if guidance is None else (self.taught, self.taught)
+                self.delta.data = torch.zeros_like(own) if name == BASE else self.adapters[name]
                 yield
             finally:
-                self.delta.data = own
+                self.delta.data, self.predictions = own, counted

@@ -38,7 +38,7 @@ def list_configs(words: tuple[str, ...]) -> None:
     rows = []
     for name, path in configs.presets().items():
         raw: Any = parse(path.read_text(encoding="utf-8"), str(path))
-        row = (name, str(raw["model"]), ", ".join(raw["rewards"]))
+        row = (name, str(raw["model"]), ", ".join(raw.get("rewards") or ["-"]))
         if all(word.lower() in " ".join(row).lower() for word in words):
             rows.append((row[0], row[1].rpartition("/")[2], row[2]))
     if not rows:

@@ -9,6 +9,7 @@ from diffalign.errors import UserError, shown
 from diffalign.models.hub_files import HubPlace
 from diffalign.models.notes import LORA, Notes, choices
 from diffalign.models.places import PLACES, named, place_of
+from diffalign.rules.distil import OTHERS, TAG
 from diffalign.runtime.files import is_folder
 
 
@@ -33,6 +34,33 @@ def of_the_model(key: str, place: Path | None, model: str) -> list[str]:
     except ValueError as error:
         return [f"{key}: {error}"]
     return [] if base in ("", model) else [f"{key}: {place} belongs to {base}, the run's model is {model}"]
+
+
+def teachers(config: Config) -> list[str]:
+    """A teacher for every prompt, where the rule has some. Whether they are there is found out when the run begins: they are often runs
+    that are yet to be."""
+    given = config.rule.get("teachers")
+    if not isinstance(given, dict) or not given:
+        return []
+    problems: list[str] = []
+    tags = {str(entry.get(TAG)) for entry in config.book.training}
+    if OTHERS not in given and (lacking := sorted(tags - given.keys())):
+        problems.append(
+            f"rule.teachers: nobody teaches prompts with tag {', '.join(lacking)}; allowed is one for {OTHERS!r}"
+        )
+    if idle := [tag for tag in given if tag != OTHERS and tag not in tags]:
+        problems.append(
+            f"rule.teachers: got {shown(idle[0])}, no prompt has that tag; there are {', '.join(sorted(tags))}"
+        )
+    if config.memory.shard != "none":
+        problems.append(f"memory.shard: got {config.memory.shard}, rule.teachers are held whole; allowed is none")
+    if config.rule.get("teacher_guidance") is not None and config.prompts.cache is not None:
+        # a call with another guidance may ask for other encodings
+        problems.append(
+            "rule.teacher_guidance: got one with prompts.cache, which keeps the texts of the student's call alone; "
+            "allowed is one of the two"
+        )
+    return problems
 
 
 def frozen(config: Config) -> list[str]:

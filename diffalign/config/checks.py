@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from diffalign.config import adapters
+from diffalign.config import adapters, rewards
 from diffalign.config.decided import Decided, decide, undecided
 from diffalign.config.messages import mistakes as told
 from diffalign.config.messages import near, renamed
@@ -65,6 +65,7 @@ def validate(
         mistakes += _check_together(config, settings)
         if whole and hasattr(settings, "problems"):  # with keys left out, what it says about them is not so
             mistakes += settings.problems(config.sampler.steps)
+    mistakes += rewards.asked(config, settings)
     mistakes += _check_names(config, book)
     mistakes += _check_packages(config) if ready else []
     if mistakes:
@@ -148,7 +149,8 @@ def _check_names(config: Config, book: Book | None) -> list[str]:
         problems.append(f"weights: got {shown(config.weights)}, no file there; allowed is a .safetensors or .ckpt file")
     problems += adapters.start(config)
     problems += adapters.frozen(config)
-    problems += _check_rewards(config, prompts)
+    problems += adapters.teachers(config) if config._book is not None else []
+    problems += rewards.there(config, prompts)
     if config.memory.encode_on == "cpu" and config.prompts.cache is None:
         problems.append("memory.encode_on: got cpu without prompts.cache, which it is for; set that to a folder")
     if config.memory.vram is not None and config.memory.counted is None:
@@ -181,18 +183,6 @@ def _check_packages(config: Config) -> list[str]:
     return problems
 
 
-def _check_rewards(config: Config, prompts: list[Entry]) -> list[str]:
-    """Rewards that are there, with what they import, for prompts that have what they need."""
-    problems: list[str] = []
-    for section, names in (("rewards", list(config.rewards)), ("eval_rewards", config.eval_rewards)):
-        for name in names:
-            others, unfit = catalog.problems(name, prompts, config.sampler.fps)
-            suits = "shapes-motion" if "motion" in unfit else "shapes"
-            problems += [f"{section}: {name}{problem}" for problem in others]
-            problems += [f"{section}: {name}{unfit}; prompts.source: {suits} suits it"] if unfit else []
-    return problems
-
-
 def _check_together(config: Config, settings: Any) -> list[str]:
     """Combinations that cannot work, each with the way out."""
     problems: list[str] = []
@@ -219,7 +209,7 @@ def _check_together(config: Config, settings: Any) -> list[str]:
             f"optimizer.micro_batch: got {config.micro_batch}, allowed are divisors of "
             f"prompts.groups * prompts.group_size = {config.samples_per_update}, so that replay and rollout agree"
         )
-    problems += _unknown(config, settings)
+    problems += rewards.unknown(config, settings)
     if config.prompts.group_size < 2 and needs.groups:
         problems.append("prompts.group_size: got 1, rewards are compared within a group; allowed is 2 or more")
     if config.prompts.groups % needs.bundle:
@@ -239,20 +229,8 @@ def _check_together(config: Config, settings: Any) -> list[str]:
     problems += unguided(sampler, config.prompts.cache is not None)
     problems += _check_cache(config, needs.exact_steps) if sampler.cache is not None else []
     if needs.differentiable_reward:
-        problems += _differentiable(config)
+        problems += rewards.differentiable(config)
     return problems
-
-
-def _unknown(config: Config, settings: Any) -> list[str]:
-    """Rewards that are named in a rule's settings or for a contrast and the run does not have."""
-    named = [(f"rule.{key}", name) for key in ("gate", "floors") for name in getattr(settings, key, ())]
-    named += [("scoring.contrast", name) for name in config.scoring.contrast]
-    allowed = f"allowed are rewards of this run: {', '.join(config.rewards)}"
-    same = [name for name, words in config.scoring.contrast.items() if words.plus == words.minus]
-    return [
-        *(f"{key}: got {shown(name)}, {allowed}" for key, name in named if name not in config.rewards),
-        *(f"scoring.contrast.{name}.minus: got the words of plus, which leaves 0; allowed are others" for name in same),
-    ]
 
 
 def _not_free(arguments: dict[str, Any]) -> list[str]:
@@ -285,17 +263,4 @@ def _check_cache(config: Config, exact: bool) -> list[str]:
         problems.append(
             f"{got} with memory.shard {config.memory.shard}, processes that hold blocks together run all of them; allowed is one of the two"
         )
-    return problems
-
-
-def _differentiable(config: Config) -> list[str]:
-    able = ", ".join(name for name, entry in catalog.builtin().items() if entry.differentiable) or "none that ship"
-    rule, problems = config.rule["name"], []
-    for name in config.rewards:
-        with suppress(LookupError):  # `_check_names` reports it
-            if not catalog.find(name).differentiable:
-                problems.append(
-                    f"rewards: {rule} needs a differentiable reward, {name} is not; differentiable here: {able}; "
-                    "a file of yours says DIFFERENTIABLE = [NAME]"
-                )
     return problems

@@ -65,7 +65,11 @@ def schema() -> dict[str, Any]:
     for of, kinds, more in (
         (keys["rule"], ["object", "string"], {"if": {"type": "string"}, "then": {"enum": list(RULES)}}),
         (keys["prompts"], ["object", "string"], {}),
-        (keys["rewards"], ["object", "string", "array"], {"items": TEXT, "minItems": 1, "uniqueItems": True}),
+        (
+            keys["rewards"],
+            ["object", "string", "array"],
+            {"items": TEXT, "minItems": 1, "uniqueItems": True},
+        ),
         (keys["eval_rewards"], ["array", "string"], {}),
         (trackers, ["array", "string"], {"if": {"type": "string"}, "then": trackers["items"]}),
     ):
@@ -74,10 +78,17 @@ def schema() -> dict[str, Any]:
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": TITLE,
         "type": "object",
-        "required": ["model", "rule", "rewards"],
+        "required": ["model", "rule"],
+        # Rules that ask no rewards are given none.
+        "if": {"properties": {"rule": {"type": "object", "properties": {"name": {"enum": _unrewarded()}}}}},
+        "else": {"required": ["rewards"]},
         "properties": _cleared(keys),
         "additionalProperties": False,
     }
+
+
+def _unrewarded() -> list[str]:
+    return [name for name, rule in RULES.items() if not rule().needs.rewards]
 
 
 def text() -> str:

@@ -13,6 +13,7 @@ from diffalign.config.hardware import Attention, Checkpoint, MemorySection, Spee
 from diffalign.config.kinds import ASKED, FREE, HELD, Decay, Precision
 from diffalign.config.limits import BudgetConfig, GuardConfig
 from diffalign.config.sampling import SamplerConfig
+from diffalign.config.scoring import ScoringConfig
 from diffalign.config.selecting import AllocateConfig, ScoutsConfig
 from diffalign.prompts.book import Book
 from diffalign.prompts.sets import SETS
@@ -153,43 +154,6 @@ class OutputConfig(Settings):
     )
 
 
-class ContrastConfig(Settings):
-    """Words before a prompt, for a reward that is the difference of both."""
-
-    plus: str = Field(min_length=1, description="words before the prompt, whose score counts")
-    minus: str = Field(min_length=1, description="words before the prompt, whose score is taken away")
-
-
-class ScoringConfig(Settings):
-    """How rewards are asked, and when too many samples go without a score."""
-
-    model_config = ConfigDict(json_schema_extra=FREE)
-
-    max_invalid: float = Field(
-        0.05, ge=0, le=1, description="share of an update's or evaluation's samples without a score that stops the run"
-    )
-    invalid_in_a_row: int = Field(10, ge=1, description="updates in a row with such samples that stop the run")
-    deadline: float = Field(
-        300.0, gt=0, le=1e5, description="seconds a reward server has for a batch, retries included"
-    )
-    batch: int = Field(16, ge=1, description="samples in a request to a reward server")
-    frames: str = Field(
-        "all",
-        pattern=r"^(first|middle|all|uniform:[1-9]\d*|first_latent)$",
-        description="of a video, for rewards that see pictures; first_latent: decode only it",
-        json_schema_extra={**ASKED, "allowed": "first, middle, all, uniform:N or first_latent"},
-    )
-    reduce: Literal["mean", "min"] = Field("mean", description="over those frames", json_schema_extra=ASKED)
-    contrast: dict[str, ContrastConfig] = Field(
-        {},
-        description="reward: {plus: words, minus: words}: in training its score of plus and the prompt less that of minus and it",
-        json_schema_extra=ASKED,
-    )
-    probe: bool = Field(
-        True, description="try rewards in other trainers' forms on two samples first; false: where calls cost money"
-    )
-
-
 class Config(Settings):
     """A run: `model`, `rule`, `rewards` and everything around them."""
 
@@ -206,7 +170,7 @@ class Config(Settings):
     )
     rule: dict[str, Any] = Field(description="how it learns: its name, and its settings", json_schema_extra=ASKED)
     rewards: dict[str, float] = Field(
-        min_length=1, description="what goes up, each with its weight", json_schema_extra=ASKED
+        {}, description="what goes up, each with its weight; none with rule distil", json_schema_extra=ASKED
     )
     eval_rewards: list[str] = Field([], description="judged besides and never trained on; the first picks best/")
     prompts: PromptsConfig = PromptsConfig()  # type: ignore[call-arg]

@@ -71,8 +71,13 @@ def _unscouted(config: Config) -> list[str]:
     if scouts is None:
         return []
     problems, size, steps = [], config.prompts.group_size, config.sampler.steps
-    if config.make_rule().needs.stochastic_sampler:
-        able = ", ".join(name for name, rule in RULES.items() if not rule().needs.stochastic_sampler)
+    needs = config.make_rule().needs
+    if not needs.rewards:
+        return [f"prompts.scouts: got {config.rule['name']}, which asks no rewards to choose by; allowed is null"]
+    if needs.stochastic_sampler:
+        able = ", ".join(
+            name for name, rule in RULES.items() if not rule().needs.stochastic_sampler and rule().needs.rewards
+        )
         noisy = config.rule["name"] + (" with rule.noise" if config.rule["name"] in able.split(", ") else "")
         problems.append(
             f"prompts.scouts: got {noisy}, whose samples are not what their seeds make of them alone; "

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.models.products import make_lean
+from diffalign.models.products import TRAINED, make_lean
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # names diffusers gives the component that denoises
 # Attention and feed-forward layers as diffusers' models name them; a target that a model does not have is no error.
@@ -123,6 +123,26 @@ def _squares(output: Any, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
 def layers(pipe: Any) -> list[Any]:
     """The denoisers' layers that have LoRA."""
     return [layer for m in denoisers(pipe).values() for layer in m.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+@contextmanager
+def acting(layers: Sequence[Any], adapter: str) -> Iterator[None]:
+    """A frozen adapter in place of the trained one, without gradient, for the length of the context."""
+    was = [layer._active_adapter for layer in layers]
+    with torch.no_grad():
+        try:
+            for layer in layers:
+                layer._active_adapter = [adapter]
+            yield
+        finally:
+            for layer, own in zip(layers, was, strict=True):
+                layer._active_adapter = own
+
+
+def only_trained(pipe: Any) -> None:
+    """Let the trained adapter act alone: the one that was loaded last acts too."""
+    for layer in layers(pipe):
+        layer._active_adapter = [TRAINED]
 
 
 @contextmanager

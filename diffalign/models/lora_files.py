@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 
 from diffalign.errors import Fault, one_line, shortened
 from diffalign.models import halves
-from diffalign.models.lora import denoisers, quiet
+from diffalign.models.lora import denoisers, only_trained, quiet
 from diffalign.models.lora_kinds import DORA
 from diffalign.models.lora_normal import MERGED, dotted
 from diffalign.models.lora_pairs import Part, pairs, parts
 from diffalign.models.notes import FORMAT, LORA, check_settings, files_of, metadata
+from diffalign.models.products import make_lean
 from diffalign.runtime.files import share
 from diffalign.runtime.memory import out_of_memory
 
@@ -171,22 +172,44 @@ def go_on_from(pipe: Any, folder: Path) -> None:
             own, given = (dict(layers(getattr(pipe, part.component), name)) for name in ("default", "start"))
             if more := given.keys() - own.keys():
                 raise ValueError(f"it has layer {min(more)}, which is not among lora.targets")
-            if any(getattr(layer, "use_dora", {}).get("start") for layer in given.values()):
-                raise ValueError(f"it is {DORA}; {MERGED}")
-            if any(getattr(layer, "lora_bias", {}).get("start") for layer in given.values()):
-                raise ValueError("it has biases, which the trained LoRA has no place for")
+            _check_plain(given.values(), "start")
             for layer in given.values():
                 a, b = (half["start"].weight for half in (layer.lora_A, layer.lora_B))
                 _take(layer, a, b, layer.scaling["start"])
-        if others := [
-            name
-            for name, adapters in pipe.get_list_adapters().items()
-            if "start" in adapters and name not in denoisers(pipe)
-        ]:
-            raise ValueError(f"it has layers of the {others[0]} too, which is not trained here")
+        _check_places(pipe, "start")
     finally:
         with quiet():
             pipe.delete_adapters("start")
+
+
+def stand_by(pipe: Any, folder: Path, name: str) -> None:
+    """Load a LoRA of any rank and layers beside the trained one, frozen, for `lora.acting`; `name` begins with `products.FROZEN`.
+    folder: or a file of another tool.
+
+    Raises:
+        ValueError: if it does not fit, or is no plain LoRA of the denoisers.
+    """
+    load(pipe, folder, name)
+    for module in denoisers(pipe).values():
+        _check_plain([layer for _, layer in layers(module, name)], name)
+        make_lean(module)
+    _check_places(pipe, name)
+    only_trained(pipe)
+
+
+def _check_plain(given: Iterable[Any], name: str) -> None:
+    given = list(given)
+    if any(getattr(layer, "use_dora", {}).get(name) for layer in given):
+        raise ValueError(f"it is {DORA}; {MERGED}")
+    if any(getattr(layer, "lora_bias", {}).get(name) for layer in given):
+        raise ValueError("it has biases, which the trained LoRA has no place for")
+
+
+def _check_places(pipe: Any, name: str) -> None:
+    """Refuse an adapter that has layers elsewhere."""
+    others = [key for key, names in pipe.get_list_adapters().items() if name in names and key not in denoisers(pipe)]
+    if others:
+        raise ValueError(f"it has layers of the {others[0]} too, which is not trained here")
 
 
 def _unknown(place: Path) -> Path | None:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 TRAINED = "default"  # peft's name for the adapter that is trained
+FROZEN = "frozen_"  # with what names of those begin that stand by beside it: plain LoRA too
 
 
 def _product(
@@ -51,16 +52,18 @@ class _Product(torch.autograd.Function):
 
 
 class _Lean:
-    """A peft layer around a linear one whose trained adapter, alone and as it is, goes the short way."""
+    """A peft layer around a linear one whose trained adapter, or one that stands by, alone and as it is, goes the short way."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._active_adapter != [TRAINED] or self.merged_adapters or args or kwargs:
+        name = self._active_adapter[0] if len(self._active_adapter) == 1 else ""
+        short = name == TRAINED or name.startswith(FROZEN)
+        if not short or self.merged_adapters or args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if self._disable_adapters:
+        if self._disable_adapters or name not in self.scaling:  # an adapter may have other layers
             return self.base_layer(x)
         base = self._modules["base_layer"]
-        a, b = (self._modules[half]._modules[TRAINED].weight.to(x.dtype) for half in ("lora_A", "lora_B"))
-        weight, scale = base.weight, self.scaling[TRAINED]
+        a, b = (self._modules[half]._modules[name].weight.to(x.dtype) for half in ("lora_A", "lora_B"))
+        weight, scale = base.weight, self.scaling[name]
         if type(weight) is nn.Parameter:
             if torch.is_grad_enabled():
                 return _Product.apply(x, weight, base.bias, a, b, scale)

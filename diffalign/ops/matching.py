@@ -39,6 +39,11 @@ def clean(x: Tensor, predicted: Tensor, alpha: float, sigma: float, kind: str) -
     return float(at_x[0]) * x + float(at_prediction[0]) * predicted
 
 
+def implied(alpha: float, sigma: float, kind: str) -> float:
+    """How much of a prediction is in the x_0 that it implies."""
+    return float(prediction.parts(np.array([alpha]), np.array([sigma]), kind)[1][0])
+
+
 def error(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared difference over latent dimensions, (N, D...) to (N,)."""
     same(a=a, b=b)

@@ -6,6 +6,7 @@ step of the pipeline's own code, built from its configs with random weights.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from diffalign.shapes import models
 from diffalign.training.fitting import fit
 from diffalign.training.selection import selector
 from diffalign.training.trainer import Trainer
-from diffalign.types import Media, Plan, Prompts, Schedule, Term
+from diffalign.types import Media, Plan, Prompts, Schedule
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Cost:
             *(f"note        {note}" for note in self.notes),
             f"sampler     {self.schedule.steps} steps to level {self.plan.stop}, noise on steps {folded(noisy)}",
             *([f"std         {' '.join(std)}"] if std else []),
-            *_steps(self.plan),
+            *remarks.steps(self.plan),
             f"samples     {self.samples} an update{chosen}",
             f"rows        {self.rows_forward} forward, of them {self.rows_backward} with backward",
             f"stored      {self.stored_bytes / 2**20:.1f} MiB of trajectories",
@@ -84,34 +85,6 @@ class Cost:
         return f"time        an update takes at least {duration(once)} on {bound.where}; {whole}"
 
 
-def _steps(plan: Plan) -> list[str]:
-    """The optimiser steps, a line each; those that are alike are one line, and so are terms that differ in their step alone."""
-    said: list[tuple[str, list[int]]] = []
-    for number, terms in enumerate(plan.updates, 1):
-        alike: list[list[Term]] = []
-        for term in terms:
-            last = alike[-1][-1] if alike else None
-            moved = last and replace(last, start=term.start, stop=term.stop) == term and term.start == last.stop
-            if moved and last and last.stop - last.start == term.stop - term.start == 1 and term.steps is None:
-                alike[-1].append(term)
-            else:
-                alike.append([term])
-        text = ", ".join(
-            str(run[0])
-            if len(run) == 1
-            else f"{run[0].through} of each of the steps {run[0].start} to {run[-1].start} x {run[0].weight:.3g}"
-            for run in alike
-        )
-        if said and said[-1][0] == text:
-            said[-1][1].append(number)
-        else:
-            said.append((text, [number]))
-    return [
-        f"step {folded(numbers):7}{text}" if len(numbers) == 1 else f"steps {folded(numbers)}: {text}"
-        for text, numbers in said
-    ]
-
-
 @dataclass(frozen=True)
 class Network:
     """What a pipeline's network costs: rows a sample and step takes (2 with guidance by two predictions), with guidance and on steps that
@@ -126,6 +99,7 @@ class Network:
     latent: int
     parameters: int
     trained: int
+    taught: int = 1  # rows that a prediction with the teachers' own guidance takes
 
 
 def count(config: Config, known: Facts | None = None) -> Cost:
@@ -157,7 +131,7 @@ def count(config: Config, known: Facts | None = None) -> Cost:
     notes = []
     if fit(rule, policy, Scorer({"toy": _toy_reward}), batch):
         notes.append("what is auto was fitted without the reward's own graph, which a run counts")
-    network = _network(policy, *parameters_of(adapters.denoisers(pipe), trained))
+    network = _network(policy, *parameters_of(adapters.denoisers(pipe), trained), config.rule.get("teacher_guidance"))
     return _cost(config, rule, policy.levels, policy.schedule, network, notes)
 
 
@@ -175,6 +149,7 @@ def _outline(config: Config, found: Facts) -> Cost:
         latent,
         found.linear + found.other,
         found.trained,
+        architectures.predictions(_as_taught(config)),
     )
     notes = ["the model is known by its architecture alone: noise levels are even ones"]
     if not found.decoder:
@@ -189,16 +164,23 @@ def _outline(config: Config, found: Facts) -> Cost:
     return replace(counted, demand=demand(config, found))
 
 
+def _as_taught(config: Config) -> Config:
+    """The config with the teachers' guidance as the sampler's."""
+    own = config.rule.get("teacher_guidance")
+    guidance = config.sampler.guidance_scale if own is None else own
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"guidance_scale": guidance})})
+
+
 def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, network: Network, notes: list[str]) -> Cost:
     """An update of a rule from what one row of its network costs."""
     plans = [rule.plan(schedule, k, numpy_generator(config.seed, Purpose.PLAN, k)) for k in range(20)]
     if any(other != plans[0] for other in plans):
         notes = [*notes, "the plan is drawn anew for every update; this is the first one's"]
     plan = plans[0]
-    forward, backward = _rows(config, rule, levels, network.calls)
+    forward, backward = _rows(config, rule, levels, network.calls, network.taught)
     everywhere = forward
     if config.sampler.guidance_steps is not None:
-        everywhere, _ = _rows(config, rule, levels, (network.calls[0],) * 2)
+        everywhere, _ = _rows(config, rule, levels, (network.calls[0],) * 2, network.taught)
     notes = [*config.told, *notes, *remarks.weights(config, rule), *remarks.cache(config)]
     notes += [*remarks.guidance(config, forward, everywhere), remarks.evaluations(config)]
     again = backward if config.checkpoint in ("spans", "both") else 0  # whole calls that run again for the gradient
@@ -229,7 +211,7 @@ def _toy_reward(media: Media, given: Prompts) -> torch.Tensor:
     return media.pixels.flatten(1).sum(1)
 
 
-def _rows(config: Config, rule: Rule, levels: Levels, calls: tuple[int, int]) -> tuple[int, int]:
+def _rows(config: Config, rule: Rule, levels: Levels, calls: tuple[int, int], taught: int) -> tuple[int, int]:
     """Rows of one update, (forward, with backward), counted on a toy chain with the same levels; calls: of a sample at a step with
     guidance, and at one without."""
     sampler = config.sampler
@@ -241,13 +223,14 @@ def _rows(config: Config, rule: Rule, levels: Levels, calls: tuple[int, int]) ->
         guidance_steps=sampler.guidance_steps,
         predictions=calls,
     )
-    entries = [{"prompt": "a"}]
+    toy.taught = taught
+    toy.adapters = dict.fromkeys(rule.needs.adapters, toy.delta.detach().clone())
     trainer = Trainer(
         rule,
         toy,
         Scorer(dict.fromkeys(config.rewards, _toy_reward), config.rewards),
         torch.optim.SGD(toy.parameters.values(), lr=0.0),
-        lambda update: book.draw(entries, config.prompts.groups, config.prompts.group_size, config.seed, update),
+        functools.partial(config.book.draw, config.prompts.groups, config.prompts.group_size, config.seed),
         seed=config.seed,
         selector=selector(config.prompts.scouts, config.prompts.allocate, config.micro_batch),
     )
@@ -255,7 +238,7 @@ def _rows(config: Config, rule: Rule, levels: Levels, calls: tuple[int, int]) ->
     return toy.rows_forward, toy.rows_backward
 
 
-def _network(policy: DiffusersPolicy, parameters: int, trained: int) -> Network:
+def _network(policy: DiffusersPolicy, parameters: int, trained: int, guidance: float | None) -> Network:
     """What the rows of a pipeline cost, counted on one step of it."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -274,6 +257,10 @@ def _network(policy: DiffusersPolicy, parameters: int, trained: int) -> Network:
             with torch.no_grad():
                 policy.transition(part, step)
             calls[on] = policy.rows_forward - start
+    start = policy.rows_forward
+    with policy.weights("base", guidance):
+        policy.transition(part, 0)
+    taught = policy.rows_forward - start
     with FlopCounterMode(display=False) as both:
         policy.transition(part, 0).prediction.sum().backward()
     with FlopCounterMode(display=False) as decode, torch.no_grad():
@@ -289,4 +276,5 @@ def _network(policy: DiffusersPolicy, parameters: int, trained: int) -> Network:
         part.x[0].numel(),
         parameters,
         trained,
+        taught,
     )

@@ -68,7 +68,8 @@ def facts(config: Config) -> Facts:
         copies=4
         + len(rule.decays(0))
         + (config.optimizer.ema is not None)
-        + (rule.needs.reference and config.reference != "base"),
+        + (rule.needs.reference and config.reference != "base")
+        + len(rule.needs.adapters),  # taken to be of the trained one's size
         encoders=float(architectures.entry(config)["encoders"]),
         decoder=decoder[1] if decoder else 0,
         encoded=architectures.encoded(config),

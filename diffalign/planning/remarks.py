@@ -1,9 +1,13 @@
-"""What a plan says of a config besides its costs."""
+"""What a plan says of a config besides its costs, and of an update's terms."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from diffalign.config import Config
 from diffalign.rules import Rule
+from diffalign.runtime.words import folded
+from diffalign.types import Plan, Term
 
 
 def weights(config: Config, rule: Rule) -> list[str]:
@@ -43,3 +47,31 @@ def evaluations(config: Config) -> str:
     every = f" and every {evaluation.every} updates" if evaluation.every else ""
     trained = ", on prompts that are trained on" if book_of.shared else ""
     return f"evaluation: {book_of.extent} x {evaluation.images_per_prompt} = {samples} samples, before, after{every}{trained}"
+
+
+def steps(plan: Plan) -> list[str]:
+    """The optimiser steps, a line each; those that are alike are one line, and so are terms that differ in their step alone."""
+    said: list[tuple[str, list[int]]] = []
+    for number, terms in enumerate(plan.updates, 1):
+        alike: list[list[Term]] = []
+        for term in terms:
+            last = alike[-1][-1] if alike else None
+            moved = last and replace(last, start=term.start, stop=term.stop) == term and term.start == last.stop
+            if moved and last and last.stop - last.start == term.stop - term.start == 1 and term.steps is None:
+                alike[-1].append(term)
+            else:
+                alike.append([term])
+        text = ", ".join(
+            str(run[0])
+            if len(run) == 1
+            else f"{run[0].through} of each of the steps {run[0].start} to {run[-1].start} x {run[0].weight:.3g}"
+            for run in alike
+        )
+        if said and said[-1][0] == text:
+            said[-1][1].append(number)
+        else:
+            said.append((text, [number]))
+    return [
+        f"step {folded(numbers):7}{text}" if len(numbers) == 1 else f"steps {folded(numbers)}: {text}"
+        for text, numbers in said
+    ]

@@ -10,6 +10,7 @@ from diffalign.rules._rule import Rule, RuleSettings
 from diffalign.rules.awm import AWM
 from diffalign.rules.branch_grpo import BranchGRPO
 from diffalign.rules.ddpo import DDPO
+from diffalign.rules.distil import Distil
 from diffalign.rules.flow_grpo import FlowGRPO
 from diffalign.rules.grpo_guard import GRPOGuard
 from diffalign.rules.nft import NFT
@@ -17,7 +18,7 @@ from diffalign.rules.rlr import RLR
 from diffalign.rules.truncated_bp import TruncatedBP
 
 RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (FlowGRPO, GRPOGuard, BranchGRPO, DDPO, TruncatedBP, RLR, AWM, NFT)
+    rule.name: rule for rule in (FlowGRPO, GRPOGuard, BranchGRPO, DDPO, TruncatedBP, RLR, AWM, NFT, Distil)
 }
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "RLR",
     "RULES",
     "BranchGRPO",
+    "Distil",
     "FlowGRPO",
     "GRPOGuard",
     "Rule",

@@ -187,8 +187,12 @@ class ForwardRule(Rule):
         (advantage,) = merged(scores, group, s, of)
         return Credit(ops.advantages.average_to_parents(advantage / s.advantage_limit, tree.parent)[1:])
 
-    def held(self, value: Tensor, metrics: dict[str, Tensor], at: Noised, predicted: Tensor, policy: Policy) -> Tensor:
-        """value + kl mean (v - v_reference)^2 + norm mean max(0, |v| / |v_reference| - 1 - slack)^2, noted in `metrics`."""
+    def held(
+        self, value: Tensor, metrics: dict[str, Tensor], at: Noised, predicted: Tensor, policy: Policy, credit: Credit
+    ) -> Tensor:
+        """value + kl mean (v - v_reference)^2, each row by what it weighs, + norm mean max(0, |v| / |v_reference| - 1 - slack)^2, noted in
+        `metrics`.
+        """
         s = self.settings
         if s.kl == 0 and s.norm == 0:
             return value
@@ -196,9 +200,11 @@ class ForwardRule(Rule):
             base = at.predicted(policy)
         metrics |= ops.norms.metrics(predicted.detach(), base)
         if s.kl > 0:
-            kl = ops.matching.error(predicted, base).mean()
-            metrics["kl"] = kl.detach()
-            value = value + s.kl * kl
+            kl = ops.matching.error(predicted, base)
+            metrics["kl"] = kl.detach().mean()
+            if "held" in credit.rows:
+                kl = ops.gaussian.like(credit.rows["held"], kl) * kl
+            value = value + s.kl * kl.mean()
         if s.norm > 0:
             value = value + s.norm * ops.norms.excess(predicted, base, s.norm_slack).mean()
         return value

@@ -212,7 +212,8 @@ class SurrogateRule(Rule):
         value, metrics = bounded(step, part, term.start, clip, trust)
         if self.settings.kl > 0:
             kl = divergence(term, policy, part, step.now, self.settings)
-            metrics["kl"] = kl.detach()
+            metrics["kl"] = kl.detach().mean()
+            kl = (kl if step.held is None else step.held * kl).mean()
             # The step weight belongs to the surrogate alone: undone here, every step weighs 1 / steps.
             value = value + self.settings.kl * kl / (term.weight * sum(part.plan.noise))
         return value, metrics
@@ -250,10 +251,10 @@ class GroupRule(SurrogateRule):
 
 
 def divergence(term: Term, policy: Policy, part: Rollout, now: Transition, settings: SurrogateSettings) -> Tensor:
-    """How far a step is from the base model's."""
+    """How far each node's step (N_t,) is from the base model's."""
     with policy.reference():
         base = policy.transition(part, term.start)
     # The subtraction stays outside the reference context: its gradient is the point.
     if settings.kl_space == "prediction":
-        return ops.gaussian.reduce_latent((now.prediction - base.prediction) ** 2, "mean").mean()
-    return ops.gaussian.divergence(now.mean, base.mean, now.std, reduce="mean").mean()
+        return ops.gaussian.reduce_latent((now.prediction - base.prediction) ** 2, "mean")
+    return ops.gaussian.divergence(now.mean, base.mean, now.std, reduce="mean")

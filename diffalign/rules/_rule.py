@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -12,6 +12,7 @@ from pydantic import Field
 from diffalign.errors import UserError
 from diffalign.protocols import GraphBytes, Loss, Needs, Policy, RewardFunction
 from diffalign.rules._floors import PATIENCE, Floor
+from diffalign.rules._gate import LEAST, MOST, Gate, GateSettings, held, overrated
 from diffalign.runtime.settings import Settings
 from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree, Update
 
@@ -79,6 +80,10 @@ class ReferenceSettings(RuleSettings):
         None, ge=0, description="mean kl of an update above which a moving reference is reset"
     )
 
+    kl_gate: GateSettings | None = Field(
+        None, description="share, by, adapt: kl only on samples that others rate lower (GARDO); null: on all"
+    )
+
     @property
     def referred(self) -> bool:
         """Whether anything is held against the reference."""
@@ -87,6 +92,15 @@ class ReferenceSettings(RuleSettings):
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
         moved = ("reference_every", "reference_limit")
+        gate = self.kl_gate
+        idle = self.idle(("kl_gate",), "rule.kl") if self.kl == 0 else []
+        if gate is not None and gate.adapt and not LEAST <= gate.share <= MOST:
+            idle.append(
+                f"rule.kl_gate.share: got {gate.share:g}, one that adapts is in [{LEAST:g}, {MOST:g}]; allowed is that, or adapt: false"
+            )
+        return [*idle, *self._reference_problems(steps, moved)]
+
+    def _reference_problems(self, steps: int, moved: tuple[str, ...]) -> list[str]:
         if not self.referred:
             return [*super().problems(steps), *self.idle(("reference", *moved), "rule.kl")]
         if self.reference != "moving":
@@ -120,6 +134,7 @@ class Rule(ABC):
         self.settings = settings or self.Settings()
         self.units: dict[str, float] = {}  # what each reward is divided by, once that was measured
         self.floors = {name: Floor() for name in self.least}
+        self.gate = None if self.gated is None else Gate(self.gated.share)
 
     @property
     def needs(self) -> Needs:
@@ -130,6 +145,11 @@ class Rule(ABC):
     def measures_units(self) -> bool:
         """Whether rewards are to be divided by what their spread was before training, measured once and kept."""
         return isinstance(self.settings, RewardSettings) and self.settings.unit == "auto"
+
+    @property
+    def gated(self) -> GateSettings | None:
+        """Which samples its divergence is on; None: on all."""
+        return self.settings.kl_gate if isinstance(self.settings, ReferenceSettings) else None
 
     @property
     def least(self) -> dict[str, float]:
@@ -148,6 +168,23 @@ class Rule(ABC):
             for name, weight in weights.items()
         }
         return {name: weight / self.units.get(name, 1.0) for name, weight in now.items()}
+
+    def with_held(self, credit: Credit | None, scores: Scores, group: Integers) -> Credit | None:
+        """The credit with what each leaf's divergence weighs, where that differs; group: the leaves' (N,)."""
+        if credit is None or self.gated is None or self.gate is None:
+            return credit
+        rows = held(overrated(scores, self.gated.by, group), self.gate.share)
+        return replace(credit, rows={**credit.rows, "held": rows})
+
+    def move_gate(self, scores: Scores, group: Integers) -> dict[str, float]:
+        """Let the gate see an update's scores and the groups they are of (N,); returns numbers for the log: the share as it was."""
+        if self.gated is None or self.gate is None:
+            return {}
+        apart, share = overrated(scores, self.gated.by, group), self.gate.share
+        mean = float(apart[apart > 0].mean()) if (apart > 0).any() else 0.0
+        if self.gated.adapt:
+            self.gate = self.gate.after(mean)
+        return {"gate_share": share, "overrated": mean}
 
     def move_floors(self, values: Mapping[str, Floats]) -> list[str]:
         """Let floors see an update's scores (N,) by name; returns those that were found not to hold now."""
@@ -201,10 +238,13 @@ class Rule(ABC):
     def state_dict(self) -> dict[str, Any]:
         """What has to be kept to go on, JSON-serialisable."""
         floors = {name: asdict(floor) for name, floor in self.floors.items()}
-        return {**({"units": self.units} if self.units else {}), **({"floors": floors} if floors else {})}
+        gate = {} if self.gate is None else {"gate": asdict(self.gate)}
+        return {**({"units": self.units} if self.units else {}), **({"floors": floors} if floors else {}), **gate}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.units = dict(state.get("units", {}))
         kept = state.get("floors", {})
         self.floors = {name: Floor(**kept[name]) if name in kept else Floor() for name in self.least}
+        if self.gated is not None and "gate" in state:
+            self.gate = Gate(state["gate"]["share"], tuple(state["gate"]["past"]))

@@ -51,12 +51,14 @@ class TrustSettings(RuleSettings):
 
 @dataclass(frozen=True)
 class Step:
-    """A stored step under the present parameters: log_prob and log_ratio to the rollout's, advantage, all (N_{t+1},)."""
+    """A stored step under the present parameters: log_prob and log_ratio to the rollout's, advantage, all (N_{t+1},); held: what each
+    node's divergence weighs (N_t,), None: all alike."""
 
     now: Transition
     log_prob: Tensor
     log_ratio: Tensor
     advantage: Tensor
+    held: Tensor | None = None
 
     @property
     def gap(self) -> Tensor:
@@ -74,7 +76,14 @@ def revisited(step: int, policy: Policy, part: Rollout, credit: Credit | None) -
     now, old = policy.transition(part, step), part.log_prob[step]
     assert old is not None, f"step {step} is deterministic"
     new = ops.gaussian.log_prob(part.x[step + 1], now.mean[part.tree.parent[step]], now.std, reduce="mean")
-    return Step(now, new, new - old, ops.gaussian.like(credit.edges[step], new))
+    return Step(now, new, new - old, ops.gaussian.like(credit.edges[step], new), held(step, part, credit, new))
+
+
+def held(level: int, part: Rollout, credit: Credit, like: Tensor) -> Tensor | None:
+    """What the divergence of each node of a level weighs (N_t,): the mean over its leaves; None: all alike."""
+    if "held" not in credit.rows:
+        return None
+    return ops.gaussian.like(ops.advantages.average_to_parents(credit.rows["held"], part.tree.parent)[level], like)
 
 
 def clipped(step: Step, clip: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -166,7 +166,7 @@ class AWM(forward.ForwardRule):
                 slow = at.predicted(policy)
             drift = ops.matching.error(predicted, slow).mean()
             value, metrics["drift"] = value + s.anchor * drift, drift.detach()
-        value = self.held(value, metrics, at, predicted, policy)
+        value = self.held(value, metrics, at, predicted, policy, credit)
         gap = (log_p.detach() - old).abs().max() if s.old_decay is None else None  # a slow copy is not what is trained
         return Loss(value, metrics, gap=gap, clip=s.clip)
 

@@ -81,7 +81,7 @@ class NFT(forward.ForwardRule):
         negative = self._error(at, (1 + s.beta) * old - s.beta * predicted)
         value = s.advantage_limit / s.beta * (r * positive + (1 - r) * negative).mean()
         metrics = {"old_deviation": ops.matching.error(predicted, old).mean().detach()}
-        value = self.held(value, metrics, at, predicted, policy)
+        value = self.held(value, metrics, at, predicted, policy, credit)
         return Loss(value, metrics)
 
     def _error(self, at: forward.Noised, predicted: Any) -> Any:

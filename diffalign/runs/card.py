@@ -32,7 +32,7 @@ CARD = """---
 {facts}---
 # {rule} on {model}
 
-LoRA rank {rank}, alpha {alpha:g}, trained by diffalign {version} for {updates} updates to raise {rewards}, seed {seed}.
+LoRA rank {rank}, alpha {alpha:g}, trained by diffalign {version} for {updates} updates {aim}, seed {seed}.
 {under}{guided}{history}
 {best}{table}
 
@@ -203,15 +203,21 @@ def _card(
         best=BEST if name == "best" else "",
         setup=SETUP if ddim else "",
         scheduler=f", {DDIM}" if ddim else "",
-        rewards=_escaped(
-            json.dumps({public(reward): weight for reward, weight in config.rewards.items()}, ensure_ascii=False)
-        ),
+        aim=_aim(config),
         seed=config.seed,
         history=_changes(history),
         table="\n".join(lines) if len(lines) > 2 else "No evaluation was made.",
         prompt=config.book.evaluation[0]["prompt"],
         arguments=arguments,
     )
+
+
+def _aim(config: Config) -> str:
+    """What it was trained for: its rewards with their weights, or the tags of prompts that its teachers taught."""
+    if config.rewards:
+        weights = {public(reward): weight for reward, weight in config.rewards.items()}
+        return f"to raise {_escaped(json.dumps(weights, ensure_ascii=False))}"
+    return f"to predict as its teachers do, of prompts with tag {_escaped(', '.join(config.rule['teachers']))}"
 
 
 def _base(model: str) -> dict[str, str]:

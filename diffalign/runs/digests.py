@@ -20,6 +20,7 @@ def of(parts: Parts, prompts: str, held_out: str) -> dict[str, str]:
         "weights": parts.place.digest,
         "model": model(parts.place),
         **{f"lora.frozen {k}": adapter.digest for k, adapter in enumerate(parts.frozen)},
+        **{f"rule.teachers {name}": adapter.digest for name, adapter in parts.beside.items()},
     }
     for scorer in (parts.scorer, parts.judges):
         found |= _rewards(scorer)

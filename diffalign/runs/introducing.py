@@ -53,7 +53,9 @@ def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str],
 
 def _introduce_adapters(config: Config, parts: Parts, say: Callable[[str], None]) -> None:
     """Say what a user should know of what the run begins with and on."""
-    for key, adapter in (("lora.start", parts.start), *(("lora.frozen", each) for each in parts.frozen)):
+    frozen = [("lora.frozen", each) for each in parts.frozen]
+    beside = [("rule.teachers", each) for each in parts.beside.values()]
+    for key, adapter in (("lora.start", parts.start), *frozen, *beside):
         if adapter is not None and adapter.commit:
             say(f"{key}: {adapter} on the hub")
     began = parts.start.folder if parts.start is not None and parts.start.folder.is_dir() else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ import torch
 from diffalign.backends.diffusers import DiffusersPolicy, call_arguments
 from diffalign.backends.table import policy_class
 from diffalign.config import Config
-from diffalign.config.adapters import of_the_model
 from diffalign.errors import Fault, UserError, one_line
-from diffalign.models import calls, compiling, decoding, encoders, loading, lora, lora_files, merging
+from diffalign.models import calls, compiling, decoding, encoders, loading, lora
 from diffalign.models.caching import Cache
 from diffalign.models.encodings import Kept
-from diffalign.models.places import Adapter, found, given
+from diffalign.models.places import Adapter
 from diffalign.processes import PROCESSES
 from diffalign.protocols import START
 from diffalign.rewards.base import Reward
@@ -28,6 +27,7 @@ from diffalign.rewards.load import Judges
 from diffalign.rewards.load import load as load_reward
 from diffalign.rewards.narrow import Narrow
 from diffalign.rewards.scorer import Scorer
+from diffalign.runs import adapters
 from diffalign.runs.devices import compiled, device, recorder
 from diffalign.runtime import sharding
 from diffalign.runtime.distributed import World
@@ -50,6 +50,7 @@ class Parts:
     judges: Scorer
     frozen: tuple[Adapter, ...] = ()
     start: Adapter | None = None
+    beside: dict[str, Adapter] = field(default_factory=dict)  # what stands by for the rule, by its names
 
     @property
     def pipe(self) -> Any:
@@ -107,14 +108,15 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     """Load the pipeline, attach the LoRA, load the rewards; `say` hears what is waited for. kept: from `encode_first`."""
     sharded = config.memory.shard == "blocks"
     part: loading.Part = "rest" if kept is not None and kept.complete else "all"
-    start, frozen = _adapters(config)
+    start, frozen, beside = adapters.named(config)
     # A network that is to be shared out may not fit one device: it goes there part by part.
     pipe, place = _loaded(config, part, "cpu" if sharded else device(config))
     _check_call(config, pipe)
     if config.attention not in ("auto", "native"):  # auto: where no run has decided it
         loading.attend(pipe, config.attention)
-    _freeze(config, pipe, frozen)
-    parameters = _lora(config, pipe, start)
+    adapters.freeze(config, pipe, frozen)
+    parameters = adapters.attach(config, pipe, start)
+    names = adapters.stand_by(config, pipe, beside)
     if sharded:
         _shard(config, pipe, parameters)
     if compiled(config):
@@ -128,7 +130,7 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
         training[name] = Contrast(training[name], words.plus, words.minus)
     offload = config.memory.judges == "offloaded"
     scorers = Scorer(training, config.rewards, offload), Scorer(judges, offload=offload)
-    return Parts(place, policy(config, pipe, parameters, kept), *scorers, frozen, start)
+    return Parts(place, policy(config, pipe, parameters, kept, names), *scorers, frozen, start, beside)
 
 
 def _reward(config: Config, name: str, say: Callable[[str], None], judges: Judges | None = None) -> Reward:
@@ -188,46 +190,14 @@ def _shard(config: Config, pipe: Any, parameters: dict[str, torch.Tensor]) -> No
             component.to(where)
 
 
-def _adapters(config: Config) -> tuple[Adapter | None, tuple[Adapter, ...]]:
-    """What the run starts from, and what is frozen; fetched if it is on the hub, and then looked at as the config's check looks at what
-    is here."""
-    start = None if config.lora.start is None else found(config.lora.start, 1.0, "lora.start")
-    frozen = tuple(given(text, "lora.frozen") for text in config.lora.frozen)
-    keys = {"lora.start": (start,), "lora.frozen": frozen}
-    for key, adapter in [(key, each) for key, several in keys.items() for each in several if each and each.commit]:
-        if problems := of_the_model(key, adapter.folder, config.model):
-            raise UserError(*problems)
-    return start, frozen
-
-
-def _freeze(config: Config, pipe: Any, frozen: tuple[Adapter, ...]) -> None:
-    """Let frozen adapters become part of the base: its bits are then the reference's, and cost nothing."""
-    try:
-        changed = merging.merge(pipe, frozen)
-        if config.prompts.cache is not None and (texts := set(changed) - lora.denoisers(pipe).keys()):
-            raise ValueError(
-                f"it has layers of the {min(texts)}, prompts.cache has texts encoded without; allowed is prompts.cache=null"
-            )
-    except ValueError as error:
-        raise UserError(f"lora.frozen: {error}") from error
-
-
-def _lora(config: Config, pipe: Any, start: Adapter | None) -> dict[str, torch.Tensor]:
-    """Attach what is trained, with the effect of the adapter it starts from."""
-    settings = config.lora
-    parameters = lora.attach(pipe, settings.rank, settings.alpha, settings.targets, config.seed)
-    if start is not None:
-        try:
-            lora_files.go_on_from(pipe, start.folder)
-        except ValueError as error:
-            raise UserError(f"lora.start: {start} does not fit: {error}") from error
-    return parameters
-
-
 def policy(
-    config: Config, pipe: Any, parameters: dict[str, torch.Tensor] | None = None, kept: Kept | None = None
+    config: Config,
+    pipe: Any,
+    parameters: dict[str, torch.Tensor] | None = None,
+    kept: Kept | None = None,
+    frozen: dict[str, str] | None = None,
 ) -> DiffusersPolicy:
-    """The policy of a config around a loaded pipeline.
+    """The policy of a config around a loaded pipeline; frozen: see `DiffusersPolicy`.
 
     Raises:
         UserError: if the pipeline's call does not take the configured arguments.
@@ -254,6 +224,7 @@ def policy(
             lossy=compiled(config),
             cache=None if sampler.cache is None else Cache(sampler.cache.threshold),
             fps=sampler.fps,
+            frozen=frozen,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"sampler: {type(pipe).__name__} does not accept these settings: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""What a rule's floors make of an update's scores."""
+"""What a rule's floors, and the gate of its divergence, make of an update's scores."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from diffalign.types import Update
 
 
 def moved(rule: Rule, update: Update, where: str, notify: Callable[[str], None]) -> Update:
-    """The update with what its scores did to the rule's floors; one that does not hold at its cap is said once."""
+    """The update with what its scores did to the rule's floors and gate; a floor that does not hold at its cap is said once."""
     values = update.values if update.judged is None else update.judged[1].by_name
-    metrics = {}
+    metrics = {} if update.judged is None else rule.move_gate(update.judged[1], update.judged[0].group)
     for name in rule.move_floors(values):
         said = (
             f"{where}: rule.floors: {name} has stayed below {rule.least[name]:g} with its multiplier at rule.floor_cap"

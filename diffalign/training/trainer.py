@@ -142,9 +142,9 @@ class Trainer:
         tree = Tree.grow(len(prompts), plan.branch)
         if 1 - scores.valid.mean() > self.max_invalid or not scores.valid.any():
             raise Unscored(f"update {index + 1}: samples without a score, {self.scorer.unscored(scores.by_name)}")
-        credit = self.rule.credit(tree, scores, prompts)
-        found = self.world.gather((rows, self.sampling.appearance()))
         judged = prompts.select(tree.leaf_root)
+        credit = self.rule.with_held(self.rule.credit(tree, scores, prompts), scores, judged.group)
+        found = self.world.gather((rows, self.sampling.appearance()))
         update = replace(
             chosen,
             scored=int(scores.valid.sum()),

@@ -9,14 +9,14 @@ from typing import Literal
 @dataclass(frozen=True)
 class Term:
     """One piece of a loss: steps [start, stop) seen through the reward's gradient, a slope that an earlier term kept, log-probs, the
-    forward process, or noise on the parameters. steps: those it is about, None: all; draw: key of noise of its own, 0: it has none;
-    mirrored: that noise with its sign turned round; stored: of the forward process, at the latents that its level had in the rollout;
-    keep_slope: its loss's gradient to the latents of `start` is kept for the terms after it, of the same micro-batch.
+    forward process, stored latents as they are, or noise on the parameters. steps: those it is about, None: all; draw: key of noise of
+    its own, 0: it has none; mirrored: that noise with its sign turned round; stored: of the forward process, at the latents that its level
+    had in the rollout; keep_slope: its loss's gradient to the latents of `start` is kept for the terms after it, of the same micro-batch.
     """
 
     start: int
     stop: int
-    through: Literal["reward", "slope", "log_prob", "forward", "parameters"]
+    through: Literal["reward", "slope", "log_prob", "forward", "state", "parameters"]
     weight: float = 1.0
     steps: tuple[int, ...] | None = None
     draw: int = 0

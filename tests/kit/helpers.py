@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffalign.backends.toy import ToyPolicy, toy_reward
+from diffalign.backends.toy import WEIGHT, ToyPolicy, toy_reward
 from diffalign.prompts import book
 from diffalign.rewards.scorer import Scorer
 from diffalign.rules import RULES, Rule
@@ -24,10 +24,19 @@ def toy_prompts(groups: int, group_size: int, seed: int = 0, update: int = 0) ->
     return book.draw([{"prompt": "a"}], groups, group_size, seed, update)
 
 
+def toy_teacher(policy: ToyPolicy, size: float = 0.5) -> torch.Tensor:
+    """A delta whose samples have a higher reward: less is predicted, and so more is left, of what the reward likes."""
+    delta = torch.zeros_like(policy.delta)
+    delta[..., -1] = -size * delta.new_tensor(np.resize(np.sign(WEIGHT), policy.dim))
+    return delta
+
+
 def toy_trainer(
     rule: Rule, policy: ToyPolicy, groups: int = 4, group_size: int = 8, lr: float = 0.05, micro_batch: int = 0
 ) -> Trainer:
     policy.micro_batch = micro_batch or groups * group_size
+    for name in rule.needs.adapters:
+        policy.adapters.setdefault(name, toy_teacher(policy))
     return Trainer(
         rule,
         policy,
@@ -85,6 +94,7 @@ THREE_STEPS = {
     "rlr": ["rule.depth=1", "rule.noise=[0, 1]"],
     "awm": ["rule.times=2"],
     "nft": ["rule.times=2"],
+    "distil": ["rule.times=2", "rule.teachers={'*': base}", "rule.teacher_guidance=2"],
 }
 TINY = [*SMALL, *THREE_STEPS["flow_grpo"]]
 

@@ -27,7 +27,7 @@ def test_what_is_written_is_a_config_of_that_model(model, tmp_path):
     assert len((tmp_path / "mine.yaml").read_text().splitlines()) <= 25
 
 
-@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("rule", sorted(name for name, rule in RULES.items() if rule().needs.rewards))
 def test_every_rule_is_written_with_a_sampler_it_takes(rule, tmp_path):
     starter.write(tmp_path / "mine.yaml", rule=rule, rewards=["shapes_pref"])
     found = configs.load(str(tmp_path / "mine.yaml"))

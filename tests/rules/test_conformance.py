@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
-from diffalign.rules import AWM, NFT, RULES, FlowGRPO, Rule
+from diffalign.rules import AWM, NFT, RULES, Distil, FlowGRPO, Rule
 from diffalign.rules import RLR as RLRRule
 from diffalign.rules import TruncatedBP as TBP
 from diffalign.types import Plan, Scores, Term
@@ -25,6 +25,7 @@ SMALL = {
     "matching": Matching,
 }
 FORMS = {
+    "distil": lambda: Distil(Distil.Settings(teachers={"*": "better"}, weight="mean")),
     "rlr_parameter_noise": lambda: RLRRule(RLRRule.Settings(cover="zo", pairs=8)),
     "rlr_blocks_by_norms": lambda: RLRRule(RLRRule.Settings(span=1, cover="is", start="norms")),
     "draft_lv": lambda: TBP(TBP.Settings(variants=2)),

@@ -197,6 +197,7 @@ def test_plan_counts_scouts():
 @pytest.mark.parametrize(
     ("name", "given", "said"),
     [
+        ("distil", ["prompts.scouts={pool: 32, steps: 2}"], "prompts.scouts: got distil, which asks no rewards"),
         ("flow_grpo", ["prompts.scouts={pool: 32}"], "prompts.scouts: got flow_grpo, whose samples are not"),
         ("awm", ["prompts.scouts={pool: 32}", "rule.noise=true"], "prompts.scouts: got awm with rule.noise, whose"),
         (
@@ -229,5 +230,5 @@ def test_what_cannot_go_with_scouts_is_refused(name, given, said):
 
 
 def test_every_rule_takes_scouts_or_is_refused_by_name():
-    taken = [name for name, rule in RULES.items() if not rule().needs.stochastic_sampler]
+    taken = [name for name, rule in RULES.items() if not rule().needs.stochastic_sampler and rule().needs.rewards]
     assert taken == ["truncated_bp", "awm", "nft"]

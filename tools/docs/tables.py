@@ -25,7 +25,7 @@ def rules() -> list[str]:
 
     def row(name: str) -> tuple[str, ...]:
         needs, file = RULES[name]().needs, Path(inspect.getfile(RULES[name])).name
-        reward = "with a gradient" if needs.differentiable_reward else "any"
+        reward = "none" if not needs.rewards else "with a gradient" if needs.differentiable_reward else "any"
         noise = "yes" if needs.stochastic_sampler else "no"
         groups = "2 or more" if needs.groups else "any"
         settings = f"[{len(RULES[name].Settings.model_fields)}](config.md#{name})"

@@ -41,6 +41,8 @@ def specifications(words: Sequence[str]) -> dict[str, Config]:
         except UserError as error:
             problems += [f"{name}: {problem}" for problem in error.problems]
             continue
+        if not specs[name].make_rule().needs.rewards:
+            problems.append(f"{name}: {specs[name].rule['name']} asks no reward, whose gradient all are held against")
         if not all(_differentiable(name) for name in base.rewards):
             problems.append(
                 f"{name}: rewards: full backpropagation needs differentiable ones, got {', '.join(base.rewards)}"

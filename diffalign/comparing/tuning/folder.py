@@ -211,6 +211,8 @@ def _check(plain: dict[str, tuple[Path, Config]], asked: Asked) -> None:
                 f"{name}: evaluation.split: got validation, which settings would be chosen on and judged on; allowed is test"
             )
         judges = [*config.rewards, *config.eval_rewards]
+        if asked.judge is None and not config.rewards:
+            problems.append(f"--judge: got none, {name} has no rewards of its own; allowed are {', '.join(judges)}")
         if asked.judge is not None and asked.judge not in judges:
             problems.append(f"--judge: got {shown(asked.judge)}, allowed for {name} are {', '.join(judges)}")
     if problems:
