@@ -230,6 +230,6 @@ class DiffusersPolicy(ChainPolicy):
     @contextmanager
     def weights(self, name: str, guidance: float | None = None) -> Iterator[None]:
         layers = self._lora_layers
-        acting = adapters.disabled(layers) if name == BASE else adapters.acting(layers, self.adapters[name])
+        acting = adapters.disabled(layers) if name == BASE else adapters.acting(layers, [self.adapters[name]])
         with acting, nullcontext() if guidance is None else self.seam.guided_by(guidance):
             yield

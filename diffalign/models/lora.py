@@ -6,7 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -126,35 +126,28 @@ def layers(pipe: Any) -> list[Any]:
 
 
 @contextmanager
-def acting(layers: Sequence[Any], adapter: str) -> Iterator[None]:
-    """A frozen adapter in place of the trained one, without gradient, for the length of the context."""
-    was = [layer._active_adapter for layer in layers]
+def acting(layers: Sequence[Any], names: Sequence[str]) -> Iterator[None]:
+    """Loaded adapters in place of those that act, none: the base model, bit for bit; without gradient, for the length of the context.
+    `layers` as `layers` lists them, which takes a walk through all modules.
+    """
+    was = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     with torch.no_grad():
         try:
-            for layer in layers:
-                layer._active_adapter = [adapter]
+            for layer in layers:  # peft's own switches also visit every parameter's requires_grad
+                layer._active_adapter = list(names) or layer._active_adapter
+                layer._disable_adapters = not names
             yield
         finally:
-            for layer, own in zip(layers, was, strict=True):
-                layer._active_adapter = own
+            for layer, (active, off) in zip(layers, was, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, off
+
+
+def disabled(layers: Sequence[Any]) -> AbstractContextManager[None]:
+    """The base model, bit for bit, without gradient; see `acting`."""
+    return acting(layers, ())
 
 
 def only_trained(pipe: Any) -> None:
     """Let the trained adapter act alone: the one that was loaded last acts too."""
     for layer in layers(pipe):
         layer._active_adapter = [TRAINED]
-
-
-@contextmanager
-def disabled(layers: Sequence[Any]) -> Iterator[None]:
-    """The base model, bit for bit, without gradient, for the length of the context; `layers` as `layers` lists them, which takes a
-    walk through all modules."""
-    was = [layer.disable_adapters for layer in layers]
-    with torch.no_grad():
-        try:
-            for layer in layers:
-                layer._disable_adapters = True  # peft's own switch also visits every parameter's requires_grad
-            yield
-        finally:
-            for layer, off in zip(layers, was, strict=True):
-                layer._disable_adapters = off

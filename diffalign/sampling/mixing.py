@@ -156,7 +156,7 @@ class Mixed:
             for away in sorted(set(blocks)):
                 chosen = [row for row in range(rows) if blocks[row // self.prompts] == away]
                 part = (args, kwargs) if len(chosen) == rows else _part((args, kwargs), rows, chosen)
-                with acting(self.layers, self.negative) if away else acting(self.layers, self.names):
+                with lora.acting(self.layers, self.negative) if away else lora.acting(self.layers, self.names):
                     out = forward(*part[0], **part[1]) if away else self._mixed(forward, *part)
                 if len(chosen) == rows:
                     return out
@@ -179,11 +179,11 @@ class Mixed:
         """p_0 + sum_i s_i (p_i - p_0)"""
         if not self.strengths:
             return forward(*args, **kwargs)
-        with acting(self.layers, ()):
+        with lora.acting(self.layers, ()):
             base = forward(*args, **kwargs)
         total = base
         for name, strength in self.strengths.items():
-            with acting(self.layers, [name]):
+            with lora.acting(self.layers, [name]):
                 out = forward(*args, **kwargs)
             total = tree_map(functools.partial(_moved, strength), total, out, base)
         return total
@@ -191,19 +191,6 @@ class Mixed:
 
 def _moved(strength: float, total: Any, one: Any, none: Any) -> Any:
     return total + strength * (one - none) if isinstance(total, Tensor) else total
-
-
-@contextmanager
-def acting(layers: Sequence[Any], names: Sequence[str]) -> Iterator[None]:
-    """Some of the loaded adapters for the length of the context; none: the base model."""
-    was = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-    try:
-        for layer in layers:
-            layer._active_adapter, layer._disable_adapters = list(names), not names
-        yield
-    finally:
-        for layer, (active, off) in zip(layers, was, strict=True):
-            layer._active_adapter, layer._disable_adapters = active, off
 
 
 def _rows(args: Any, kwargs: Any) -> int:
