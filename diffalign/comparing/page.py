@@ -39,11 +39,18 @@ def write(results: Results, place: Path) -> None:
         "pictures": _pictures(results),
         "settings": _settings(results),
         "shared": _shared(results),
+        "units": {method.label: _links(method.found, place) for method in results.methods},
         "left_out": wording.left_out(results),
         "tuning": tuned.said(results.comparison.methods),
         "tried": tuned.table(results.comparison.methods),
     }
     write_text(place / "index.html", pages.render(PAGE, {"interval": wording.interval}, **values))
+
+
+def _links(found: list[Found], place: Path) -> list[tuple[int, str]]:
+    """Seeds, and where the pages of their runs are from a comparison's folder; empty where there is none."""
+    pages_of = [(each.unit.seed, each.unit.place / "index.html") for each in found]
+    return [(seed, path.relative_to(place).as_posix() if path.is_file() else "") for seed, path in pages_of]
 
 
 def _named(results: Results) -> tuple[float, str]:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -308,9 +309,12 @@ def test_the_page_says_everything_and_asks_for_nothing(made):
         "budget of a unit: 2 updates",
     ):
         assert said in text
-    addresses = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    addresses = re.findall(r'src="([^"]{0,30})', page)
     assert addresses
     assert all(address.startswith("data:image/png;base64,") for address in addresses)
+    links = [urllib.parse.unquote(link) for link in re.findall(r'href="([^"]+)', page)]
+    assert len(links) == 4  # a run's page for each method and seed
+    assert all((made / link).is_file() for link in links)
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
     # A chart an axis and judge, a forest a judge, and a line of the key a method.
     assert page.count("<svg") == 4 * 2 + 2 + 2
