@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def write(results: Results, place: Path) -> None:
     write_text(place / "index.html", pages.render(PAGE, {"interval": wording.interval}, **values))
 
 
-def _links(found: list[Found], place: Path) -> list[tuple[int, str]]:
+def _links(found: Sequence[Found], place: Path) -> list[tuple[int, str]]:
     """Seeds, and where the pages of their runs are from a comparison's folder; empty where there is none."""
     pages_of = [(each.unit.seed, each.unit.place / "index.html") for each in found]
     return [(seed, path.relative_to(place).as_posix() if path.is_file() else "") for seed, path in pages_of]
