@@ -94,7 +94,7 @@ THREE_STEPS = {
     "rlr": ["rule.depth=1", "rule.noise=[0, 1]"],
     "awm": ["rule.times=2"],
     "nft": ["rule.times=2"],
-    "distil": ["rule.times=2", "rule.teachers={'*': base}", "rule.teacher_guidance=2"],
+    "distil": ["rule.times=2", 'rule.teachers={"*": base}', "rule.teacher_guidance=2"],
 }
 TINY = [*SMALL, *THREE_STEPS["flow_grpo"]]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from diffalign import config as configs
 from diffalign.cli import app
 from diffalign.errors import UserError
-from diffalign.planning import cards, cost
+from diffalign.planning import cards, remarks
 from diffalign.runtime.words import duration, folded
 from diffalign.types import Plan, Term
 
@@ -74,13 +74,13 @@ def test_plan_needs_no_reward_installed(monkeypatch):
 def test_what_is_repeated_is_one_line():
     each = tuple(Term(k, k + 1, "log_prob", 0.25) for k in range(4))
     made = dataclasses.replace(Plan.deterministic(4), updates=(each, each, (Term(0, 4, "reward"),), each))
-    assert cost._steps(made) == [
+    assert remarks.steps(made) == [
         "steps 1 to 2: log_prob of each of the steps 0 to 3 x 0.25",
         "step 3      reward[0,4) x 1",
         "step 4      log_prob of each of the steps 0 to 3 x 0.25",
     ]
     apart = (*each[:2], each[3], Term(0, 1, "log_prob", 0.5))
-    assert cost._steps(dataclasses.replace(made, updates=(apart,))) == [
+    assert remarks.steps(dataclasses.replace(made, updates=(apart,))) == [
         "step 1      log_prob of each of the steps 0 to 1 x 0.25, log_prob[3,4) x 0.25, log_prob[0,1) x 0.5"
     ]
 

@@ -205,7 +205,10 @@ def test_pick_a_pic_has_splits_and_each_caption_once(tmp_path, monkeypatch):
         ("geneval@{bad}", "expected GenEval's evaluation_metadata.jsonl"),
         ("hpdv2@{bad}", "expected a folder with anime.json"),
         ("drawbanch@{bad}", f"allowed are {', '.join(SETS)}"),
-        ("drawbench", "NAME@PLACE of drawbench, partiprompts, hpdv2, hpdv3, geneval, geneval2, ocr-prompts, pickapic"),
+        (
+            "drawbench",
+            "NAME@PLACE of drawbench, partiprompts, hpdv2, hpdv3, geneval, geneval2, dpg, compbench, ocr-prompts, pickapic",
+        ),
     ],
 )
 def test_what_is_laid_out_otherwise_is_refused(source, problem, tmp_path):

@@ -54,7 +54,7 @@ def introduced(tmp_path, *overrides):
     place = SimpleNamespace(commit=None, file="")
     scorer = SimpleNamespace(rewards={})
     policy = SimpleNamespace(remarks=[], notify=None)
-    parts = SimpleNamespace(place=place, policy=policy, scorer=scorer, judges=scorer, start=None, frozen=())
+    parts = SimpleNamespace(place=place, policy=policy, scorer=scorer, judges=scorer, start=None, frozen=(), beside={})
     said = []
     introduce(settings, parts, Prompts([], *([[]] * 3), []), said.append)
     return [line for line in said if "family" in line]

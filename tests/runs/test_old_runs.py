@@ -17,7 +17,11 @@ MENDED = {"flow_grpo"}
 RUNS = sorted(path for path in OLD.glob("format_*/*") if path.is_dir())
 
 
-SINCE = {"lr", "pictures/diversity", "pictures/drift", "pictures/blank", "latents/rms"}  # what is logged since
+# What is logged since.
+SINCE = {
+    *("lr", "pictures/diversity", "pictures/drift", "pictures/blank", "latents/rms"),
+    *("norm_ratio", "norm_radial"),
+}
 
 
 def rows(path):

@@ -43,12 +43,13 @@ def every_rules_update(world: World, folder: str) -> None:
     from diffalign.prompts import book
     from diffalign.rules import AWM
     from diffalign.training.selection import Allocation, Scouts
-    from tests.kit.helpers import toy_prompts
+    from tests.kit.helpers import toy_prompts, toy_teacher
     from tests.rules.test_conformance import FACTORIES
 
     found = {}
     for name, make in {**FACTORIES, SCOUTING: AWM, UNEVEN: AWM}.items():
         policy = ToyPolicy()
+        policy.adapters["better"] = toy_teacher(policy)
         trainer = trainer_of(make(), policy, world)
         trainer.draw = lambda update: toy_prompts(4, 6, update=update)
         if name == SCOUTING:

@@ -16,6 +16,7 @@ from tools.docs import compared, families, keys, messages, metrics, tables
 from tools.made import ROOT, keep
 
 PART = re.compile(r"(<!-- made: (.+?) -->\n).*?(<!-- end -->)", re.S)
+COMPARED = ("shapes_sd3", "shapes_sd")
 FAMILY = (families.facts, families.cards, families.tried)
 PARTS: dict[str, Callable[[], list[str]]] = {
     "keys": keys.sections,
@@ -24,8 +25,8 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "decided": families.decided,
     "rules": tables.rules,
     "ranges": tables.ranges,
-    "rules compared": compared.methods,
-    "pairs told apart": compared.resolved,
+    **{f"rules compared on {model}": (lambda model=model: compared.methods(model)) for model in COMPARED},
+    **{f"pairs told apart on {model}": (lambda model=model: compared.resolved(model)) for model in COMPARED},
     "rewards": tables.rewards,
     "presets": tables.presets,
     "embedded pipelines": tables.embedded,

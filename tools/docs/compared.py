@@ -9,16 +9,16 @@ from typing import Any
 from diffalign.evaluation.intervals import Interval
 from tools.docs.markdown import table
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "compare_shapes_sd3.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-def _found() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text(encoding="utf-8"))
+def _found(model: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"compare_{model}.json").read_text(encoding="utf-8"))
 
 
-def methods() -> list[str]:
+def methods(model: str) -> list[str]:
     """A row a rule: what it reached, and what a score cost it."""
-    found = _found()
+    found = _found(model)
     judges, target = found["judges"], found["target"]
 
     def row(method: dict[str, Any]) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def methods() -> list[str]:
     return table(head, map(row, found["methods"]))
 
 
-def resolved() -> list[str]:
+def resolved(model: str) -> list[str]:
     """The pairs that are told apart, a line each."""
-    pairs = [pair for pair in _found()["pairs"] if pair["resolved"]]
+    pairs = [pair for pair in _found(model)["pairs"] if pair["resolved"]]
     return [f"- {pair['sentence']}" for pair in pairs] or ["- none"]
