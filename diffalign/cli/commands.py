@@ -113,6 +113,7 @@ def sample(
     from diffalign.runtime.display import Display
     from diffalign.sampling import pictures, sources
 
+    pictures.check_best(asked["count"], asked["best_of"], by is not None)
     texts = pictures.captions(asked.pop("prompts"), asked.pop("file"))
     resolved = sources.resolve(target, strength, more, asked.pop("away"), asked.pop("mix"))
     source = sources.with_options(resolved, arguments, asked.pop("precision"), asked.pop("quantize"))

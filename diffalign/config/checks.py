@@ -58,7 +58,7 @@ def validate(
         mistakes += told(own, Config)
         # Look at the rest with the broken keys at their defaults, so that all mistakes come at once.
         try:
-            config = Config(**_without(raw, [item["loc"] for item in error.errors()]))
+            config = _as_far(Config, raw, error)
         except ValidationError:
             raise UserError(*mistakes) from None
     if settings is not None:
@@ -102,7 +102,21 @@ def _check_rule(rule: Any, problems: list[str]) -> BaseModel | None:
         return settings(**given)
     except ValidationError as error:
         problems += told(error.errors(), settings, "rule.")
-        return settings(**_without(given, [item["loc"] for item in error.errors()]))
+        return _as_far(settings, given, error)
+
+
+def _as_far(kind: Any, given: dict[str, Any], error: ValidationError) -> Any:
+    """What can be made of data without what is wrong in it; a part that then lacks what it needs goes as a whole."""
+    inner = 0
+    while True:
+        places = [item["loc"] for item in error.errors()]
+        given = _without(given, [place[: max(1, len(place) - inner)] for place in places])
+        try:
+            return kind(**given)
+        except ValidationError as again:
+            if inner > max(map(len, places)):
+                raise
+            error, inner = again, 1 + inner
 
 
 def _without(raw: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:

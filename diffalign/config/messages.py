@@ -39,6 +39,17 @@ def _fields(model: Any, location: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
+def _written(model: Any, location: tuple[Any, ...]) -> str:
+    """What a key says of its values where its type cannot; empty if it says nothing."""
+    for part in location[:-1]:
+        model = (
+            getattr(model, "model_fields", {})[part].annotation if part in getattr(model, "model_fields", {}) else None
+        )
+    field = getattr(model, "model_fields", {}).get(location[-1])
+    extra = getattr(field, "json_schema_extra", None)
+    return str(extra.get("allowed", "")) if isinstance(extra, dict) else ""
+
+
 def explain(item: Any, model: Any, prefix: str = "") -> str:
     """One of pydantic's errors as `field: what was given, what is allowed`."""
     location = tuple(item["loc"])
@@ -60,6 +71,8 @@ def explain(item: Any, model: Any, prefix: str = "") -> str:
         return f"{where}: empty; allowed are its keys ({', '.join(_fields(model, location))}), or leave it out"
     if item["type"] == "too_short":
         return f"{got}, allowed is at least {item['ctx']['min_length']} entry"
+    if item["type"] == "string_pattern_mismatch" and (allowed := _written(model, location)):
+        return f"{got}, allowed are {allowed}"
     if item["type"] in ALLOWED:
         return f"{got}, allowed {ALLOWED[item['type']]}"
     message = item["msg"].removeprefix("Value error, ")
@@ -106,7 +119,8 @@ ALLOWED = {
     "model_type": "are keys and values, such as {key: value}",
     "string_type": "is a text",
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "is a whole number"),
-    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "is a number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "is a number"),
+    "finite_number": "is a finite number",
     **dict.fromkeys(("bool_type", "bool_parsing"), "are true and false"),
 }
 

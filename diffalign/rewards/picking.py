@@ -30,13 +30,23 @@ def judge(name: str, fps: float | None = None) -> Judgement:
     """
     known = catalog.known(name, "--by")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scorer = Scorer({name: load(name, device=device)})
+    try:
+        reward = load(name, device=device)
+    except UserError as error:
+        raise UserError(*(f"--by: {line.removeprefix('rewards: ')}" for line in error.problems)) from error
+    if reward.grouped:
+        raise UserError(
+            f"--by: {name} compares a caption's pictures with one another; allowed is a reward of each by itself"
+        )
+    scorer = Scorer({name: reward})
 
     def scores(shots: Sequence[NDArray[Any]], entry: Mapping[str, Any]) -> Floats:
         if unfit := known.unfit([dict(entry)]):
             raise UserError(f"--by: {name} {unfit}; allowed are captions of --prompts FILE.jsonl that have it")
         frames = np.stack([shot if shot.ndim == 4 else shot[None] for shot in map(np.asarray, shots)])
         pixels = torch.from_numpy(np.round(frames * 255)).to(device).permute(0, 1, 4, 2, 3).float() / 255
+        if known.modality == "video" and frames.shape[1] == 1:
+            raise UserError(f"--by: {name} judges videos, these are pictures; allowed is a reward for pictures")
         numbers = np.arange(len(shots))
         prompts = Prompts([entry["prompt"]] * len(shots), numbers, numbers, numbers, [dict(entry)] * len(shots))
         found = scorer.scores(Media(pixels, fps), prompts).by_name

@@ -84,6 +84,7 @@ class AWM(forward.ForwardRule):
             """What is wrong with these settings for a sampler of `steps` steps."""
             problems = super().problems(steps)
             problems += [] if self.row == "proximal" else self.idle(("kappa",), "rule.row: proximal")
+            problems += [] if self.row == "clipped" else self.idle(("clip",), "rule.row: clipped")
             if self.implicit == "none":
                 return [*problems, *self.idle(("implicit_beta", "implicit_to"), "rule.implicit")]
             if self.implicit_to == "anchor" and not (self.anchor > 0 and self.anchor_decay > 0):

@@ -95,8 +95,9 @@ class Reporter(Display, Listener):
     def ended(self, event: Ended) -> None:
         for name, judged in event.summary.rewards.items():
             if judged.gain is not None and judged.gain.value < 0:
-                sure = judged.gain.high is not None and judged.gain.high < 0
-                how = "and its interval is below 0" if sure else "though its interval reaches above 0"
+                high = judged.gain.high
+                how = "on too few prompts for an interval" if high is None else "though its interval reaches above 0"
+                how = "and its interval is below 0" if high is not None and high < 0 else how
                 self.say(
                     f"{name} is lower than before training, {how}: look at curves.png and samples/ before using it"
                 )

@@ -17,7 +17,6 @@ from diffalign.runtime.extras import missing
 from diffalign.runtime.files import make_folder
 from diffalign.runtime.progress import Progress, silent
 from diffalign.sampling.calling import drawer
-from diffalign.sampling.mixing import mixed
 from diffalign.sampling.shots import FPS, Files, Judgement, Shot
 from diffalign.sampling.sources import GUIDED, Source, call_of, check_negative, pipeline, resolve
 
@@ -57,11 +56,14 @@ def sample(
     Raises:
         UserError: if `out` cannot be written, an argument does not fit, or the model or an adapter does not load.
     """
+    from diffalign.sampling.mixing import mixed
+
     out = Path(out)
     source = source if isinstance(source, Source) else resolve(str(source))
     call = call_of(source, steps, guidance, negative)
     entries = [{"prompt": given} if isinstance(given, str) else given for given in prompts]
-    _check(source, n, best_of, judge)
+    check_best(n, best_of, judge is not None)
+    _check(source)
     if base and not source.adapters:
         raise UserError(f"--base: {source.model} is sampled without an adapter, there is nothing to compare")
     make_folder(out, "--out")
@@ -84,12 +86,20 @@ def sample(
     return [*(shot.path for shot in (*aligned, *plain)), out / "grid.png", out / "index.html"]
 
 
-def _check(source: Source, n: int, best_of: int | None, judge: Judgement | None) -> None:
-    """Refuse options that do not go together."""
-    if (best_of is None) != (judge is None):
+def check_best(n: int, best_of: int | None, judged: bool) -> None:
+    """Refuse to keep the best without a judge, or of too few.
+
+    Raises:
+        UserError: for that.
+    """
+    if (best_of is None) == judged:
         raise UserError("--best-of and --by: got one of them; allowed are both, such as --best-of 16 --by pickscore")
     if best_of is not None and best_of < n:
         raise UserError(f"--best-of: got {best_of}, {n} pictures are kept of a caption; allowed is {n} and more")
+
+
+def _check(source: Source) -> None:
+    """Refuse options that do not go together."""
     if source.mix == "predictions" and not source.adapters:
         raise UserError(f"--mix predictions: {source.model} is sampled without an adapter, there is nothing to mix")
     if source.negative is not None and source.call.get(GUIDED) is not None:

@@ -57,16 +57,18 @@ def test_a_run_that_ends_lower_than_it_began_says_so(capsys):
             "a": Judged(Interval(0.5), Interval(-0.2, -0.3, -0.1)),
             "b": Judged(Interval(0.5), Interval(-0.01, -0.1, 0.1)),
             "c": Judged(Interval(0.5), Interval(0.2, 0.1, 0.3)),
+            "d": Judged(Interval(0.5), Interval(-0.2)),
         },
     )
     reporter.ended(Ended(5, summary, 100.0))
     reporter.close()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in lines[:2]] == [
+    assert [line.partition(":")[0] for line in lines[:3]] == [
         "a is lower than before training, and its interval is below 0",
         "b is lower than before training, though its interval reaches above 0",
+        "d is lower than before training, on too few prompts for an interval",
     ]
-    assert lines[2].startswith("done: 5 updates, 1.7 min")
+    assert lines[3].startswith("done: 5 updates, 1.7 min")
 
 
 @pytest.fixture(scope="module")

@@ -150,6 +150,8 @@ def test_equal_scores_and_none_go_by_seed():
         (["--by", "shapes_pref"], "allowed are both"),
         (["--best-of", "3", "--by", "soft_colour"], "got 3, 4 pictures are kept of a caption; allowed is 4 and more"),
         (["--best-of", "9", "--by", "nope"], "--by: nope: unknown reward"),
+        (["--best-of", "9", "--by", "diversity"], "--by: diversity compares a caption's pictures with one another"),
+        (["--best-of", "9", "--by", "motion", "--steps", "1"], "--by: motion judges videos, these are pictures"),
         (["--best-of", "9", "--by", "shapes_pref", "--steps", "1"], "--by: shapes_pref needs 'include' in every"),
         (["--mix", "predictions"], "there is nothing to mix"),
         (["--negative-adapter", "nowhere"], "--negative-adapter"),
