@@ -20,13 +20,37 @@ def named(config: Config) -> tuple[Adapter | None, tuple[Adapter, ...], dict[str
     config's check looks at what is here."""
     start = None if config.lora.start is None else found(config.lora.start, 1.0, "lora.start")
     frozen = tuple(given(text, "lora.frozen") for text in config.lora.frozen)
-    beside = {name: found(home(name), 1.0, "rule.teachers") for name in config.make_rule().needs.adapters}
+    beside = _beside(config)
     fetched = [("lora.start", start), *(("lora.frozen", each) for each in frozen)]
     looked_at = [(key, each) for key, each in fetched if each and each.commit]
-    for key, adapter in [*looked_at, *(("rule.teachers", each) for each in beside.values())]:
+    for key, adapter in [*looked_at, *((_tagged(config, name), each) for name, each in beside.items())]:
         if problems := of_the_model(key, adapter.folder, config.model):
             raise UserError(*problems)
     return start, frozen, beside
+
+
+def _beside(config: Config) -> dict[str, Adapter]:
+    """What stands by for the rule, by its names there.
+
+    Raises:
+        UserError: for all that are not there.
+    """
+    beside: dict[str, Adapter] = {}
+    problems: list[str] = []
+    for name in config.make_rule().needs.adapters:
+        try:
+            beside[name] = found(home(name), 1.0, _tagged(config, name))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return beside
+
+
+def _tagged(config: Config, name: str) -> str:
+    """The key that names a teacher, with its tag."""
+    tags = (tag for tag, teacher in config.rule.get("teachers", {}).items() if teacher == name)
+    return ".".join(["rule.teachers", *list(tags)[:1]])
 
 
 def freeze(config: Config, pipe: Any, frozen: tuple[Adapter, ...]) -> None:

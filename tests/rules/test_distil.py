@@ -313,7 +313,7 @@ def test_a_run_whose_teacher_became_another_is_refused(teachers, tmp_path):
 
 
 def test_a_teacher_that_is_not_there_or_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(UserError, match="rule.teachers: got '.*none', no pytorch_lora_weights"):
+    with pytest.raises(UserError, match="rule.teachers.counting: got '.*none', no pytorch_lora_weights"):
         session.train(_run(tmp_path / "run", [tmp_path / "none", "base"]), quiet=True)
 
 
