@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import Reward
 from reward_models import _bits, _clip
 from reward_models._patches import Patches
 
@@ -261,29 +259,6 @@ class FirstToken:
         )
 
 
-class Asking(Reward):
-    """A reward that asks a model; words: what `problems` calls the answers it chooses among, `left` went to others at the last call."""
-
-    model: FirstToken
-    words: ClassVar[str] = ""
-    left: float = math.nan
-
-    def checkpoint(self) -> None:
-        """Keep only the inputs of layers for the gradient."""
-        self.model.checkpoint()
-
-    def problems(self) -> list[str]:
-        """A line if the model leaves most of the first token's probability to other words than those it was asked for."""
-        if math.isnan(self.left) or self.left < 0.5:
-            return []
-        found = f"{self.words} get {1 - self.left:.2g} of the first token's probability"
-        return [f"{found}, a trained model gives them nearly all: other weights?"]
-
-    def networks(self) -> list[torch.nn.Module]:
-        """What may be moved between uses."""
-        return [self.model.net]
-
-
 def _filled(rows: list[list[int]], device: torch.device) -> Tensor:
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
@@ -291,8 +266,3 @@ def _filled(rows: list[list[int]], device: torch.device) -> Tensor:
 
 def _last(states: Tensor, rows: list[list[int]]) -> list[Tensor]:
     return [states[k, len(row) - 1] for k, row in enumerate(rows)]
-
-
-def outside(log_p: Tensor) -> float:
-    """Mean probability (R, K) of answers that leaves to all other words."""
-    return 1 - float(log_p.detach().exp().sum(-1).mean())

@@ -6,12 +6,9 @@ A prompt's metadata say them, and which hang on which: "scene_graph": [{"questio
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from diffalign.ops import scene_graph
 from diffalign.types import Media, Prompts
-from reward_models import _first_token
-from reward_models._first_token import Asking, FirstToken, Question, said
+from reward_models._asking import YesNo
 
 REWARDS = {
     "dsg": {
@@ -31,27 +28,18 @@ REWARDS = {
 }
 REPO = str(REWARDS["dsg"]["weights"])
 SHORT = "Please answer yes or no."
-YES, NO = said("yes"), said("no")
 
 
-class SceneGraph(Asking):
+class SceneGraph(YesNo):
     """Scores (N,)."""
 
-    words: ClassVar[str] = "yes and no"
-
     def __init__(self, place: str | None = None, quantize: str = "none") -> None:
-        self.model = FirstToken.load("dsg", REPO, place, quantize)
-        self.model.apart(YES, NO)
+        super().__init__("dsg", REPO, place, quantize)
 
     def __call__(self, media: Media, prompts: Prompts) -> list[float]:
         graphs = [metadata["scene_graph"] for metadata in prompts.metadata]
-        questions = [
-            Question(row, f"{asked['question']} {SHORT}", (YES, NO))
-            for row, graph in enumerate(graphs)
-            for asked in graph
-        ]
-        log_p = self.model.ask(media.pixels[:, :1], questions)
-        self.left = _first_token.outside(log_p)
+        questions = [(row, f"{asked['question']} {SHORT}") for row, graph in enumerate(graphs) for asked in graph]
+        log_p = self.yes_no(media.pixels[:, :1], questions)
         verdicts = iter((log_p[:, 0] > log_p[:, 1]).tolist())
         scores = []
         for graph in graphs:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from diffalign.rewards.frames import chosen
 from diffalign.types import Media, Prompts
-from reward_models import _first_token
-from reward_models._first_token import Asking, FirstToken, Question
+from reward_models._asking import Asking
+from reward_models._first_token import FirstToken, Question
 
 REWARDS = {
     "q_realign": {
@@ -71,8 +71,7 @@ class Quality(Asking):
     def score(self, pixels: Tensor, kind: str) -> Tensor:
         """Scores (N,) of pixels (N, F, 3, H, W), the F frames of a row shown together."""
         text, begun = f"How would you rate the {self.about} of this {kind}?", f"The {self.about} of the {kind} is"
-        log_p = self.model.ask(pixels, [Question(row, text, WORDS, begun) for row in range(len(pixels))])
-        self.left = _first_token.outside(log_p)
+        log_p = self.ask(pixels, [Question(row, text, WORDS, begun) for row in range(len(pixels))])
         return log_p.softmax(-1) @ log_p.new_tensor(list(VALUES.values()))
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from diffalign.ops import soft_tifa
 from diffalign.types import Media, Prompts
-from reward_models._first_token import Asking, FirstToken, Question
+from reward_models._asking import Asking
+from reward_models._first_token import FirstToken, Question
 
 REWARDS = {
     "soft_tifa": {

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from diffalign.rewards.frames import chosen
 from diffalign.types import Media, Prompts
-from reward_models import _first_token
-from reward_models._first_token import Asking, FirstToken, Question, said
+from reward_models._asking import YesNo
 
 REWARDS = {
     "vlm_ask": {
@@ -32,27 +31,20 @@ REWARDS = {
 }
 REPO = str(REWARDS["vlm_ask"]["weights"])
 QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'  # VQAScore's
-YES, NO = said("yes"), said("no")
 FRAMES = "uniform:4"
 
 
-class Ask(Asking):
+class Ask(YesNo):
     """Scores (N,) with gradient to the pixels: the probability, over all tokens, that the answer begins with yes."""
-
-    words = "yes and no"
 
     def __init__(self, place: str | None = None, quantize: str = "none") -> None:
         where, _, file = (place or "").partition(";")
         self.asked = Path(file).read_text(encoding="utf-8") if file else QUESTION
         if "{prompt}" not in self.asked:
             raise ValueError(f"{file} does not say where the prompt goes; allowed is a text with {{prompt}} in it")
-        self.model = FirstToken.load("vlm_ask", REPO, where or None, quantize)
-        self.model.apart(YES, NO)
+        super().__init__("vlm_ask", REPO, where or None, quantize)
 
     def __call__(self, media: Media, prompts: Prompts) -> Tensor:
         frames = torch.from_numpy(chosen(FRAMES, media.pixels.shape[1])).to(media.pixels.device)
         texts = [self.asked.replace("{prompt}", text) for text in prompts.text]
-        questions = [Question(row, text, (YES, NO)) for row, text in enumerate(texts)]
-        log_p = self.model.ask(media.pixels[:, frames], questions)
-        self.left = _first_token.outside(log_p)
-        return log_p[:, 0].exp()
+        return self.yes_no(media.pixels[:, frames], list(enumerate(texts)))[:, 0].exp()
