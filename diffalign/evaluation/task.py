@@ -21,7 +21,7 @@ from diffalign.prompts.sets.published import PUBLISHED
 from diffalign.rewards import catalog
 from diffalign.runtime.files import home, is_file
 from diffalign.runtime.randomness import Purpose, key
-from diffalign.types import Integers
+from diffalign.types import Integers, rows_by_group
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Task:
 
     def together(self) -> list[list[int]]:
         """The samples of each prompt, by rows."""
-        return [np.flatnonzero(self.prompt == name).tolist() for name in np.unique(self.prompt)]
+        return [rows.tolist() for rows in rows_by_group(self.prompt)]
 
     def columns(self) -> dict[str, tuple[Integers, list[str]]]:
         """For every key of the suite's whose values are several: which of them each sample has (total,), and the values, in the order of

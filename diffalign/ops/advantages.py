@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffalign.types import Floats, Scores
+from diffalign.types import Floats, Scores, rows_by_group
 
 Scale = Literal["group", "batch", "none"]
 ROUNDINGS = 4  # a group whose range is below so many roundings of its largest reward has no spread
@@ -62,15 +62,14 @@ def group_relative(
     values = _check(reward, group, valid)
     rounding = resolution(values[valid]) if rounding is None else rounding
     centred, spread = np.zeros_like(values), np.ones_like(values)
-    for name in np.unique(group[valid]):
-        rows = np.flatnonzero((group == name) & valid)
+    for rows in rows_by_group(group, valid):
         if _flat(values[rows], rounding):
             continue
         centred[rows] = values[rows] - values[rows].mean()
         if baseline == "leave_one_out":
             # r - (S - r) / (n - 1) = (r - S / n) n / (n - 1)
             centred[rows] *= len(rows) / (len(rows) - 1)
-        other = values[rows] if spread_of is None else spread_of[0][(spread_of[1] == name) & spread_of[2]]
+        other = values[rows] if spread_of is None else spread_of[0][(spread_of[1] == group[rows[0]]) & spread_of[2]]
         spread[rows] = other.std()
     if scale == "none":
         return np.clip(centred, -limit, limit)
@@ -120,8 +119,8 @@ def spread(reward: Floats, group: NDArray[np.int64]) -> float:
     with fewer than two others. 0 where all are flat, NaN where there is no such group."""
     finite = np.isfinite(reward)
     within = []
-    for name in np.unique(group[finite]):
-        values = reward[finite & (group == name)]
+    for rows in rows_by_group(group, finite):
+        values = reward[rows]
         if len(values) > 1:
             within.append(0.0 if _flat(values, resolution(values)) else float(values.std()))
     return float(np.mean(within)) if within else math.nan
@@ -192,8 +191,7 @@ def extremes(advantage: Floats, group: NDArray[np.int64], valid: NDArray[np.bool
     Groups of fewer than twice as many keep all (DanceGRPO's best-of-N selection, arXiv 2505.07818).
     """
     kept = np.zeros_like(advantage)
-    for name in np.unique(group[valid]):
-        rows = np.flatnonzero((group == name) & valid)
+    for rows in rows_by_group(group, valid):
         order = rows[np.argsort(advantage[rows], kind="stable")]
         chosen = order if len(rows) < 2 * count else np.concatenate([order[:count], order[-count:]])
         kept[chosen] = advantage[chosen]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from diffalign.types import Floats
+from diffalign.types import Floats, rows_by_group
 
 Weights = Callable[[Floats, Floats], Floats]
 
@@ -65,8 +65,7 @@ def _by_group(
         shapes = f"{advantage.shape}, {reward.shape}, {group.shape}, {valid.shape}"
         raise ValueError(f"shapes of advantage, reward, group and valid differ: {shapes}")
     weights = np.zeros(len(advantage))
-    for name in np.unique(group[valid]):
-        rows = np.flatnonzero((group == name) & valid)
+    for rows in rows_by_group(group, valid):
         own = advantage[rows] - advantage[rows].mean()
         weights[rows] = of(own, reward[rows])
     return weights

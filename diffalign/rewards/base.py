@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffalign.errors import Fault, shown
-from diffalign.types import Floats, Integers, Media, Prompts
+from diffalign.types import Floats, Integers, Media, Prompts, rows_by_group
 
 
 class Reward(ABC):
@@ -66,7 +66,7 @@ class Reward(ABC):
         Raises:
             Fault: if one has another size than the whole ones have.
         """
-        found = [np.flatnonzero(prompts.group == group) for group in dict.fromkeys(prompts.group.tolist())]
+        found = rows_by_group(prompts.group)
         for rows in found:
             if len(rows) not in self.sizes:
                 sizes = " or ".join(map(str, self.sizes)) or "whole ones, which samples have in training and suites"

@@ -8,7 +8,7 @@ from scipy.spatial.distance import cdist
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from diffalign.types import Floats, Integers
+from diffalign.types import Floats, Integers, rows_by_group
 
 THUMBNAIL = 16  # pixels a side
 
@@ -38,8 +38,7 @@ def contrast(pixels: Tensor) -> Tensor:
 def diversity(pictures: Floats, prompt: Integers) -> Floats:
     """(n,) each sample's mean distance (root mean square) to the others of its prompt, NaN where it is alone."""
     found = np.full(len(pictures), np.nan)
-    for name in np.unique(prompt):
-        own = np.flatnonzero(prompt == name)
+    for own in rows_by_group(prompt):
         if len(own) > 1:  # a sample is at 0 from itself
             found[own] = cdist(pictures[own], pictures[own]).sum(1) / (len(own) - 1) / np.sqrt(pictures.shape[1])
     return found

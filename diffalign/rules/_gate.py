@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from diffalign.runtime.settings import Settings
-from diffalign.types import Floats, Integers, Scores
+from diffalign.types import Floats, Integers, Scores, rows_by_group
 
 LEAST, MOST = 0.02, 0.2  # of a share that adapts
 PAST = 20  # updates that it is held against
@@ -50,8 +50,7 @@ def win_rates(values: Floats, group: Integers, valid: NDArray[np.bool_]) -> Floa
     """The share of the other valid samples of its group (N,) that each one beats, an equal one counted as half; 0.5 where it is alone, or
     not valid."""
     found = np.full(len(values), 0.5)
-    for each in np.unique(group[valid]):
-        rows = np.flatnonzero((group == each) & valid)
+    for rows in rows_by_group(group, valid):
         own = values[rows]
         if len(rows) > 1:
             beaten = (own[:, None] > own).sum(1) + ((own[:, None] == own).sum(1) - 1) / 2

@@ -14,7 +14,7 @@ from scipy import stats
 
 from diffalign.runtime import keys
 from diffalign.runtime.randomness import Purpose, key, numpy_generator
-from diffalign.types import Floats, Integers, Plan, Prompts, Scores, Term, Update
+from diffalign.types import Floats, Integers, Plan, Prompts, Scores, Term, Update, rows_by_group
 
 FLOOR = 0.01  # of v (1 - v): a prompt that always or never passed is not written off
 UNSEEN = (1.0, 1.0)  # passes and failures of a prompt before any was seen
@@ -99,7 +99,7 @@ class Scouts(Everything):
     def select(self, prompts: Prompts, plan: Plan, judge: Judge) -> Selected:
         pool = resized(prompts, {int(group): self.pool for group in prompts.group})
         scores = judge(pool, scout_plan(plan, self.steps), self.rewards)
-        kept = np.concatenate([_extremes(pool, scores, rows, prompts.group) for rows in _groups(pool.group)])
+        kept = np.concatenate([_extremes(pool, scores, rows, prompts.group) for rows in rows_by_group(pool.group)])
         seen = np.where(scores.valid, scores.total, np.nan)
         means = {keys.SCOUTED: seen, keys.SCOUTS_KEPT: seen[kept]}
         metrics = {name: float(np.nanmean(of)) for name, of in means.items() if np.isfinite(of).any()}
@@ -111,7 +111,7 @@ class Scouts(Everything):
         """How far scouts and second samples agree on the order within prompts."""
         assert selected.seen is not None
         second = np.where(scores.valid, scores.total, np.nan)
-        found = [rank_correlation(selected.seen[rows], second[rows]) for rows in _groups(judged.group)]
+        found = [rank_correlation(selected.seen[rows], second[rows]) for rows in rows_by_group(judged.group)]
         known = [value for value in found if value is not None]
         return {keys.SCOUTS_RANK: float(np.mean(known))} if known else {}
 
@@ -138,7 +138,7 @@ class Allocation(Everything):
         return passes / (passes + failures)
 
     def select(self, prompts: Prompts, plan: Plan, judge: Judge) -> Selected:
-        own = _groups(prompts.group)
+        own = rows_by_group(prompts.group)
         rates = np.array([self.rate(prompts.text[rows[0]]) for rows in own])
         spread = np.sqrt(rates * (1 - rates) + FLOOR)
         sizes = allocated(spread, len(prompts), self.least, self.most, self.unit)
@@ -155,7 +155,7 @@ class Allocation(Everything):
         seen = [*(self.range or ()), *total[valid].tolist()]
         self.range = low, high = min(seen), max(seen)
         passed = (total - low) / (high - low) if high > low else np.full(len(total), 0.5)
-        for rows in _groups(prompts.group):
+        for rows in rows_by_group(prompts.group):
             own = passed[rows][valid[rows]]
             text = prompts.text[rows[0]]
             passes, failures = (self.decay * value for value in self.passed.get(text, UNSEEN))
@@ -195,7 +195,7 @@ def resized(prompts: Prompts, sizes: Mapping[int, int]) -> Prompts:
     their own."""
     rows: list[int] = []
     seeds: list[int] = []
-    for own in _groups(prompts.group):
+    for own in rows_by_group(prompts.group):
         first = own[0]
         more = max(0, sizes[int(prompts.group[first])] - len(own))
         own = own[: sizes[int(prompts.group[first])]]
@@ -233,11 +233,6 @@ def _extremes(pool: Prompts, scores: Scores, rows: Integers, group: Integers) ->
     count = int((group == pool.group[rows[0]]).sum())
     rng = numpy_generator(int(pool.group_seed[rows[0]]), Purpose.LOT)
     return rows[extremes(scores.total[rows], scores.valid[rows], count, rng)]
-
-
-def _groups(group: Integers) -> list[Integers]:
-    """The rows of each group, groups in the order in which they come."""
-    return [np.flatnonzero(group == g) for g in dict.fromkeys(group.tolist())]
 
 
 def selector(scouts: Any, allocate: Any, micro_batch: int) -> Selector:

@@ -248,6 +248,12 @@ class Update:
         return {**self.metrics, **norms, **flags}
 
 
+def rows_by_group(group: Integers, among: NDArray[np.bool_] | None = None) -> list[Integers]:
+    """The rows of each of some groups' ids (N,), groups in the order in which they come; among (N,): only these rows."""
+    here = np.ones(len(group), dtype=bool) if among is None else among
+    return [np.flatnonzero((group == name) & here) for name in dict.fromkeys(group[here].tolist())]
+
+
 def chunks(count: int, size: int) -> Iterator[range]:
     """Consecutive ranges of at most `size` that cover range(count)."""
     for start in range(0, count, size):
