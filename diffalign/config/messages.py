@@ -26,8 +26,8 @@ def near(name: str, known: Any) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _fields(model: Any, location: tuple[Any, ...]) -> list[str]:
-    """Field names of the section an error points into."""
+def _section(model: Any, location: tuple[Any, ...]) -> Any:
+    """The section an error points into."""
     for part in location:
         annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
         sections = [
@@ -36,16 +36,12 @@ def _fields(model: Any, location: tuple[Any, ...]) -> list[str]:
         if not sections:
             break
         model = sections[0]
-    return list(model.model_fields)
+    return model
 
 
 def _written(model: Any, location: tuple[Any, ...]) -> str:
     """What a key says of its values where its type cannot; empty if it says nothing."""
-    for part in location[:-1]:
-        model = (
-            getattr(model, "model_fields", {})[part].annotation if part in getattr(model, "model_fields", {}) else None
-        )
-    field = getattr(model, "model_fields", {}).get(location[-1])
+    field = _section(model, location[:-1]).model_fields.get(location[-1])
     extra = getattr(field, "json_schema_extra", None)
     return str(extra.get("allowed", "")) if isinstance(extra, dict) else ""
 
@@ -55,7 +51,7 @@ def explain(item: Any, model: Any, prefix: str = "") -> str:
     location = tuple(item["loc"])
     where = shortened(prefix + ".".join(str(part) for part in location))
     if item["type"] == "extra_forbidden":
-        known = _fields(model, location[:-1])
+        known = list(_section(model, location[:-1]).model_fields)
         hint = (
             _meant(str(location[-1]), known)
             if model is Config or len(location) == 1
@@ -68,7 +64,7 @@ def explain(item: Any, model: Any, prefix: str = "") -> str:
     if where == "precision" and item["input"] in ("float16", "fp16", "half"):
         return f"{got}, whose gradients underflow; allowed are float32 and bfloat16"
     if item["type"] == "model_type" and item["input"] is None:
-        return f"{where}: empty; allowed are its keys ({', '.join(_fields(model, location))}), or leave it out"
+        return f"{where}: empty; allowed are its keys ({', '.join(_section(model, location).model_fields)}), or leave it out"
     if item["type"] == "too_short":
         return f"{got}, allowed is at least {item['ctx']['min_length']} entry"
     if item["type"] == "string_pattern_mismatch" and (allowed := _written(model, location)):

@@ -15,10 +15,8 @@ from diffalign.rewards.load import load
 from diffalign.rewards.scorer import Scorer
 from diffalign.types import Floats, Media, Prompts
 
-Judgement = Callable[[Sequence[NDArray[Any]], Mapping[str, Any]], Floats]
 
-
-def judge(name: str, fps: float | None = None) -> Judgement:
+def judge(name: str, fps: float | None = None) -> Callable[[Sequence[NDArray[Any]], Mapping[str, Any]], Floats]:
     """What scores pictures (H, W, 3) or videos (F, H, W, 3) of one caption, values in [0, 1], as they are written: in 256 steps. It takes
     them and the caption's entry, whose `prompt` is its text, and gives a score each, not a number where there is none.
 

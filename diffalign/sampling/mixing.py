@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from diffalign.backends.guiding import rows_of
 from diffalign.errors import Fault, UserError
 from diffalign.models import lora
 from diffalign.sampling import adapters
@@ -118,7 +119,7 @@ class Mixed:
         calls: list[list[list[Tensor]]] = []
 
         def before(module: Any, args: Any, kwargs: Any) -> None:
-            rows = _rows(args, kwargs)
+            rows = rows_of(args, kwargs)
             calls.append(
                 [
                     [x.clone() for x in tree_leaves(_part((args, kwargs), rows, [k])) if isinstance(x, Tensor)]
@@ -150,7 +151,7 @@ class Mixed:
         def predicted(*args: Any, **kwargs: Any) -> Any:
             if self.negative is None:
                 return self._mixed(forward, args, kwargs)
-            rows = _rows(args, kwargs)
+            rows = rows_of(args, kwargs)
             blocks = self._blocks(rows // self.prompts)
             outs: dict[int, Any] = {}
             for away in sorted(set(blocks)):
@@ -191,12 +192,6 @@ class Mixed:
 
 def _moved(strength: float, total: Any, one: Any, none: Any) -> Any:
     return total + strength * (one - none) if isinstance(total, Tensor) else total
-
-
-def _rows(args: Any, kwargs: Any) -> int:
-    """Rows of a network's call."""
-    first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor | list))
-    return len(first)
 
 
 def _part(value: Any, rows: int, chosen: Sequence[int]) -> Any:
