@@ -182,7 +182,7 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
     if config.sampler.guidance_steps is not None:
         everywhere, _ = _rows(config, rule, levels, (network.calls[0],) * 2, network.taught)
     notes = [*config.told, *notes, *remarks.weights(config, rule), *remarks.cache(config)]
-    notes += [*remarks.guidance(config, forward, everywhere), remarks.evaluations(config)]
+    notes += [*remarks.guidance(config, forward, everywhere), *remarks.anchored(rule), remarks.evaluations(config)]
     again = backward if config.checkpoint in ("spans", "both") else 0  # whole calls that run again for the gradient
     inside = backward if config.checkpoint in ("blocks", "both") else 0  # and block by block, within them
     nodes = sum(int(np.prod(plan.branch[:t])) for t in plan.levels)
@@ -234,8 +234,10 @@ def _rows(config: Config, rule: Rule, levels: Levels, calls: tuple[int, int], ta
         seed=config.seed,
         selector=selector(config.prompts.scouts, config.prompts.allocate, config.micro_batch),
     )
+    trainer.prepare()
+    before = toy.rows_forward
     trainer.update(0)
-    return toy.rows_forward, toy.rows_backward
+    return toy.rows_forward - before, toy.rows_backward
 
 
 def _network(policy: DiffusersPolicy, parameters: int, trained: int, guidance: float | None) -> Network:

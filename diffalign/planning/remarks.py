@@ -38,6 +38,15 @@ def guidance(config: Config, rows: int, everywhere: int) -> list[str]:
     ]
 
 
+def anchored(rule: Rule) -> list[str]:
+    """Of what a run draws once, before its first update."""
+    if (data := rule.anchored_in) is None:
+        return []
+    return [
+        f"rule.data: {data.count} samples of the base model are drawn before the first update, and again where a run goes on"
+    ]
+
+
 def evaluations(config: Config) -> str:
     """What evaluations cost."""
     evaluation, book_of = config.evaluation, config.book

@@ -5,6 +5,7 @@ Importing this needs neither torch nor diffusers: settings are checked before ei
 
 from __future__ import annotations
 
+from diffalign.rules._matching import Matching
 from diffalign.rules._merging import shares, units
 from diffalign.rules._rule import Rule, RuleSettings
 from diffalign.rules.awm import AWM
@@ -31,6 +32,7 @@ __all__ = [
     "Distil",
     "FlowGRPO",
     "GRPOGuard",
+    "Matching",
     "Rule",
     "RuleSettings",
     "TruncatedBP",

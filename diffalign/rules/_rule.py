@@ -11,6 +11,7 @@ from pydantic import Field
 
 from diffalign.errors import UserError
 from diffalign.protocols import GraphBytes, Loss, Needs, Policy, RewardFunction
+from diffalign.rules._data import DataSettings
 from diffalign.rules._floors import PATIENCE, Floor
 from diffalign.rules._gate import LEAST, MOST, Gate, GateSettings, held, overrated
 from diffalign.runtime.settings import Settings
@@ -50,11 +51,15 @@ class RewardSettings(RuleSettings):
     )
     floor_rate: float = Field(0.1, gt=0, description="a multiplier's growth per update and std below the floor")
     floor_cap: float = Field(10.0, gt=0, description="largest multiplier")
+    data: DataSettings | None = Field(
+        None, description="count, rows, times, weight: matching loss on the base model's samples too (DDRL)"
+    )
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
         idle = [] if self.floors else self.idle(("floor_rate", "floor_cap"), "rule.floors")
-        return [*super().problems(steps), *idle]
+        data = [] if self.data is None else self.data.problems(steps)
+        return [*super().problems(steps), *idle, *data]
 
 
 def check_known(key: str, named: Iterable[str], rewards: Mapping[str, Any]) -> None:
@@ -150,6 +155,11 @@ class Rule(ABC):
     def gated(self) -> GateSettings | None:
         """Which samples its divergence is on; None: on all."""
         return self.settings.kl_gate if isinstance(self.settings, ReferenceSettings) else None
+
+    @property
+    def anchored_in(self) -> DataSettings | None:
+        """What of the base model's own samples every optimiser step learns besides; None: nothing."""
+        return self.settings.data if isinstance(self.settings, RewardSettings) else None
 
     @property
     def least(self) -> dict[str, float]:

@@ -18,6 +18,7 @@ from diffalign.runtime import keys
 Row = dict[str, float]
 FIRST = 2  # updates that later ones are compared with: the first is the base model's, a broken run's third can be gone already
 ALIKE, FLAT, CLIPPED, BLANK = 0.6, 0.9, 0.9, 0.1
+ESTRANGED = 0.1  # of the matching loss on the base model's samples: what DDRL's authors take for a sign of hacking
 DRIFTED, STEEP = 2.0, 30.0  # of latents' size either way, and of the gradient's norm, against the first updates
 
 
@@ -146,6 +147,17 @@ def drifted(seen: Seen) -> str:
     )
 
 
+def estranged(seen: Seen) -> str:
+    """The base model's own samples are denoised clearly worse than by the base model."""
+    own, base = (seen.mean(key, seen.rows[-seen.last :]) for key in (keys.DATA, keys.DATA_BASE))
+    if len(seen.rows) < seen.last or own is None or base is None or own < (1 + ESTRANGED) * base:
+        return ""
+    return (
+        f"samples of the base model are denoised {100 * (own / base - 1):.0f} % worse than by it ({keys.DATA} {own:.3g}), a sign that the "
+        "reward is being tricked: look at samples/, take best/, or raise rule.data.weight"
+    )
+
+
 def steep(seen: Seen) -> str:
     """Gradients have become far longer than they were."""
     pair = seen.then_and_now("grad_norm")
@@ -174,6 +186,7 @@ WATCHES: dict[str, Callable[[Seen], str]] = {
     "blank": blank,
     "drifted": drifted,
     "steep": steep,
+    "estranged": estranged,
 }
 
 

@@ -18,6 +18,8 @@ RESET = "reference_reset"  # of an update after which the reference became the p
 SCOUTED, SCOUTS_KEPT, SCOUTS_RANK, SCOUTS_INVALID = "scouts/mean", "scouts/kept", "scouts/rank", "scouts/invalid"
 # Of prompts that get more samples than others: the fewest and the most of an update, and the mean of what was thought of their pass rates.
 FEWEST, MOST, PASS_RATE = "allocated/fewest", "allocated/most", "allocated/pass_rate"
+# Of samples of the bare base model that a run is anchored by: the matching loss on them, and the base model's own.
+DATA, DATA_BASE = "data/loss", "data/base"
 SPARED = "cache/spared"  # share of its rollouts' calls of blocks that a cache answered
 # What a run had taken up to an evaluation, by kind.
 SPENT = {kind: f"spent/{kind}" for kind in ("rows", "reward_calls", "seconds")}

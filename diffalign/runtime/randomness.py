@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     VARIANT = 19  # noise on finished samples, to go on from (DRaFT-LV)
     FURTHER = 20  # the seeds of a group's samples beyond those it was drawn with
     LOT = 21  # which of equally good samples are kept
+    ANCHOR = 22  # which of the base model's samples a step learns, at which levels
     TOY = 1 << 40  # the start of the Gaussian chain
 
 

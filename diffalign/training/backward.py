@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from diffalign.errors import Fault
 from diffalign.protocols import TrainablePolicy
 from diffalign.rewards.scorer import Scorer, Tally
 from diffalign.rules import Rule
+from diffalign.runtime.distributed import World
 from diffalign.runtime.progress import Progress, silent
 from diffalign.types import Credit, Floats, Integers, Rollout, Span, Term, chunks
 
@@ -31,6 +33,19 @@ Logged = dict["str | Span", float]  # numbers by name; norms of terms' gradients
 def read(values: Sequence[Tensor]) -> list[float]:
     """Numbers off tensors of one element, all at once: each read on its own waits for the device."""
     return torch.stack([value.reshape(()) for value in values]).tolist() if values else []
+
+
+def step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], longest: float, world: World) -> float | None:
+    """Add the processes' gradients up, shorten a longer one, and step; its norm before, None where that is not finite and nothing moves."""
+    for parameter in parameters:
+        if parameter.grad is None:  # a part of the model that no term touched
+            parameter.grad = torch.zeros_like(parameter)
+    world.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, longest))
+    if not math.isfinite(norm):
+        return None
+    optimizer.step()
+    return norm
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -15,13 +14,14 @@ import torch
 from diffalign.errors import Unscored
 from diffalign.protocols import START, TrainablePolicy
 from diffalign.rewards.scorer import Scorer
-from diffalign.rules import Rule
+from diffalign.rules import Matching, Rule
 from diffalign.runtime import keys
 from diffalign.runtime.distributed import ALONE, World
 from diffalign.runtime.memory import fitting
 from diffalign.runtime.progress import Progress, silent
 from diffalign.runtime.randomness import Purpose, numpy_generator
-from diffalign.training.backward import Backward, Logged
+from diffalign.training.anchor import Anchor
+from diffalign.training.backward import Backward, Logged, step
 from diffalign.training.floors import moved
 from diffalign.training.sampled import Sampled, drawn, settled, tallied
 from diffalign.training.scoring import Clock, Sampling, appearances, describe, measured
@@ -69,6 +69,10 @@ class Trainer:
         self.selector: Selector = selector or Everything()
         self.sampling = Sampling(policy, scorer, rule.needs.log_probs, progress)
         self.backward = Backward(rule, policy, scorer, term_norms or rule.needs.term_norms, progress)
+        self.anchor: Anchor | None = None
+        if (data := rule.anchored_in) is not None:
+            beside = Backward(Matching(data), policy, scorer, progress=progress)
+            self.anchor = Anchor(beside, lambda update: self.draw(update), world, seed, notify)
         self.compared = False  # whether it was said how far a compiled first pass is from its rollout
         self.whole = True  # the parameters are those after some update, not those within one
         policy.add_shadows(rule.decays(0))
@@ -81,10 +85,13 @@ class Trainer:
         """
         clock = Clock.of(self.policy)
         self.whole = True
+        if index:  # what the anchor takes counts for the first update alone, wherever a run goes on
+            self.prepare()
         if self.rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(index)
         started, before = time.perf_counter(), _counters(self.policy)
+        self.prepare()
         sampled = self._sample(index, clock)
         update = sampled.update
         if not update.flat:
@@ -111,6 +118,11 @@ class Trainer:
         rate = {keys.RATE: float(self.optimizer.param_groups[0]["lr"])}
         return replace(update, metrics={**update.metrics, **rate, **seconds, **spent})
 
+    def prepare(self) -> None:
+        """Draw what updates need besides their own samples, if there is such and it was not drawn."""
+        if self.anchor is not None:
+            self.anchor.draw()
+
     def _reset(self, index: int, update: Update) -> Update:
         """Let the reference be the present model if the rule says so, and note that."""
         if not self.rule.resets(index, update.metrics.get("kl")):
@@ -120,10 +132,11 @@ class Trainer:
 
     def gradient(self, index: int) -> Update:
         """The gradient of update `index`'s first optimiser step, left in the parameters' `grad`; nothing else moves."""
+        self.prepare()
         sampled = self._sample(index, Clock.of(self.policy))
         terms = sampled.rollout.plan.updates[0]
         credit = settled(terms, sampled, self.backward, self.world, self.notify)
-        logged = self._gradient(terms, sampled, credit, first=True, where=f"update {index + 1}")
+        logged = self._gradient(terms, sampled, credit, index, 0)
         return _with(sampled.update, logged)
 
     def _sample(self, index: int, clock: Clock) -> Sampled:
@@ -175,14 +188,14 @@ class Trainer:
         values: dict[str | Span, list[float]] = defaultdict(list)
         skipped = 0
         for number, terms in enumerate(sampled.rollout.plan.updates):
-            first, where = number == 0, f"update {index + 1}"
             credit = settled(terms, sampled, self.backward, self.world, self.notify)
-            work = functools.partial(self._gradient, terms, sampled, credit, first=first, where=where)
+            work = functools.partial(self._gradient, terms, sampled, credit, index, number)
             logged = self.world.together(functools.partial(fitting, self.policy, work, self.notify))
             logged = self.world.average(logged, sampled.share)
-            counts = tallied(self.world, self.backward.tally, self.max_invalid, where)
-            norm = self._step()
-            skipped += norm is None
+            logged |= {} if self.anchor is None else self.anchor.noted()
+            counts = tallied(self.world, self.backward.tally, self.max_invalid, f"update {index + 1}")
+            norm = step(self.optimizer, list(self.policy.parameters.values()), self.max_grad_norm, self.world)
+            self.whole, skipped = self.whole and norm is None, skipped + (norm is None)
             logged |= {"skipped_nonfinite": 1.0} if norm is None else {"grad_norm": norm, "skipped_nonfinite": 0.0}
             for name, value in logged.items():
                 values[name].append(value)
@@ -197,36 +210,22 @@ class Trainer:
         return replace(update, steps=len(sampled.rollout.plan.updates), nonfinite=skipped)
 
     def _gradient(
-        self,
-        terms: tuple[Term, ...],
-        sampled: Sampled,
-        credit: list[Credit | None],
-        *,
-        first: bool,
-        where: str,
+        self, terms: tuple[Term, ...], sampled: Sampled, credit: list[Credit | None], index: int, number: int
     ) -> Logged:
-        """The gradient of one optimiser step, from zero."""
+        """The gradient of optimiser step `number` of update `index`, from zero."""
         self.optimizer.zero_grad(set_to_none=True)
+        first, where = number == 0, f"update {index + 1}"
         # Later steps keep the old log-probs: the parameters they belong to are gone, and only rounding differs.
         stale = any(old is not None for old in sampled.rollout.log_prob)
         if first and stale and sampled.rollout.micro_batch != self.policy.micro_batch:
             self.notify(f"{where}: old log-probabilities are computed again, for the smaller micro-batch")
             sampled.rollout = self.policy.recomputed(sampled.rollout)
-        return self.backward.accumulate(terms, sampled.rollout, credit, first=first, where=where, totals=sampled.totals)
-
-    def _step(self) -> float | None:
-        """Clip and step; returns the gradient's norm before, None where it is not finite and the step is skipped."""
-        parameters = list(self.policy.parameters.values())
-        for parameter in parameters:
-            if parameter.grad is None:  # a part of the model that no term touched
-                parameter.grad = torch.zeros_like(parameter)
-        self.world.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
-        if not math.isfinite(norm):
-            return None
-        self.whole = False
-        self.optimizer.step()
-        return norm
+        logged = self.backward.accumulate(
+            terms, sampled.rollout, credit, first=first, where=where, totals=sampled.totals
+        )
+        if self.anchor is not None:
+            self.anchor.accumulate(index, number)
+        return logged
 
 
 def _counters(policy: TrainablePolicy) -> tuple[int, int, int, int]:

@@ -24,6 +24,7 @@ SMALL = {
     "branching": Branching,
     "matching": Matching,
 }
+ANCHOR = {"count": 20, "rows": 12, "times": 2, "weight": 0.02}
 FORMS = {
     "distil": lambda: Distil(Distil.Settings(teachers={"*": "better"}, weight="mean")),
     "rlr_parameter_noise": lambda: RLRRule(RLRRule.Settings(cover="zo", pairs=8)),
@@ -43,6 +44,8 @@ FORMS = {
     "flow_dppo": lambda: FlowGRPO(FlowGRPO.Settings(trust="kl", kl_limit=1e-3, inner_updates=2)),
     "floors": lambda: FlowGRPO(FlowGRPO.Settings(floors={"toy": 5.0}, combine="normalised")),
     "floors_pathwise": lambda: TBP(TBP.Settings(floors={"toy": 5.0})),
+    "anchored": lambda: AWM(AWM.Settings(data=ANCHOR)),
+    "anchored_pathwise": lambda: TBP(TBP.Settings(data=ANCHOR)),
     "vader": lambda: TBP(TBP.Settings(frames="random")),
 }
 FACTORIES = {**RULES, **FORMS, **{f"small_{name}": make for name, make in SMALL.items()}}
