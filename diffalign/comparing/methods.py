@@ -118,7 +118,8 @@ def loaded(
 
 
 def labelled(before: Sequence[Method], found: Sequence[Method]) -> tuple[Method, ...]:
-    """Methods that were there, under the labels they had, and new ones, whose labels and folders are made here.
+    """Methods that were there, under the labels they had, and new ones, whose labels and folders are made here: the rule's name, and of
+    what methods of that name differ in those settings that are not a default.
 
     Raises:
         UserError: where one is given twice.
@@ -132,7 +133,8 @@ def labelled(before: Sequence[Method], found: Sequence[Method]) -> tuple[Method,
     shown = []
     for name, own in zip(names, every, strict=True):
         others = [other for other, named in zip(every, names, strict=True) if named == name]
-        shown.append({key for other in others for key in configs.differences(other, own)})
+        usual = configs.differences(configs.completed({"rule": {"name": name}}), own)  # what is not as it is by itself
+        shown.append({key for other in others for key in configs.differences(other, own)} & usual.keys())
     flat = [dict(configs.flat(settings)) for settings in every]
     methods = list(before)
     for label, made in zip(labels(names, flat, shown)[len(known) :], new, strict=True):

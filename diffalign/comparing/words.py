@@ -34,16 +34,13 @@ def named(words: Sequence[str]) -> list[str]:
 
 
 def labels(names: Sequence[str], settings: Sequence[Mapping[str, Any]], shown: Sequence[set[str]]) -> list[str]:
-    """Each one's name, and those of its settings that are to be shown of any that has this name.
+    """Each one's name, and those of its settings that are to be shown of it.
 
     names, settings, shown: one entry each of every labelled thing.
     """
-    wanted: dict[str, set[str]] = {name: set() for name in names}
-    for name, own in zip(names, shown, strict=True):
-        wanted[name] |= own
     return [
-        " ".join([name, *(f"{key}={json.dumps(value)}" for key, value in values.items() if key in wanted[name])])
-        for name, values in zip(names, settings, strict=True)
+        " ".join([name, *(f"{key}={json.dumps(value)}" for key, value in values.items() if key in own)])
+        for name, values, own in zip(names, settings, shown, strict=True)
     ]
 
 

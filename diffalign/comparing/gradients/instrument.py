@@ -63,12 +63,12 @@ def _differentiable(reward: str) -> bool:
 
 def _labels(configs: list[Config]) -> list[str]:
     """Each rule's name, and those settings that are not the default for every rule of that name."""
+    names = [config.rule["name"] for config in configs]
     settings: list[Any] = [config.make_rule().settings for config in configs]
-    return labels_of(
-        [config.rule["name"] for config in configs],
-        [each.model_dump(mode="json") for each in settings],
-        [set(each.model_dump(exclude_defaults=True)) for each in settings],
-    )
+    changed: dict[str, set[str]] = {name: set() for name in names}
+    for name, each in zip(names, settings, strict=True):
+        changed[name] |= set(each.model_dump(exclude_defaults=True))
+    return labels_of(names, [each.model_dump(mode="json") for each in settings], [changed[name] for name in names])
 
 
 def run(specs: dict[str, Config], out: Path, batches: int, chain: bool, say: Callable[[str], None]) -> list[Measured]:
