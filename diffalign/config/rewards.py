@@ -56,19 +56,24 @@ def unknown(config: Config, settings: Any) -> list[str]:
     return [
         *(f"{key}: got {shown(name)}, {allowed}" for key, name in named if name not in config.rewards),
         *(f"scoring.contrast.{name}.minus: got the words of plus, which leaves 0; allowed are others" for name in same),
-        *_gate(config, settings),
+        *_beside(config, settings),
     ]
 
 
-def _gate(config: Config, settings: Any) -> list[str]:
-    """What a gated divergence is held against: rewards that are asked in training and not trained on, of several samples of a prompt."""
-    if (gate := getattr(settings, "kl_gate", None)) is None:
-        return []
+def _beside(config: Config, settings: Any) -> list[str]:
+    """Rewards that are asked in training and not trained on, of several samples of a prompt: what a gated divergence is held against, and
+    what gains are multiplied by."""
     silent = [name for name, weight in config.rewards.items() if weight == 0]
     allowed = f"this run's rewards of weight 0: {', '.join(silent) or 'there are none yet'}"
-    problems = [f"rule.kl_gate.by: got {shown(name)}, allowed are {allowed}" for name in gate.by if name not in silent]
-    if config.prompts.group_size < 2:
-        problems.append("prompts.group_size: got 1, rule.kl_gate compares samples of a group; allowed is 2 or more")
+    gate, factor = getattr(settings, "kl_gate", None), getattr(settings, "diversity", None)
+    named = [
+        *(("kl_gate.by", name) for name in (gate.by if gate else ())),
+        *([("diversity", factor)] if factor else []),
+    ]
+    problems = [f"rule.{key}: got {shown(name)}, allowed are {allowed}" for key, name in named if name not in silent]
+    if named and config.prompts.group_size < 2:
+        key = named[0][0].partition(".")[0]
+        problems.append(f"prompts.group_size: got 1, rule.{key} compares samples of a group; allowed is 2 or more")
     return problems
 
 

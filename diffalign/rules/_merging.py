@@ -24,6 +24,9 @@ class MergeSettings(RewardSettings):
     )
     gate: dict[str, float] = Field({}, description="reward: least; samples below it count as the worst of their group")
     advantage_limit: float = Field(5.0, gt=0, description="advantages are clipped to +- this")
+    diversity: str | None = Field(
+        None, description="a reward of weight 0 that multiplies gains, such as novelty (GARDO); null: none"
+    )
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
@@ -57,9 +60,26 @@ def merged(
 ) -> list[Floats]:
     """Advantages of scores whose samples' prompts are `group` (N,): of the weighted sum, or the weighted sum of those of every reward.
 
+    With `diversity` what is gained counts times that reward: a copy of another sample teaches nothing (GARDO, arXiv 2512.24138).
+
     of: a column's name, values (N,), anything where invalid, and relative rounding, to advantages, any number of arrays; valid: whether
     what each of these is of has a score, None: one array, of the samples.
     """
+    found = _merged(scores, group, settings, of, valid)
+    if settings.diversity is None:
+        return found
+    check_known("rule.diversity", [settings.diversity], scores.by_name)
+    factor = np.where(scores.valid, scores.by_name[settings.diversity], 0.0)
+    return [np.where(advantage > 0, advantage * factor, advantage) for advantage in found]
+
+
+def _merged(
+    scores: Scores,
+    group: Integers,
+    settings: MergeSettings,
+    of: Callable[[str, Floats, float], list[Floats]],
+    valid: Sequence[NDArray[np.bool_]] | None,
+) -> list[Floats]:
     # A sum is as coarse as its coarsest part, whatever its own numbers look like.
     coarse = {name: ops.advantages.resolution(scores.by_name[name][scores.valid]) for name in scores.weights}
     counted = [coarse[name] for name, weight in scores.weights.items() if weight]

@@ -84,7 +84,7 @@ class TruncatedBPSettings(RewardSettings):
 
     def problems(self, steps: int) -> list[str]:
         """What is wrong with these settings for a sampler of `steps` steps."""
-        problems = []
+        problems = super().problems(steps)
         low, high = self.range(steps)
         if not low <= high <= steps:
             given = low if low == high else [low, high]

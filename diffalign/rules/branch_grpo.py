@@ -57,6 +57,10 @@ class BranchGRPO(policy_gradient.SurrogateRule):
         def problems(self, steps: int) -> list[str]:
             """What is wrong with these settings for a sampler of `steps` steps."""
             problems = super().problems(steps)
+            if self.diversity is not None:
+                problems.append(
+                    f"rule.diversity: got {self.diversity}, gains here are edges', not samples'; allowed is null"
+                )
             if sorted(set(self.splits)) != self.splits or not 0 <= self.splits[0] <= self.splits[-1] < steps - 1:
                 problems.append(
                     f"rule.splits: got {self.splits}, allowed are rising steps from 0 to {steps - 2}; the last step has no noise"

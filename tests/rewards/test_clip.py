@@ -329,6 +329,11 @@ def test_diversity_is_the_mean_over_pairs_of_a_group(frames, seen, folder):
         (apart(0, 2) + apart(0, 3)) / 2, apart(1, 4), (apart(2, 0) + apart(2, 3)) / 2, (apart(3, 0) + apart(3, 2)) / 2, apart(4, 1),
     ]  # fmt: skip
     assert found == pytest.approx(expected, abs=1e-6)  # float32 cosines near 1
+    nearest = load(f"novelty_clip@{folder}")
+    nearest.sizes = (3, 2)
+    found = nearest(Media(pixels), Prompts([""] * 5, groups, keys, keys, [{}] * 5))
+    alone = [min(apart(i, j) for j in range(5) if j != i and groups[j] == groups[i]) for i in range(5)]
+    assert found == pytest.approx(alone, abs=1e-6)
     reward.sizes = (3,)
     with pytest.raises(Fault, match="compares the samples of a group and got one of 2; allowed is 3"):
         reward(Media(pixels), Prompts([""] * 5, groups, keys, keys, [{}] * 5))
@@ -338,7 +343,7 @@ def test_a_place_is_for_rewards_with_weights():
     with pytest.raises(
         LookupError,
         match="is for rewards with weights: aesthetic, clipscore, diversity_clip, dsg, geneval_like, geneval_like_partial, hpsv2, hpsv2.1, "
-        "hpsv3, imagereward, pickscore, q_realign, q_realign_aesthetic, soft_tifa, soft_tifa_am, videoreward, videoreward_vq, "
+        "hpsv3, imagereward, novelty_clip, pickscore, q_realign, q_realign_aesthetic, soft_tifa, soft_tifa_am, videoreward, videoreward_vq, "
         "videoreward_mq, videoreward_ta, vlm_ask, vlm_judge, vlm_points",
     ):
         catalog.find("soft_colour@here")

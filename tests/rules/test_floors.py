@@ -234,3 +234,9 @@ def test_floors_that_cannot_be_are_told_before_anything_loads():
             config.load(f"{name}/shapes-sd3", more)
     with pytest.raises(UserError, match="rule.floors: got 'c', allowed are this run's rewards: up, down"):
         trainer(FlowGRPO(FlowGRPO.Settings(floors={"c": 1.0}))).update(0)
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if "floors" in rule.Settings.model_fields])
+def test_rates_of_floors_that_are_not_there_are_refused_by_every_rule(name):
+    problems = RULES[name].Settings(floor_rate=0.2, floor_cap=5.0).problems(10)
+    assert {line.partition(":")[0] for line in problems} >= {"rule.floor_rate", "rule.floor_cap"}
