@@ -342,9 +342,9 @@ def test_diversity_is_the_mean_over_pairs_of_a_group(frames, seen, folder):
 def test_a_place_is_for_rewards_with_weights():
     with pytest.raises(
         LookupError,
-        match="is for rewards with weights: aesthetic, clipscore, diversity_clip, novelty_clip, dsg, geneval_like, geneval_like_partial, hpsv2, "
-        "hpsv2.1, hpsv3, imagereward, pickscore, q_realign, q_realign_aesthetic, soft_tifa, soft_tifa_am, videoreward, videoreward_vq, "
-        "videoreward_mq, videoreward_ta, vlm_ask, vlm_judge, vlm_points",
+        match="is for rewards with weights: aesthetic, clipscore, diversity_clip, novelty_clip, dsg, geneval_like, geneval_like_partial, "
+        "hpsv2, hpsv2.1, hpsv3, imagereward, pickscore, q_realign, q_realign_aesthetic, soft_tifa, soft_tifa_am, videoreward, "
+        "videoreward_vq, videoreward_mq, videoreward_ta, vlm_ask, vlm_judge, vlm_points",
     ):
         catalog.find("soft_colour@here")
 
