@@ -36,7 +36,8 @@ class RuleSettings(Settings):
     def idle(self, names: Iterable[str], without: str) -> list[str]:
         """A problem for every key that was changed though nothing uses it."""
         changed = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
-        return [f"rule.{name}: got {getattr(self, name)}, has no effect without {without}" for name in changed]
+        given = self.model_dump(mode="json", include=set(changed))
+        return [f"rule.{name}: got {given[name]}, has no effect without {without}" for name in changed]
 
 
 class RewardSettings(RuleSettings):

@@ -203,3 +203,12 @@ def test_what_cannot_be_is_refused(change, said):
     assert configs.load("awm/shapes-sd3", [*BASE, gate]).make_rule().gate == Gate(0.1)
     with pytest.raises(UserError, match=said):
         configs.load("awm/shapes-sd3", [*BASE, gate, change])
+
+
+def test_a_gate_without_a_divergence_is_said_in_plain_data():
+    with pytest.raises(UserError) as caught:
+        configs.load("awm/shapes-sd3", ["rewards.shapes_judge=0", "rule.kl_gate={by: [shapes_judge]}"])
+    assert (
+        "rule.kl_gate: got {'share': 0.1, 'by': ['shapes_judge'], 'adapt': True}, has no effect without rule.kl"
+        in str(caught.value)
+    )

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
+from diffalign.comparing.statistics import LEVEL, holm
 from diffalign.evaluation.intervals import Interval
 from tools.docs.markdown import table
 
@@ -41,3 +44,43 @@ def resolved(model: str) -> list[str]:
     """The pairs that are told apart, a line each."""
     pairs = [pair for pair in _found(model)["pairs"] if pair["resolved"]]
     return [f"- {pair['sentence']}" for pair in pairs] or ["- none"]
+
+
+# Asked for before the runs were made: what a newer form does to the rule that it is a form of. First and second, by label.
+PLANNED = (
+    ('awm rule.implicit="group"', "awm"),
+    ('awm rule.implicit="residual"', "awm"),
+    ("awm prompts.scouts.pool=32 prompts.scouts.steps=5", "awm"),
+    ("awm, PEPG, 3 levels", "awm"),
+    ("awm, PEPG, 9 levels", "awm"),
+    ('truncated_bp rule.connect="sparse"', "truncated_bp"),
+    ('truncated_bp rule.connect="bridge"', "truncated_bp"),
+    ("flow_grpo rule.inner_updates=4", "flow_grpo"),
+    ("grpo_guard rule.inner_updates=4", "grpo_guard"),
+    ("flow_grpo, KL trust, 4 inner updates", "flow_grpo rule.inner_updates=4"),
+)
+
+
+def planned(model: str) -> list[str]:
+    """Their differences with 95 % intervals over seeds, and which are told apart, by Holm's correction over these pairs and all judges."""
+    found = _found(model)
+    known = {(pair["judge"], frozenset((pair["first"], pair["second"]))): pair for pair in found["pairs"]}
+    cells, chances = [], []
+    for first, second in PLANNED:
+        for judge in found["judges"]:
+            pair = known[judge, frozenset((first, second))]
+            sign, apart = (1.0 if pair["first"] == first else -1.0), pair["difference"]
+            ends = sorted((sign * apart["low"], sign * apart["high"]))
+            cells.append((first, second, judge, Interval(sign * apart["mean"], *ends)))
+            freedom = pair["seeds"] - 1
+            error = pair["half_width"] / float(stats.t.ppf(1 - LEVEL / 2, freedom))
+            chances.append(2 * float(stats.t.sf(abs(apart["mean"]) / error, freedom)))
+    marked = [
+        (first, second, judge, cell.text("+.3f") + (" *" if chance < LEVEL else ""))
+        for (first, second, judge, cell), chance in zip(cells, holm(chances), strict=True)
+    ]
+    rows = [
+        (f"`{first}`", f"`{second}`", *(text for a, b, _, text in marked if (a, b) == (first, second)))
+        for first, second in PLANNED
+    ]
+    return table(("form", "less", *(f"`{judge}`" for judge in found["judges"])), rows)
