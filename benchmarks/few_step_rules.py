@@ -88,7 +88,7 @@ def trained(preset: str, overrides: list[str], seed: int) -> dict[str, Any]:
         other = configs.load(preset, [*overrides, *asked, f"sampler.steps={calls}"])
         policy = parts.policy(other, made.pipe, made.policy.parameters)
         others[str(calls)] = seen(policy, made.judges, prompts)
-    gap = None if walk is None else {"D": walk.gap, "q": walk.share}
+    gap = None if walk is None else {"D": [*walk.gaps], "q": [*walk.shares]}
     return {"rows": rows, "seconds": time.perf_counter() - started, "curve": curve, "calls": others, "walk": gap}
 
 
