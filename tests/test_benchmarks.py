@@ -1,10 +1,14 @@
 """The benchmark for a card runs where there is none, with one layer a model, and its counts are what is allocated."""
 
+import importlib.util
+import itertools
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from tests.kit import ROOT
 
@@ -46,3 +50,25 @@ def test_the_page_has_the_table_of_the_result():
     assert done.stdout.strip() in page
     for row in json.loads(results.read_text())["updates"]["rows"]:
         assert f"| {row['memory.checkpoint']} | {row['speed']} | {row['sample_s']:.2f} | {row['train_s']:.2f} |" in page
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("way", ["update", "row"])
+def test_what_a_draw_of_levels_adds_to_the_variance_is_that_over_all_draws(way, times):
+    spec = importlib.util.spec_from_file_location("levels_per_row", ROOT / "benchmarks" / "levels_per_row.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    gradients = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))  # samples, levels, parameters
+    update = script.Update(4, np.random.default_rng(0))
+    for own in gradients:
+        update.add(own)
+    draws = [list(rows) for rows in itertools.combinations(range(4), times)]
+    shared = way == "update"
+    every = [[rows] * 3 for rows in draws] if shared else itertools.product(draws, repeat=3)
+    means = torch.stack(
+        [torch.stack([gradients[k, own].mean(0) for k, own in enumerate(rows)]).mean(0) for rows in every]
+    )
+    assert update.added(way, times) == pytest.approx(float(means.var(0, correction=0).sum()), rel=1e-5)
+    torch.testing.assert_close(means.mean(0), update.mean(), rtol=1e-5, atol=1e-6)
+    seen = update.gradients(way, times)
+    assert ((seen[:, None] - means).norm(dim=2).min(1).values < 1e-5).all()  # each of them is one of these

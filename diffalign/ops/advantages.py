@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from diffalign.types import Floats, Scores, rows_by_group
 
 Scale = Literal["group", "batch", "none"]
+LEAST_SPREAD = 1e-6  # of what a softmax of rewards divides by
 ROUNDINGS = 4  # a group whose range is below so many roundings of its largest reward has no spread
 
 
@@ -76,6 +77,38 @@ def group_relative(
     if scale == "batch" and centred.any():
         spread[:] = values[valid].std()
     return np.clip(np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 0), -limit, limit)
+
+
+def softmax_relative(
+    reward: Floats,
+    group: NDArray[np.int64],
+    valid: NDArray[np.bool_],
+    limit: float = 5.0,
+    *,
+    rounding: float | None = None,
+) -> Floats:
+    """A = exp(r / g) / its group's mean - 1, clipped to +-limit (FlowAWR, arXiv 2606.30376), g the standard deviation of all rewards, at
+    least 1e-6; all (N,).
+
+    A group's sum to 0, if no limit is in reach, and are at least -1: only winners are far from 0. Groups without spread and invalid
+    rewards get exactly 0.
+    """
+    values = _check(reward, group, valid)
+    rounding = resolution(values[valid]) if rounding is None else rounding
+    advantage = np.zeros_like(values)
+    if not valid.any():
+        return advantage
+    width = max(float(values[valid].std()), LEAST_SPREAD)
+    for rows in rows_by_group(group, valid):
+        if not _flat(values[rows], rounding):
+            share = np.exp((values[rows] - values[rows].max()) / width)  # a constant of the group cancels
+            advantage[rows] = share / share.mean() - 1
+    return np.clip(advantage, -limit, limit)
+
+
+def softened(advantage: Floats, limit: float = math.inf) -> Floats:
+    """limit tanh(A / limit): A where it is small, never beyond +-limit; any shape."""
+    return advantage if math.isinf(limit) else limit * np.tanh(advantage / limit)
 
 
 def standardised(reward: Floats, compared: Floats, limit: float = 5.0) -> Floats:

@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from diffalign.ops import prediction
-from diffalign.ops.gaussian import reduce_latent
+from diffalign.ops.gaussian import Reduce, reduce_latent
 from diffalign.ops.shapes import same
+from diffalign.types import Floats
 
 SMALL = 1e-10
 
@@ -44,10 +45,32 @@ def implied(alpha: float, sigma: float, kind: str) -> float:
     return float(prediction.parts(np.array([alpha]), np.array([sigma]), kind)[1][0])
 
 
-def error(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference over latent dimensions, (N, D...) to (N,)."""
+def error(a: Tensor, b: Tensor, reduce: Reduce = "mean") -> Tensor:
+    """Squared difference, its mean or sum over latent dimensions, (N, D...) to (N,)."""
     same(a=a, b=b)
-    return reduce_latent((a - b) ** 2, "mean")
+    return reduce_latent((a - b) ** 2, reduce)
+
+
+def elbo_weights(alpha: Floats, sigma: Floats, kind: str) -> Floats:
+    """W (K,) of K levels that a draw is equally likely at: the mean over draws of W_k sum_d (p - target)^2 is -log p(x_0) up to a constant
+    of x_0, as far as it is decided between the first and the last of them; in nats.
+
+    W_k = (K / 2) |d lambda_k| s_k^2 with lambda = log(alpha^2 / sigma^2) and its part by the trapezoidal rule, s the error of x_0 that one
+    of the prediction makes, times alpha / sigma: alpha, 1, alpha, alpha / sigma (the loss in continuous time of
+    arXiv 2107.00630).
+
+    Raises:
+        ValueError: for one level, and for one without signal or noise, which has no finite weight.
+    """
+    if len(alpha) < 2 or not ((alpha > 0) & (sigma > 0)).all():
+        raise ValueError(
+            f"elbo_weights: two levels or more, each with signal and noise, got alpha {alpha}, sigma {sigma}"
+        )
+    signal = alpha / sigma
+    halves = np.abs(np.diff(2 * np.log(signal))) / 2
+    share = np.append(halves, 0.0) + np.insert(halves, 0, 0.0)
+    implied_by = prediction.parts(alpha, sigma, kind)[1]
+    return len(alpha) / 2 * share * (implied_by * signal) ** 2
 
 
 def weighted(ell: Tensor, time: float, kind: str, power: float = 0.25) -> Tensor:

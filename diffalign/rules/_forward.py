@@ -45,7 +45,9 @@ class ForwardSettings(ReferenceSettings, MergeSettings):
         "forward", description="own: the states samples came through, in place of ones noised anew"
     )
     shared_noise: bool = Field(False, description="one noise for all samples of a group")
-    scale: Literal["group", "batch", "none"] = Field("batch", description="what advantages are divided by")
+    scale: Literal["group", "batch", "none", "softmax"] = Field(
+        "batch", description="what advantages are divided by; softmax: exp(R / std) over its mean - 1 (FlowAWR)"
+    )
     advantage_limit: float = Field(5.0, gt=0, description="advantages are clipped to +- this, and divided by it")
     kl: float = Field(0.0, ge=0, description="weight of mean (v - v_reference)^2", json_schema_extra=factors(0.1, 10))
     norm: float = Field(
@@ -135,15 +137,25 @@ def drawn_levels(levels: Integers, times: int, strata: bool, rng: np.random.Gene
 
 @dataclass(frozen=True)
 class Noised:
-    """Finished samples x0 (N, D...) with noise, at a level: the part to predict at, and the level's numbers."""
+    """Finished samples x0 (N, D...) with noise, at a level of a schedule, and the part to predict at."""
 
     part: Rollout
     x0: Tensor
     noise: Tensor
     step: int
-    alpha: float
-    sigma: float
-    prediction: str
+    schedule: Schedule
+
+    @property
+    def alpha(self) -> float:
+        return float(self.schedule.alpha[self.step])
+
+    @property
+    def sigma(self) -> float:
+        return float(self.schedule.sigma[self.step])
+
+    @property
+    def prediction(self) -> str:
+        return self.schedule.prediction
 
     def predicted(self, policy: Policy) -> Tensor:
         """What the network predicts at x_t, exactly as it does in sampling."""
@@ -182,22 +194,32 @@ class ForwardRule(Rule):
         s, group, valid = self.settings, prompts.group[tree.leaf_root], scores.valid
 
         def of(_: str, reward: Floats, rounding: float) -> list[Floats]:
+            if s.scale == "softmax":
+                return [ops.advantages.softmax_relative(reward, group, valid, s.advantage_limit, rounding=rounding)]
             return [ops.advantages.group_relative(reward, group, valid, s.scale, s.advantage_limit, rounding=rounding)]
 
         (advantage,) = merged(scores, group, s, of)
         return Credit(ops.advantages.average_to_parents(advantage / s.advantage_limit, tree.parent)[1:])
 
     def held(
-        self, value: Tensor, metrics: dict[str, Tensor], at: Noised, predicted: Tensor, policy: Policy, credit: Credit
+        self,
+        value: Tensor,
+        metrics: dict[str, Tensor],
+        at: Noised,
+        predicted: Tensor,
+        policy: Policy,
+        credit: Credit,
+        base: Tensor | None = None,
     ) -> Tensor:
         """value + kl mean (v - v_reference)^2, each row by what it weighs, + norm mean max(0, |v| / |v_reference| - 1 - slack)^2, noted in
-        `metrics`.
+        `metrics`; base: what the reference predicts, where that is known already.
         """
         s = self.settings
         if s.kl == 0 and s.norm == 0:
             return value
-        with policy.reference():
-            base = at.predicted(policy)
+        if base is None:
+            with policy.reference():
+                base = at.predicted(policy)
         metrics |= ops.norms.metrics(predicted.detach(), base)
         if s.kl > 0:
             kl = ops.matching.error(predicted, base)
@@ -214,14 +236,12 @@ def noised(term: Term, policy: Policy, part: Rollout, shared: bool = False) -> N
     """The part's finished samples with the term's noise, in the place of the latents of its level; shared: one noise a group. Where the
     term's states are stored ones: those, and the noise that would have led there, n = (x_t - alpha x_0) / sigma.
     """
-    schedule, step = policy.schedule, term.start
-    if term.stored:
-        alpha, sigma = float(schedule.alpha[step]), float(schedule.sigma[step])
-        x0 = part.x[-1]
-        return Noised(part, x0, (part.x[step] - alpha * x0) / sigma, step, alpha, sigma, schedule.prediction)
-    there, noise = renoised(part, schedule, step, Purpose.FORWARD, term.draw, shared, term.mirrored)
+    schedule, step, x0 = policy.schedule, term.start, part.x[-1]
+    if not term.stored:
+        there, noise = renoised(part, schedule, step, Purpose.FORWARD, term.draw, shared, term.mirrored)
+        return Noised(there, x0, noise, step, schedule)
     alpha, sigma = float(schedule.alpha[step]), float(schedule.sigma[step])
-    return Noised(there, part.x[-1], noise, step, alpha, sigma, schedule.prediction)
+    return Noised(part, x0, (part.x[step] - alpha * x0) / sigma, step, schedule)
 
 
 def renoised(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
@@ -26,6 +27,9 @@ class MergeSettings(RewardSettings):
     advantage_limit: float = Field(5.0, gt=0, description="advantages are clipped to +- this")
     diversity: str | None = Field(
         None, description="a reward of weight 0 that multiplies gains, such as novelty (GARDO); null: none"
+    )
+    soft_limit: float | None = Field(
+        None, gt=0, description="clipped advantages A become this x tanh(A / this); null: stay"
     )
 
     def problems(self, steps: int) -> list[str]:
@@ -87,6 +91,17 @@ def _merged(
     advantages = {
         name: of(name, values, coarse.get(name, total)) for name, values in columns(scores, group, settings).items()
     }
+    soft = math.inf if settings.soft_limit is None else settings.soft_limit
+    return [ops.advantages.softened(each, soft) for each in _combined(advantages, scores, settings, valid)]
+
+
+def _combined(
+    advantages: dict[str, list[Floats]],
+    scores: Scores,
+    settings: MergeSettings,
+    valid: Sequence[NDArray[np.bool_]] | None,
+) -> list[Floats]:
+    """Columns' advantages as one, see `merged`."""
     if settings.combine == "sum":
         return advantages["total"]
     # sum_k w_k A(r_k), clipped as A is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -220,9 +220,12 @@ class Rule(ABC):
         """Numbers (n,) about a part's leaves at the present parameters, without gradient, before an optimiser step; where `needs.looks`."""
         return {}
 
-    def settle(self, looked: dict[str, Floats], credit: Credit, group: Integers) -> dict[str, Floats]:
-        """From what `look` gave for a term, of all leaves (N,), and their groups, to numbers that join `credit.rows` in its loss."""
-        return {}
+    def settle(
+        self, terms: Sequence[Term], looked: Sequence[dict[str, Floats]], credit: Credit, group: Integers
+    ) -> list[dict[str, Floats]]:
+        """From what `look` gave for each term of an optimiser step, of all leaves (N,), and their groups, to numbers that join
+        `credit.rows` in its loss; one for each term."""
+        return [{} for _ in terms]
 
     @abstractmethod
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:

@@ -6,16 +6,17 @@ the loss stops where a group fits. These are DGPO (group), centred regression (r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from pydantic import Field
 
 from diffalign import ops
+from diffalign.errors import UserError
 from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _forward as forward
-from diffalign.runtime.settings import factors
+from diffalign.rules._awm import AWMSettings
 from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
 if TYPE_CHECKING:
@@ -30,73 +31,8 @@ class AWM(forward.ForwardRule):
     """
 
     name: ClassVar[str] = "awm"
-
-    class Settings(forward.ForwardSettings):
-        """Keys of `rule:` for awm."""
-
-        weight: Literal["uniform", "t", "t2", "huber", "ghuber", "adaptive"] = Field(
-            "ghuber",
-            description="w, of the squared error and t; adaptive: of x_0, over its size",
-        )
-        power: float = Field(0.25, gt=0, le=1, description="p of ghuber")
-        row: Literal["clipped", "ratio", "proximal"] = Field(
-            "clipped",
-            description="what a row weighs: clipped A r; ratio: A r (EPG); proximal: r (A - kappa log r) (PEPG)",
-        )
-        kappa: float = Field(1.0, ge=0, description="of proximal: it stops at log r = A / kappa")
-        old_decay: float | None = Field(
-            None,
-            ge=0,
-            le=1,
-            description="of a slow policy that samples, reached in steps of 0.001; null: none",
-        )
-        clip: float = Field(
-            1.0, gt=0, description="half-width of the ratio's range", json_schema_extra=factors(0.1, 10)
-        )
-        anchor: float = Field(
-            1.0, ge=0, description="weight of mean (v - v_anchor)^2, to a slow copy", json_schema_extra=factors(0.1, 10)
-        )
-        anchor_decay: float = Field(
-            0.3, ge=0, le=1, description="of the copy per update, reached from 0 in steps of 0.001"
-        )
-        implicit: Literal["none", "group", "residual", "listwise"] = Field(
-            "none",
-            description="fit a group's implicit rewards: group: DGPO; residual: CRD; listwise: GDRO",
-        )
-        implicit_beta: float | None = Field(
-            None, gt=0, description="of the implicit reward; null: 100 for group, 1 for others"
-        )
-        implicit_to: Literal["reference", "anchor"] = Field(
-            "reference", description="whose log-density it is measured against"
-        )
-
-        @property
-        def referred(self) -> bool:
-            """Whether anything is held against the reference."""
-            return super().referred or (self.implicit != "none" and self.implicit_to == "reference")
-
-        @property
-        def beta(self) -> float:
-            """Of the implicit reward."""
-            return self.implicit_beta or {"group": 100.0}.get(self.implicit, 1.0)
-
-        def problems(self, steps: int) -> list[str]:
-            """What is wrong with these settings for a sampler of `steps` steps."""
-            problems = super().problems(steps)
-            problems += [] if self.row == "proximal" else self.idle(("kappa",), "rule.row: proximal")
-            problems += [] if self.row == "clipped" else self.idle(("clip",), "rule.row: clipped")
-            if self.implicit == "none":
-                return [*problems, *self.idle(("implicit_beta", "implicit_to"), "rule.implicit")]
-            if self.implicit_to == "anchor" and not (self.anchor > 0 and self.anchor_decay > 0):
-                problems.append("rule.implicit_to: got anchor; allowed with rule.anchor and rule.anchor_decay above 0")
-            return problems
-
-        def unused(self) -> set[str]:
-            """Keys that nothing uses with these settings."""
-            first = self.inner_updates == 1 and self.old_decay is None  # on a first pass every ratio is 1
-            return {"clip"} if first or self.row != "clipped" else set()
-
-    settings: Settings
+    Settings = AWMSettings
+    settings: AWMSettings
 
     @property
     def needs(self) -> Needs:
@@ -109,18 +45,26 @@ class AWM(forward.ForwardRule):
             anchored=s.kl > 0
             or s.anchor > 0
             or implicit,  # a group without spread still draws its implicit rewards together
-            looks=implicit,
+            looks=implicit or s.ratio_over == "sample",
             exact_steps=False,
         )
 
     def decays(self, update: int) -> dict[str, float]:
         s = self.settings
-        anchor = {"anchor": forward.rising(update, s.anchor_decay)} if s.anchor > 0 else {}
+        anchor = {"anchor": forward.rising(update, s.anchor_decay)} if s.anchored else {}
         if s.old_decay is not None:
             return {**anchor, "old": forward.rising(update, s.old_decay)}
-        return {**anchor, "old": 0.0} if s.inner_updates > 1 else anchor  # old: the policy that samples
+        return {**anchor, "old": 0.0} if s.delayed else anchor  # old: the policy that samples
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
+        """See `forward.plan`.
+
+        Raises:
+            UserError: for `weight: elbo` at a level without signal.
+        """
+        levels = self.settings.candidates(schedule.steps)
+        if self.settings.weight == "elbo" and schedule.alpha[levels.start] == 0:
+            raise UserError("rule.first_level: got true, pure noise has no finite weight: elbo; allowed is false")
         return forward.plan(schedule, self.settings, rng, "" if self.settings.old_decay is None else "old")
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
@@ -130,20 +74,42 @@ class AWM(forward.ForwardRule):
         )
 
     def look(self, term: Term, policy: Policy, part: Rollout) -> dict[str, Tensor]:
-        """The implicit reward R = log p - log p_ref, of the same noise."""
-        at = forward.noised(term, policy, part, self.settings.shared_noise)
-        own = self._log_p(at, at.predicted(policy))
-        with policy.reference() if self.settings.implicit_to == "reference" else policy.shadow("anchor"):
-            return {"implicit": own - self._log_p(at, at.predicted(policy))}
+        """The implicit reward log p - log p_ref and the log-ratio log p - log p_old of the same noise, each where it is asked for."""
+        s = self.settings
+        at = forward.noised(term, policy, part, s.shared_noise)
+        own, found = self._log_p(at, at.predicted(policy)), {}
+        if s.implicit != "none":
+            with policy.reference() if s.implicit_to == "reference" else policy.shadow("anchor"):
+                found["implicit"] = own - self._log_p(at, at.predicted(policy))
+        if s.ratio_over == "sample":
+            with policy.shadow("old"):
+                found["log_ratio"] = own - self._log_p(at, at.predicted(policy))
+        return found
 
-    def settle(self, looked: dict[str, Floats], credit: Credit, group: Integers) -> dict[str, Floats]:
-        """What a row weighs in place of A / limit."""
+    def settle(
+        self, terms: Sequence[Term], looked: Sequence[dict[str, Floats]], credit: Credit, group: Integers
+    ) -> list[dict[str, Floats]]:
+        """What a row weighs in place of A / limit at each term, and its log-ratio, which is one for all of them."""
+        rows: list[dict[str, Floats]] = [{} for _ in terms]
+        if self.settings.implicit != "none":
+            rows = [self._fitted(numbers["implicit"], credit, group) for numbers in looked]
+        if self.settings.ratio_over == "sample":
+            # before exp: the mean over draws, each by its share of the levels (V-GRPO, arXiv 2604.23380)
+            whole = sum(term.weight for term in terms)
+            mean = np.sum(
+                [term.weight / whole * numbers["log_ratio"] for term, numbers in zip(terms, looked, strict=True)], 0
+            )
+            rows = [{**own, "log_ratio": mean} for own in rows]
+        return rows
+
+    def _fitted(self, implicit: Floats, credit: Credit, group: Integers) -> dict[str, Floats]:
+        """What rows weigh by their implicit rewards (N,) at a term."""
         s, valid = self.settings, credit.rows["scored"] > 0
         of = {"group": ops.implicit.group_gate, "residual": ops.implicit.residual, "listwise": ops.implicit.listwise}[
             s.implicit
         ]
-        weights = of(credit.edges[-1] * s.advantage_limit, looked["implicit"], group, valid, s.beta)
-        return {"weight": weights / s.advantage_limit, "implicit": looked["implicit"]}
+        weights = of(credit.edges[-1] * s.advantage_limit, implicit, group, valid, s.beta)
+        return {"weight": weights / s.advantage_limit, "implicit": implicit}
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) with log r = w(ell_old) - w(ell), or what `row` says, and anchor, kl and norm terms, averaged."""
@@ -152,35 +118,54 @@ class AWM(forward.ForwardRule):
         at = forward.noised(term, policy, part, s.shared_noise)
         predicted = at.predicted(policy)
         log_p = self._log_p(at, predicted)
-        old = log_p.detach()
-        if s.inner_updates > 1 or s.old_decay is not None:
+        old = None
+        if s.delayed and s.ratio_over == "draw":
             with policy.shadow("old"):
-                old = self._log_p(at, at.predicted(policy))
+                old = at.predicted(policy)
+        log_ratio = self._log_ratio(at, old, log_p, credit)
         advantage = ops.gaussian.like(credit.rows.get("weight", credit.edges[-1]), log_p)
-        value = self._row(log_p, old, advantage).mean()
-        low, high = ops.surrogate.clip_fraction((log_p - old).detach(), s.clip)
+        value = self._row(log_p, log_ratio, advantage).mean()
+        low, high = ops.surrogate.clip_fraction(log_ratio.detach(), s.clip)
         metrics = {"matching": -log_p.detach().mean(), "clip_low": low, "clip_high": high}
         if "implicit" in credit.rows:
             metrics["implicit"] = ops.gaussian.like(credit.rows["implicit"], log_p).abs().mean()
         if s.anchor > 0:
-            with policy.shadow("anchor"):
-                slow = at.predicted(policy)
+            slow = old if s.anchor_to == "old" else None
+            if slow is None:
+                with policy.shadow(s.anchor_to):
+                    slow = at.predicted(policy)
             drift = ops.matching.error(predicted, slow).mean()
             value, metrics["drift"] = value + s.anchor * drift, drift.detach()
         value = self.held(value, metrics, at, predicted, policy, credit)
-        gap = (log_p.detach() - old).abs().max() if s.old_decay is None else None  # a slow copy is not what is trained
+        gap = log_ratio.detach().abs().max() if s.old_decay is None else None  # a slow copy is not what is trained
+        if gap is not None and s.weight == "elbo":  # a sum over dimensions rounds as its size does
+            gap = gap / log_p.detach().abs().max().clamp(min=1)
         return Loss(value, metrics, gap=gap, clip=s.clip)
 
-    def _row(self, log_p: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
-        """What is minimised of each row (N,); at r = 1 the gradients of all three are those of -A log p."""
-        s, log_ratio = self.settings, (log_p - old).detach()
+    def _log_ratio(self, at: forward.Noised, old: Tensor | None, log_p: Tensor, credit: Credit) -> Tensor:
+        """log r (N,), whose gradient is that of log p: of these draws, or as it was settled for all of a row's draws."""
+        if self.settings.ratio_over == "sample":
+            # d log r = sum_j w_j d log p_j, and the terms are weighed by w_j: each adds its own part
+            return ops.gaussian.like(credit.rows["log_ratio"], log_p) + (log_p - log_p.detach())
+        return log_p - (log_p.detach() if old is None else self._log_p(at, old))
+
+    def _row(self, log_p: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        """What is minimised of each row (N,); at r = 1 the gradients of all four are those of -A log p."""
+        s, fixed = self.settings, log_ratio.detach()
         if s.row == "clipped":
-            return ops.surrogate.clipped(log_p - old, advantage, s.clip)
-        kept = advantage - (s.kappa * log_ratio if s.row == "proximal" else 0.0)
-        return -log_ratio.exp() * kept * log_p
+            return ops.surrogate.clipped(log_ratio, advantage, s.clip)
+        if s.row == "advantage":
+            return -advantage * log_p
+        kept = advantage - (s.kappa * fixed if s.row == "proximal" else 0.0)
+        return -fixed.exp() * kept * log_p
 
     def _log_p(self, at: forward.Noised, predicted: Any) -> Any:
         if self.settings.weight == "adaptive":
             return -at.clean_error(predicted)
+        if self.settings.weight == "elbo":
+            levels = np.asarray(self.settings.candidates(at.schedule.steps))
+            alpha, sigma = at.schedule.alpha[levels], at.schedule.sigma[levels]
+            weights = ops.matching.elbo_weights(alpha, sigma, at.prediction)
+            return -float(weights[at.step - levels[0]]) * ops.matching.error(predicted, at.target, "sum")
         ell = ops.matching.error(predicted, at.target)
         return -ops.matching.weighted(ell, at.sigma, self.settings.weight, self.settings.power)

@@ -34,6 +34,9 @@ class NFT(forward.ForwardRule):
             description="b: how far v+ and v- lie from the old policy; small: faster, less stable",
             json_schema_extra=factors(0.1, 10),
         )
+        centre: Literal["old", "reference"] = Field(
+            "old", description="what v+ and v- lie on either side of; reference: v - v_reference beside v_old (RAM)"
+        )
         space: Literal["clean", "prediction"] = Field(
             "clean",
             description="clean: errors of the implied x_0, each divided by its own size; prediction: of the velocity",
@@ -42,6 +45,11 @@ class NFT(forward.ForwardRule):
         kl: float = Field(
             1e-4, ge=0, description="weight of mean (v - v_reference)^2", json_schema_extra=factors(0.1, 10)
         )
+
+        @property
+        def referred(self) -> bool:
+            """Whether anything is held against the reference."""
+            return super().referred or self.centre == "reference"
 
     settings: Settings
 
@@ -76,12 +84,18 @@ class NFT(forward.ForwardRule):
         predicted = at.predicted(policy)
         with policy.shadow("old"):
             old = at.predicted(policy)
-        positive = self._error(at, s.beta * predicted + (1 - s.beta) * old)
+        base = None
+        above, below = (1 - s.beta) * old, (1 + s.beta) * old  # of v+ and v-, what is not v's
+        if s.centre == "reference":
+            with policy.reference():
+                base = at.predicted(policy)
+            above, below = old - s.beta * base, old + s.beta * base
+        positive = self._error(at, s.beta * predicted + above)
         r = (1 + ops.gaussian.like(credit.edges[-1], positive)) / 2  # credit is A / limit
-        negative = self._error(at, (1 + s.beta) * old - s.beta * predicted)
+        negative = self._error(at, below - s.beta * predicted)
         value = s.advantage_limit / s.beta * (r * positive + (1 - r) * negative).mean()
         metrics = {"old_deviation": ops.matching.error(predicted, old).mean().detach()}
-        value = self.held(value, metrics, at, predicted, policy, credit)
+        value = self.held(value, metrics, at, predicted, policy, credit, base)
         return Loss(value, metrics)
 
     def _error(self, at: forward.Noised, predicted: Any) -> Any:

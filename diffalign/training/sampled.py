@@ -97,14 +97,15 @@ def settled(
     by_process = world.gather((sampled.rows, world.together(work)))
     assert sampled.credit is not None
     tree = sampled.tree
-    group, found = sampled.prompts.group[tree.leaf_root], []
-    for place in range(len(terms)):
-        looked = {
+    looked = [
+        {
             name: joined([(rows, own[place][name]) for rows, own in by_process if rows], tree)
             for name in by_process[0][1][place]
         }
-        found.append(sampled.own(backward.rule.settle(looked, sampled.credit, group)))
-    return found
+        for place in range(len(terms))
+    ]
+    rows = backward.rule.settle(terms, looked, sampled.credit, sampled.prompts.group[tree.leaf_root])
+    return [sampled.own(own) for own in rows]
 
 
 def tallied(world: World, tally: Tally, max_invalid: float, where: str) -> Tally:

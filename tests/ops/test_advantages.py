@@ -187,3 +187,43 @@ def test_gdpo_leaves_exactly_nothing_to_what_no_reward_tells_apart():
     total = np.array([2.0, 3.0, 0.0])  # whose mean counts the flat sample, and not the one without a score
     np.testing.assert_allclose(found[:2], ((total - total.mean()) / total.std())[:2], rtol=1e-12)
     np.testing.assert_array_equal(found[2:], 0)
+
+
+def test_R12_a_soft_limit_has_slope_one_at_zero_and_infinity_is_none():
+    values = np.random.default_rng(0).normal(size=50)
+    assert advantages.softened(values, np.inf) is values
+    small = 1e-4 * values
+    np.testing.assert_allclose(advantages.softened(small, 3.0), small, rtol=1e-8)  # A^3 / (3 limit^2) is left
+    assert (np.abs(advantages.softened(100 * values, 3.0)) <= 3).all()
+    assert (np.diff(advantages.softened(np.sort(values), 3.0)) > 0).all()
+
+
+def test_R14_softmax_advantages_sum_to_zero_whatever_is_added():
+    rng = np.random.default_rng(1)
+    reward, group = rng.normal(size=32), np.repeat(np.arange(4), 8)
+    valid = np.ones(32, bool)
+    valid[3] = False
+    found = advantages.softmax_relative(reward, group, valid, 50.0)
+    for rows in range(4):
+        mine = valid & (group == rows)
+        share = np.exp(reward[mine] / reward[valid].std())
+        np.testing.assert_allclose(found[mine], share / share.mean() - 1, rtol=1e-12)
+        assert abs(found[mine].sum()) < 1e-12
+    assert found[3] == 0
+    moved = advantages.softmax_relative(reward + 0.25, group, valid, 50.0)
+    np.testing.assert_allclose(moved, found, rtol=1e-9)
+    np.testing.assert_allclose(advantages.softmax_relative(7 * reward, group, valid, 50.0), found, rtol=1e-9)
+    assert advantages.softmax_relative(reward, group, valid, 0.5).max() == 0.5
+
+
+def test_R14_equal_rewards_are_finite():
+    group, valid = np.repeat([0, 1], 4), np.ones(8, bool)
+    equal = np.full(8, 0.3, np.float32).astype(float)
+    assert not advantages.softmax_relative(equal, group, valid).any()
+    assert not advantages.softmax_relative(equal, group, np.zeros(8, bool)).any()
+    nearly = np.array(
+        [0.5, 0.5, 0.5, 0.5 + 1e-9, 0.5, 0.5, 0.5, 0.5]
+    )  # a spread of 3e-10: by that it would be e^3 apart
+    found = advantages.softmax_relative(nearly, group, valid)
+    assert np.isfinite(found).all()
+    assert 0 < abs(found).max() < 1e-2

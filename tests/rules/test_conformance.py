@@ -39,6 +39,18 @@ FORMS = {
     "dgpo": lambda: AWM(AWM.Settings(implicit="group", implicit_beta=10.0)),
     "residual": lambda: AWM(AWM.Settings(implicit="residual", implicit_to="anchor")),
     "listwise": lambda: AWM(AWM.Settings(implicit="listwise", shared_noise=True)),
+    "vgrpo": lambda: AWM(
+        AWM.Settings(
+            weight="adaptive",
+            ratio_over="sample",
+            inner_updates=2,
+            clip=0.1,
+            anchor=0.0,
+            spread="strata",
+            shared_noise=True,
+            times=2,
+        )
+    ),
     "strata": lambda: AWM(AWM.Settings(spread="strata", times=2)),
     "antithetic": lambda: NFT(NFT.Settings(spread="antithetic", times=1)),
     "flow_dppo": lambda: FlowGRPO(FlowGRPO.Settings(trust="kl", kl_limit=1e-3, inner_updates=2)),

@@ -9,12 +9,12 @@ import torch
 from diffalign.backends.toy import ToyPolicy
 from diffalign.errors import UserError
 from diffalign.ops import matching
-from diffalign.rules import AWM, NFT
+from diffalign.rules import AWM, NFT, _forward
 from diffalign.rules._forward import noised
 from diffalign.runtime.randomness import normal
 from diffalign.training.scoring import Clock
 from diffalign.types import Credit, Term
-from tests.kit.helpers import toy_prompts, toy_trainer
+from tests.kit.helpers import gradient, toy_prompts, toy_trainer
 
 PROCESSES = ["flow_sde", "ddim"]
 TERM = Term(2, 2, "forward", draw=5)
@@ -263,3 +263,26 @@ def test_72_random_is_what_it_was_before_there_was_a_choice(rule, asked):
         rng = np.random.default_rng(seed)
         levels = sorted(rng.choice(np.arange(1, 9), 3, replace=False))
         assert found == (tuple(Term(k, k, "forward", 1 / 3, draw=int(rng.integers(1, 2**62))) for k in levels),)
+
+
+def test_R9_a_shared_noise_is_the_groups_whatever_the_micro_batch(monkeypatch):
+    """Two processes: tests/runtime/test_distributed.py, whose micro-batches cut groups."""
+    rule = AWM(AWM.Settings(shared_noise=True, times=2))
+    policy, part = sampled("flow_sde", rule)
+    equal = replace(part, x=[*part.x[:-1], part.x[-1][:1].expand(16, 3)])
+    x = noised(TERM, policy, equal, shared=True).x
+    assert len(torch.unique(x, dim=0)) == 2  # equal samples of a group are at one x_t
+    assert len(torch.unique(noised(TERM, policy, equal).x, dim=0)) == 16
+
+    def gradients() -> list[np.ndarray]:
+        return [gradient(rule, ToyPolicy(), toy_prompts(2, 8), micro_batch) for micro_batch in (16, 4, 3, 2)]
+
+    whole, *others = gradients()
+    for other in others:
+        np.testing.assert_allclose(other, whole, rtol=1e-9, atol=1e-13)
+    right = _forward.normal
+    monkeypatch.setattr(
+        _forward, "normal", lambda seeds, *given, **more: right([seeds[0]] * len(seeds), *given, **more)
+    )
+    whole, *others = gradients()  # with the noise of whatever a micro-batch begins with
+    assert all(abs(other - whole).max() > 1e-3 * abs(whole).max() for other in others)

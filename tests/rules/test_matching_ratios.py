@@ -159,7 +159,12 @@ def test_R24_a_slow_policy_samples_and_is_what_ratios_are_against():
 
 @pytest.mark.parametrize(
     "given",
-    [{"row": "proximal", "weight": "adaptive", "old_decay": 0.5, "scale": "none"}, {"states": "own"}, {"row": "ratio"}],
+    [
+        {"row": "proximal", "weight": "adaptive", "old_decay": 0.5, "scale": "none"},
+        {"states": "own"},
+        {"row": "ratio"},
+        {"weight": "elbo"},
+    ],
 )
 def test_the_reward_goes_up(given):
     trainer = toy_trainer(AWM(AWM.Settings(times=2, **given)), ToyPolicy())
@@ -173,6 +178,20 @@ def test_the_reward_goes_up(given):
     ("given", "told"),
     [
         ({"kappa": 2.0}, "rule.kappa"),
+        ({"anchor_to": "old"}, "rule.anchor_to: got old, has no effect without rule.inner_updates above 1 or rule.old"),
+        (
+            {"anchor_to": "old", "old_decay": 0.5, "anchor": 0.0},
+            "rule.anchor_to: got old, has no effect without rule.anchor",
+        ),
+        (
+            {"anchor_to": "old", "old_decay": 0.5, "anchor_decay": 0.5},
+            "rule.anchor_decay: got 0.5, has no effect without",
+        ),
+        (
+            {"anchor_to": "old", "old_decay": 0.5, "implicit": "group", "implicit_to": "anchor"},
+            "and rule.anchor_to: anchor",
+        ),
+        ({"row": "advantage", "ratio_over": "sample", "old_decay": 0.5}, "rule.ratio_over: got sample, has no effect"),
         ({"norm_slack": 0.1}, "rule.norm_slack"),
         ({"states": "own", "shared_noise": True}, "rule.shared_noise: got it with rule.states: own"),
         ({"states": "own", "spread": "antithetic"}, "rule.spread: antithetic: got it with rule.states: own"),
@@ -184,3 +203,65 @@ def test_R25_what_has_no_effect_is_refused(given, told):
 
 def test_a_term_at_stored_states_says_so():
     assert str(replace(Term(2, 2, "forward"), stored=True)) == "forward[2,2) as sampled x 1"
+
+
+@pytest.mark.parametrize("anchor_to", ["old", "anchor"])
+def test_R15_an_anchor_above_one_bounds_the_loss_from_below(anchor_to):
+    """-|v - v*|^2 + anchor |v - v_slow|^2 is convex in v above 1 and falls for ever below it."""
+    direction = torch.randn(3, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+    def along(anchor: float) -> list[float]:
+        given = {"row": "advantage", "weight": "uniform", "anchor": anchor, "anchor_to": anchor_to, "old_decay": 0.5}
+        rule = AWM(AWM.Settings(**given))
+        policy, part = sampled("flow_sde", rule, away=0.0)
+        losses = []
+        for far in (1e2, 1e3, 1e4):
+            with torch.no_grad():
+                policy.delta.copy_(policy.shadows["old"]["delta"] + far * direction)
+                losses.append(float(rule.loss(TERM, policy, part, Credit([-np.ones(16)] * 4), None).value))
+        return losses
+
+    assert along(1.1) == sorted(along(1.1))
+    assert along(0.9) == sorted(along(0.9), reverse=True)
+
+
+def test_R15_the_pull_to_old_is_to_the_policy_that_samples():
+    rule = awm(row="advantage", weight="uniform", anchor=1.1, anchor_to="old", old_decay=0.5)
+    assert rule.decays(100) == {"old": 0.1}  # no other copy is kept
+    policy, part = sampled("flow_sde", rule)
+    del policy.shadows["anchor"]
+    found = gradient_of(policy, rule.loss(TERM, policy, part, CREDIT, None).value)
+    old, delta = policy.shadows["old"]["delta"], policy.delta.detach().clone().requires_grad_()
+    predicted, target, *_ = written_out(policy, part, delta)
+    slow, *_ = written_out(policy, part, old)
+    ell, drift = ((predicted - target) ** 2).mean(1), ((predicted - slow) ** 2).mean(1)
+    (torch.from_numpy(ADVANTAGE) * ell + 1.1 * drift).mean().backward()
+    np.testing.assert_allclose(found, delta.grad.numpy(), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_R13_centred_at_the_reference_it_regresses_to_reinforced_predictions(kl, process):
+    """limit beta |v - (v_ref + A (v* - v_old) / beta)|^2, and kl |v - v_ref|^2 on top of it."""
+    beta = 0.7
+    rule = NFT(NFT.Settings(centre="reference", space="prediction", beta=beta, kl=kl))
+    assert rule.needs.reference and not NFT(NFT.Settings(kl=0.0)).needs.reference
+    policy, part = sampled(process, rule)
+    found = gradient_of(policy, rule.loss(TERM, policy, part, CREDIT, None).value)
+    delta = policy.delta.detach().clone().requires_grad_()
+    predicted, target, *_ = written_out(policy, part, delta)
+    old, *_ = written_out(policy, part, policy.shadows["old"]["delta"])
+    base, *_ = written_out(policy, part, torch.zeros_like(delta))
+    wanted = base + torch.from_numpy(ADVANTAGE)[:, None] * (target - old) / beta
+    (5 * beta * ((predicted - wanted) ** 2).mean() + kl * ((predicted - base) ** 2).mean()).backward()
+    np.testing.assert_allclose(found, delta.grad.numpy(), rtol=1e-10, atol=1e-14)
+    other = NFT(NFT.Settings(space="prediction", beta=beta, kl=kl))
+    assert abs(gradient_of(policy, other.loss(TERM, policy, part, CREDIT, None).value) - found).max() > 1e-3
+
+
+def test_the_references_prediction_is_asked_once():
+    rule = NFT(NFT.Settings(centre="reference", kl=0.3))
+    policy, part = sampled("flow_sde", rule)
+    before = policy.rows_forward
+    rule.loss(TERM, policy, part, CREDIT, None)
+    assert policy.rows_forward - before == 3 * 16  # its own, the old one's, the reference's

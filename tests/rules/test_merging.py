@@ -152,3 +152,15 @@ def test_shares_are_those_of_the_variance_within_prompts():
     assert against == pytest.approx({"a": 2.0, "b": -1.0})
     assert shares(judged({"a": 1.0}, a=a), group, settings) == {}
     assert shares(judged({"a": 1.0, "b": 1.0}, a=[1] * 8, b=[2] * 8), np.repeat([0, 1], 4), settings) == {}
+
+
+@pytest.mark.parametrize("combine", ["sum", "normalised"])
+@pytest.mark.parametrize("name", LEARN)
+def test_R12_a_soft_limit_bends_every_rules_advantages(name, combine):
+    scores = judged({"big": 1.0, "small": 2.0}, big=BIG, small=SMALL)
+    plain, soft = (credit(name, scores, combine=combine, **more) for more in ({}, {"soft_limit": 0.8}))
+    unit = 5.0 if name in ("awm", "nft") else 1.0  # their credit is over the limit
+    assert np.abs(plain[-1]).max() * unit > 0.8
+    for one, other in zip(plain, soft, strict=True):
+        np.testing.assert_allclose(other, 0.8 * np.tanh(one * unit / 0.8) / unit, rtol=1e-12, atol=1e-15)
+        assert np.abs(other).max() * unit <= 0.8
