@@ -25,6 +25,7 @@ from diffalign.types import Plan, Prompts
 
 FEW = ["model=shapes-turbo", "sampler.steps=4"]
 ANEW = ["rule.states=forward"]
+NOISY = ["sampler.process=cps", "sampler.noise_level=0.9", "rule.noise=true"]
 ARMS: dict[str, tuple[str, list[str]]] = {
     "awm, noise anew": ("awm/shapes-turbo", ANEW),
     "awm, own states": ("awm/shapes-turbo", []),
@@ -34,6 +35,8 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     ),
     "nft, noise anew": ("nft/shapes-turbo", ANEW),
     "nft, own states": ("nft/shapes-turbo", []),
+    "awm, own states, cps": ("awm/shapes-turbo", NOISY),
+    "nft, own states, cps": ("nft/shapes-turbo", NOISY),
     "flow_grpo, cps": ("flow_grpo/shapes-turbo", []),
     "truncated_bp, last call": ("truncated_bp/shapes-sd3", [*FEW, "rule.depth=1"]),
     "rlr": ("rlr/shapes-sd3", FEW),
