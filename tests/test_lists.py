@@ -21,9 +21,9 @@ def test_every_preset_rule_and_reward_has_a_line_that_fits(monkeypatch):
     monkeypatch.setattr("shutil.get_terminal_size", lambda fallback: os.terminal_size((100, 24)))
     presets = told("configs")[1:]
     folder = next(folder for folder in configs.folders() if folder.is_dir())
-    assert [line.split()[0] for line in presets] == [
-        str(path.relative_to(folder).with_suffix("")) for path in sorted(folder.rglob("*.yaml"))
-    ]
+    assert [line.split()[0] for line in presets] == sorted(
+        str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")
+    )
     assert [line.split()[0] for line in told("rules")] == list(RULES)
     rewards = told("rewards")
     assert [line.split()[0] for line in rewards[1:-2]] == list(catalog.builtin())

@@ -90,6 +90,7 @@ def text(preset: str, rule: str, judge: str, facts: dict[str, Any]) -> str:
     groups, size, micro_batch, lr = BY_RULE.get(rule, usual)
     written = {key: flow(facts[key]) for key in ("call", "lora", "guidance")}
     written["fps"] = f"\n  fps: {facts['fps']}" if "fps" in facts else ""
+    written["noise"] = facts.get("noise", {"flow_sde": 0.7, "ddim": 1.0}.get(facts["process"]))
     rewards, held_out = JUDGES[judge]
     return TEMPLATE.format(
         **{**facts, **written},
@@ -98,7 +99,6 @@ def text(preset: str, rule: str, judge: str, facts: dict[str, Any]) -> str:
         rule_line=facts["rules"].get(rule) or RULES[rule],
         rewards=rewards,
         held_out=held_out,
-        noise={"flow_sde": 0.7, "ddim": 1.0}[facts["process"]],
         prompts=PROMPTS,
         groups=groups,
         size=size,

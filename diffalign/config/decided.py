@@ -17,12 +17,17 @@ NOISE = {"ddim": 1.0}  # of a process, where it is not the usual 0.7
 # key -> what it becomes, from what is usual for the model and the sampler's settings as far as they are there
 KEYS: dict[str, Callable[[Usual, dict[str, Any]], Any]] = {
     "sampler.process": lambda model, sampler: model.process,
-    "sampler.noise_level": lambda model, sampler: NOISE.get(sampler.get("process", ""), 0.7),
+    "sampler.noise_level": lambda model, sampler: _noise(model, sampler.get("process", "")),
     "sampler.steps": lambda model, sampler: model.steps,
     "sampler.guidance_scale": lambda model, sampler: model.guidance_scale,
     "sampler.pipeline_args": lambda model, sampler: model.pipeline_args,
     "precision": lambda model, sampler: model.precision,
 }
+
+
+def _noise(model: Usual, process: str) -> float:
+    own = model.noise_level if process == model.process else None
+    return NOISE.get(process, 0.7) if own is None else own
 
 
 # Keys that a config need not name, in the schema's words.

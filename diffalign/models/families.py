@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError, one_line
+from diffalign.models import few_steps
 from diffalign.runtime.files import is_file
 from diffalign.runtime.yaml_text import parse
 from diffalign.shapes import models
@@ -23,7 +24,8 @@ STEPS = 10  # of a model that no family says it of
 @dataclass(frozen=True)
 class Usual:
     """How a model is sampled in training. source: what says so, in words; guidance_scale None: the pipeline's own default; family: its name
-    in the table, empty if it has none."""
+    in the table, empty if it has none; distilled: what says that it was distilled to few steps, in words, empty if nothing does;
+    noise_level None: what is usual for its process."""
 
     source: str
     process: str
@@ -32,6 +34,8 @@ class Usual:
     pipeline_args: dict[str, Any] = field(default_factory=dict)
     precision: str = "float32"
     family: str = ""
+    distilled: str = ""
+    noise_level: float | None = None
 
 
 @cache
@@ -50,18 +54,31 @@ def usual(model: str, revision: str | None = None) -> Usual:
     """
     if (own := models.path(model)) is not None:
         process = "flow_sde" if _flows(_config(own, "scheduler")) else "ddim"
-        return Usual("an embedded pipeline", process, guidance_scale=1.0)
+        steps = models.call(model).get("num_inference_steps", STEPS)
+        return Usual("an embedded pipeline", process, steps, guidance_scale=1.0, distilled=distilled(model))
     listed = next((name for name, facts in table().items() if facts["model"] == model), None)
     if listed is not None:
-        return _of_family(listed)
+        return _of_family(listed, distilled(model))
     folder = Path(model) if is_file(Path(model) / INDEX) else _fetched(model, revision)
-    found = next((name for name, facts in table().items() if _is(folder, facts)), None)
-    if found is not None:
-        return _of_family(found)
+    sign = distilled(model, folder)
+    alike = [name for name, facts in table().items() if _is(folder, facts)]
+    if alike:
+        name = min(alike, key=lambda name: bool(distilled(table()[name]["model"])) != bool(sign))
+        few = sign and not distilled(table()[name]["model"])
+        family = _of_family(name, sign)
+        return replace(family, steps=few_steps.USUAL) if few else family
     scheduler = _config(folder, "scheduler")
     if not scheduler:
         raise UserError(f"sampler.process: missing, and {model} has no scheduler's config that would say it")
-    return Usual("its scheduler's config", "flow_sde" if _flows(scheduler) else "ddim")
+    found = Usual("its scheduler's config", "flow_sde" if _flows(scheduler) else "ddim", distilled=sign)
+    return replace(found, steps=few_steps.USUAL, guidance_scale=few_steps.GUIDANCE) if sign else found
+
+
+def distilled(model: str, folder: Path | None = None) -> str:
+    """What says of a model that it was distilled to few steps, in words: its name, or its files where they are here; empty if nothing
+    does. Fetches nothing."""
+    place = folder or models.path(model) or Path(model)
+    return few_steps.by_name(model) or few_steps.by_files(_read(place / INDEX), _config(place, "scheduler"))
 
 
 def fps(model: str) -> float | None:
@@ -73,7 +90,7 @@ def fps(model: str) -> float | None:
     return None
 
 
-def _of_family(name: str) -> Usual:
+def _of_family(name: str, sign: str) -> Usual:
     facts = table()[name]
     return Usual(
         f"the family {name}",
@@ -83,6 +100,8 @@ def _of_family(name: str) -> Usual:
         dict(facts["call"]),
         "bfloat16",
         name,
+        sign,
+        facts.get("noise"),
     )
 
 

@@ -73,6 +73,22 @@ def elbo_weights(alpha: Floats, sigma: Floats, kind: str) -> Floats:
     return len(alpha) / 2 * share * (implied_by * signal) ** 2
 
 
+def against_own_walk(clean: Tensor, walked: Tensor, x0: Tensor) -> tuple[float, float]:
+    """What tells a distilled network from a flow at a noise level: (D, q), both over E|f - x_0|^2, means over samples and dimensions.
+
+    f: clean samples (N, D...) that a network predicts where its own samples x_0 were noised to; walked: where its own remaining steps
+    without noise lead from there, f_s. D = E|f_s - f|^2: 0 where the network predicts the end of its walk, as an ideal distilled one does;
+    1 for a flow whose walk is a draw given x_t. q = E<f, f - x_0>: 0 where f is the mean of x_0 given x_t, 1/2 where it is a draw.
+    Not a number where f is x_0.
+    """
+    same(clean=clean, walked=walked, x0=x0)
+    away = (clean - x0).double()
+    size = float(away.square().mean())
+    if size == 0:
+        return float("nan"), float("nan")
+    return float((walked - clean).double().square().mean()) / size, float((clean.double() * away).mean()) / size
+
+
 def weighted(ell: Tensor, time: float, kind: str, power: float = 0.25) -> Tensor:
     """AWM's bounded growth functions of a squared error (N,) at a time in (0, 1] (arXiv 2509.25050, released code).
 

@@ -4,7 +4,7 @@
 forward: shapes with sizes by name, {"list": shape} for a list of one tensor, {"value": ...} for what is no tensor; `latent`,
 the shape of one sample; `text`, tokens of a prompt; `guidance`: cfg (a second prediction above 1), cfg0 (above 0), true_cfg
 (true_cfg_scale above 1), embedded or none; `encoders`, parameters of the text encoders; `decoder`, [class, settings, shape of what
-it decodes], where it is known.
+it decodes], where it is known; `as`, the hub id of another entry whose facts these are, but for those that it has of its own.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.add
 
 @cache
 def known() -> dict[str, Any]:
-    """The table."""
-    return json.loads((Path(__file__).parent / "architectures.json").read_text(encoding="utf-8"))
+    """The table, each entry in full."""
+    table = json.loads((Path(__file__).parent / "architectures.json").read_text(encoding="utf-8"))
+    return {model: {**table.get(own.get("as"), {}), **own} for model, own in table.items()}
 
 
 @cache

@@ -182,6 +182,7 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
     if config.sampler.guidance_steps is not None:
         everywhere, _ = _rows(config, rule, levels, (network.calls[0],) * 2, network.taught)
     notes = [*config.told, *notes, *remarks.weights(config, rule), *remarks.cache(config)]
+    notes += remarks.few_steps(config, rule)
     notes += [*remarks.guidance(config, forward, everywhere), *remarks.anchored(rule), remarks.evaluations(config)]
     again = backward if config.checkpoint in ("spans", "both") else 0  # whole calls that run again for the gradient
     inside = backward if config.checkpoint in ("blocks", "both") else 0  # and block by block, within them

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from diffalign.config import Config
+from diffalign.models import families
+from diffalign.models import few_steps as signs
 from diffalign.rules import Rule
 from diffalign.runtime.words import folded
 from diffalign.types import Plan, Term
@@ -24,6 +26,14 @@ def cache(config: Config) -> list[str]:
     if config.sampler.cache is None:
         return []
     return ["sampler.cache: rows of sampling are counted whole; which blocks are spared is known as they are drawn"]
+
+
+def few_steps(config: Config, rule: Rule) -> list[str]:
+    """Of noise drawn anew on what was distilled, by its name or its files."""
+    sign = families.distilled(config.model)
+    if not sign or not rule.renoises(config.sampler.steps):
+        return []
+    return [f"{sign} says that this model is distilled: {signs.ADVICE}"]
 
 
 def guidance(config: Config, rows: int, everywhere: int) -> list[str]:

@@ -60,6 +60,7 @@ def write(
     raw = {**raw, "model": model, "run_dir": f"runs/{place.stem}"}
     if rule is not None and raw["rule"]["name"] != rule:
         raw["rule"] = {"name": rule}
+    raw, few = _in_few_steps(raw)
     if rewards:
         raw["rewards"] = dict.fromkeys(rewards, 1.0)
         raw["eval_rewards"] = [kept for kept in raw.get("eval_rewards", []) if kept not in rewards]
@@ -74,7 +75,7 @@ def write(
         raw["eval_rewards"] = []  # the preset's, which these prompts do not suit
     json_schema.write_beside(place)
     write_text(place, _text(place, name, raw))
-    told = [f"{place}: from {name}; {json_schema.BESIDE} beside it is for editors", f"diffalign train {place}"]
+    told = [f"{place}: from {name}; {json_schema.BESIDE} beside it is for editors", *few, f"diffalign train {place}"]
     if vram is None:
         return told
     from diffalign.planning import vram as cards
@@ -88,12 +89,37 @@ def write(
     for key, value in chosen.items():
         configs.put(raw, key, value)
     write_text(place, _text(place, name, raw))
-    return [told[0], *cards.verdict(vram, fit), told[1]]
+    return [*told[:-1], *cards.verdict(vram, fit), told[-1]]
 
 
 def _check(raw: dict[str, Any]) -> None:
     tried = copy.deepcopy(raw)
     configs.validate(tried, placed(tried, None)[1])
+
+
+NOISE = 0.9  # of cps with few steps: nearly each one is a draw
+
+
+def _in_few_steps(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Settings of a distilled model as it is used: its few steps and guidance, and what its rule needs so as not to blur it; what to tell
+    of that. Others are left as they are."""
+    usual = families.usual(raw["model"])
+    if not usual.distilled:
+        return raw, []
+    rule, steps = dict(raw["rule"]), usual.steps
+    guidance = {} if usual.guidance_scale is None else {"guidance_scale": usual.guidance_scale}
+    sampler = {**raw.get("sampler", {}), "steps": steps, **guidance}
+    changed = ""
+    if "states" in RULES[rule["name"]].Settings.model_fields:
+        rule |= {"states": "own"}
+        changed = ", rule.states: own"
+    elif RULES[rule["name"]]().needs.stochastic_sampler and usual.process != "ddim":
+        sampler |= {"process": "cps", "noise_level": NOISE}
+        changed = ", sampler.process: cps"
+    if "window" in RULES[rule["name"]].Settings.model_fields:
+        rule["window"] = [0, min(2, steps - 1)]
+    said = f"{usual.distilled} says that this model is distilled: sampler.steps: {steps}{changed}"
+    return {**raw, "rule": rule, "sampler": sampler}, [said]
 
 
 # What a model that no preset is for begins with, by its process; of the sampler and precision it decides itself.

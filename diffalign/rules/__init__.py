@@ -5,6 +5,7 @@ Importing this needs neither torch nor diffusers: settings are checked before ei
 
 from __future__ import annotations
 
+from diffalign.rules._few_steps import GAP, own_walk
 from diffalign.rules._matching import Matching
 from diffalign.rules._merging import shares, units
 from diffalign.rules._rule import Rule, RuleSettings
@@ -25,6 +26,7 @@ RULES: dict[str, type[Rule]] = {
 __all__ = [
     "AWM",
     "DDPO",
+    "GAP",
     "NFT",
     "RLR",
     "RULES",
@@ -36,6 +38,7 @@ __all__ = [
     "Rule",
     "RuleSettings",
     "TruncatedBP",
+    "own_walk",
     "shares",
     "units",
 ]

@@ -189,6 +189,11 @@ class ForwardRule(Rule):
 
     settings: ForwardSettings
 
+    def renoises(self, steps: int) -> bool:
+        """Whether it learns at finished samples with noise drawn anew, at levels of the sampler's second half too."""
+        s = self.settings
+        return s.states == "forward" and (s.levels is None or 2 * s.levels[1] > steps)
+
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """A / limit in [-1, 1], A the group-relative advantage."""
         s, group, valid = self.settings, prompts.group[tree.leaf_root], scores.valid

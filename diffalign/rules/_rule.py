@@ -208,6 +208,10 @@ class Rule(ABC):
         self.floors = {**before, **moved}
         return [name for name, floor in moved.items() if before[name].stuck < PATIENCE <= floor.stuck]
 
+    def renoises(self, steps: int) -> bool:
+        """Whether it learns at finished samples with noise drawn anew, in a sampler's second half too: what blurs a distilled model."""
+        return False
+
     @abstractmethod
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         """What update number `update` does; draws come from `rng`, which is the update's own."""

@@ -20,8 +20,10 @@ def path(name: str) -> Path | None:
 
 def call(name: str) -> dict[str, Any]:
     """Arguments of a pipeline's call that an embedded one is meant to be used with; none for other names."""
-    return {
+    calls: dict[str, dict[str, Any]] = {
         "shapes-sd3": {"max_sequence_length": 1},
+        "shapes-turbo": {"max_sequence_length": 1, "num_inference_steps": 4, "guidance_scale": 1.0},
         "shapes-flux": {"max_sequence_length": 16, "height": 64, "width": 64},
         "shapes-wan": {"max_sequence_length": 16, "height": 32, "width": 32, "num_frames": 5},
-    }.get(name, {})
+    }
+    return calls.get(name, {})

@@ -73,10 +73,10 @@ def one_a_family() -> list:
     seen: set[str] = set()
     params = []
     for name in CONFIGS:
-        model = config.load(name).model
-        others = [] if HUB[model] in FEW else [pytest.mark.wide]
-        params.append(pytest.param(name, marks=[pytest.mark.slow] if model in seen else others))
-        seen.add(model)
+        family = HUB[config.load(name).model]
+        others = [] if family in FEW else [pytest.mark.wide]
+        params.append(pytest.param(name, marks=[pytest.mark.slow] if family in seen else others))
+        seen.add(family)
     return params
 
 

@@ -82,7 +82,8 @@ def test_all_mistakes_come_at_once_each_names_its_field():
         ("model=null", "model: got None"),
         (
             "model=shapes-sd4",
-            "model: got 'shapes-sd4', allowed are embedded pipelines (shapes-flux, shapes-sd, shapes-sd3, shapes-wan), folders",
+            "model: got 'shapes-sd4', allowed are embedded pipelines (shapes-flux, shapes-sd, shapes-sd3, shapes-turbo, "
+            "shapes-wan), folders",
         ),
         ("model=./no/such/folder", "model: got './no/such/folder', allowed are"),
         (

@@ -7,7 +7,8 @@ from click.testing import CliRunner
 from diffalign import config as configs
 from diffalign.cli import app
 from diffalign.errors import UserError
-from diffalign.planning import cost, starter
+from diffalign.models import few_steps
+from diffalign.planning import cost, remarks, starter
 from diffalign.rules import RULES
 from diffalign.shapes import models
 from tests.backends.test_hub_configs import CONFIGS
@@ -74,6 +75,44 @@ def test_what_does_not_go_together_leaves_no_file(options, said, tmp_path):
     with pytest.raises(UserError, match=said):
         CliRunner().invoke(app, ["init", str(tmp_path / "x.yaml"), *options], catch_exceptions=False)
     assert not (tmp_path / "x.yaml").exists()
+
+
+SCHNELL = "black-forest-labs/FLUX.1-schnell"
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept", "written"),
+    [
+        ("awm", {"states": "own"}, {"steps": 4, "guidance_scale": 0.0}),
+        ("nft", {"states": "own"}, {"steps": 4, "guidance_scale": 0.0}),
+        ("flow_grpo", {"window": [0, 2]}, {"steps": 4, "process": "cps", "noise_level": 0.9}),
+    ],
+)
+def test_a_distilled_model_is_written_so_that_it_stays_sharp(rule, kept, written, tmp_path):
+    said = starter.write(tmp_path / "mine.yaml", SCHNELL, rule)
+    found = configs.load(str(tmp_path / "mine.yaml"))
+    assert kept.items() <= found.rule.items()
+    assert written.items() <= found.sampler.model_dump().items()
+    shown = "rule.states: own" if rule != "flow_grpo" else "sampler.process: cps"
+    assert said[1] == f"its name (schnell) says that this model is distilled: sampler.steps: 4, {shown}"
+    assert remarks.few_steps(found, found.make_rule()) == []
+
+
+def test_a_plan_says_that_noise_drawn_anew_blurs_a_distilled_model_and_nothing_of_others():
+    plain = configs.load("awm/sd35-medium")
+    (said,) = (
+        remarks.few_steps(found, found.make_rule())
+        for found in [configs.load("flow_grpo/flux-schnell", ["rule={name: nft}"])]
+    )
+    assert said == [f"its name (schnell) says that this model is distilled: {few_steps.ADVICE}"]
+    assert remarks.few_steps(plain, plain.make_rule()) == []
+    other = configs.load("flow_grpo/flux-schnell")
+    assert remarks.few_steps(other, other.make_rule()) == []
+
+
+def test_nothing_is_said_of_an_ordinary_model(tmp_path):
+    said = starter.write(tmp_path / "mine.yaml", "stabilityai/stable-diffusion-3.5-medium", "awm")
+    assert len(said) == 2 and "states" not in (tmp_path / "mine.yaml").read_text()
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path):

@@ -10,9 +10,10 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffalign.ops import geneval
 from diffalign.shapes import captions, models, motion
 from diffalign.shapes.detector import detect
-from diffalign.shapes.pretrain import data, flux, text, training, transformer, unet, vae, wan
+from diffalign.shapes.pretrain import data, distilled, flux, text, training, transformer, unet, vae, wan
 
 PICTURES = ["shapes-flux", "shapes-sd", "shapes-sd3"]
+DISTILLED = "shapes-turbo"
 every = pytest.mark.parametrize("name", PICTURES)
 
 
@@ -44,6 +45,45 @@ def test_every_task_keeps_headroom_and_the_files_are_small(name):
     best = max(rows["mean"]["official"] for setting, rows in scores.items() if setting.startswith("test"))
     assert best >= (0.4 if name == "shapes-flux" else 0.45)  # which has no guidance
     assert sum(path.stat().st_size for path in models.path(name).rglob("*") if path.is_file()) < 4.5e6
+
+
+def test_the_distilled_one_is_as_good_in_four_calls_as_its_teacher_and_small():
+    folder = models.path(DISTILLED)
+    scores = json.loads((folder / "scores.json").read_text())["scores"]
+    own, few = (scores[f"{of}test, guidance 1, 4 steps"]["mean"]["strict"] for of in ("", "teacher, "))
+    assert own > few
+    assert all(scores["test, guidance 1, 4 steps"][task]["official"] < 0.97 for task in captions.TASKS)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 4e6
+
+
+def test_a_plain_call_of_four_steps_has_the_levels_that_were_taught():
+    pipe = DiffusionPipeline.from_pretrained(models.path(DISTILLED))
+    for sigmas in (None, [1.0, 0.75, 0.5, 0.25]):
+        given = {"sigmas": sigmas} if sigmas else {"num_inference_steps": models.call(DISTILLED)["num_inference_steps"]}
+        pipe.scheduler.set_timesteps(**given)
+        assert pipe.scheduler.sigmas.tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0], abs=1e-6)  # float32
+
+
+def test_a_student_is_its_teacher_at_first_and_its_walk_is_the_pipelines():
+    """The teacher's walk by the recipe is what diffusers' own loop draws; the student's loss falls on what it is taught."""
+    pipe = DiffusionPipeline.from_pretrained(models.path("shapes-sd3"))
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a photo of two stars", "a photo of a red circle"]
+    teacher = distilled.student(pipe)
+    taught = distilled.walks(teacher, prompts, 3)
+    assert taught.shape == (2, 21, 4, 16, 16)
+    call = {"num_inference_steps": 20, "sigmas": distilled.linear_sigmas(20), "max_sequence_length": 1}
+    drawn = pipe(prompts, **call, guidance_scale=1.0, latents=taught[:, 0].float(), output_type="latent").images
+    assert (taught[:, -1].float() - drawn).square().mean().sqrt() < 0.05  # twenty calls in bfloat16
+    lines = []
+    kept = []
+    training.train(
+        lambda: teacher, taught, prompts, 2, 0, lines.append, batch=4, dropout=0.0, pace=0.1, kept=kept.append
+    )
+    assert len(lines) == len(kept) == 2
+    made, shipped = (distilled.pipeline(teacher, pipe), DiffusionPipeline.from_pretrained(models.path(DISTILLED)))
+    assert made.scheduler.config.shift_terminal == shipped.scheduler.config.shift_terminal == 0.25
+    assert kept[0].modules() == [kept[0].transformer]  # what is trained: the encoders stay
 
 
 def test_plain_diffusers_moves_what_the_prompt_says():
@@ -167,7 +207,7 @@ def test_no_file_says_where_it_was_made():
 
 def test_unknown_names_have_no_folder():
     assert models.path("shapes-sd9") is None
-    assert models.names() == [*PICTURES, "shapes-wan"]
+    assert models.names() == [*PICTURES, DISTILLED, "shapes-wan"]
 
 
 def test_muon_turns_a_kernel_as_it_turns_the_matrix_of_its_rows():
@@ -194,3 +234,13 @@ def test_the_whole_recipe_runs(tmp_path, name):
     command += ["--scenes", "2000", "--vae-steps", "100", "--images", "4"]
     assert subprocess.run(command, check=False).returncode == 0
     DiffusionPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_of_the_distilled_one_runs(tmp_path):
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "diffalign.shapes.pretrain.distilled", "--out", str(tmp_path), "--walks", "64"]
+    assert subprocess.run([*command, "--steps", "2", "--images", "12"], check=False).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in models.path(DISTILLED).iterdir()}

@@ -30,6 +30,7 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "rewards": tables.rewards,
     "presets": tables.presets,
     "embedded pipelines": tables.embedded,
+    "few steps": tables.few_steps,
     **{f"metrics of {part}": (lambda part=part: metrics.rows(part)) for part in metrics.PARTS},
     "metrics measured": metrics.measured,
     "metrics broken": metrics.broken,

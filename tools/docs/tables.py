@@ -84,6 +84,18 @@ def _presets() -> dict[str, configs.Config]:
     return {name: configs.load(str(path)) for name, path in configs.presets().items()}
 
 
+def few_steps() -> list[str]:
+    """Each embedded pipeline's network against its own walk, from benchmarks/few_steps.py."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "few_steps.json").read_text(encoding="utf-8"))["rows"]
+
+    def row(name: str, at: dict[str, list[float]]) -> tuple[str, ...]:
+        model, _, calls = name.partition(", ")
+        levels, gaps, shares = (", ".join(f"{x:.2f}" for x in at[key]) for key in ("sigma", "D", "q"))
+        return f"`{model}`", calls.removesuffix(" calls"), levels, gaps, shares
+
+    return table(("pipeline", "calls", "sigma", "D", "q"), (row(name, at) for name, at in found.items()))
+
+
 def evidence(header: str) -> str:
     """What of a preset was run, from its header."""
     if "Not run: it needs a GPU" in header:

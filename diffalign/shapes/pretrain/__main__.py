@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from diffalign.shapes.pretrain import data, flux, judging, training, transformer, unet, vae, wan
+from diffalign.shapes.pretrain import data, flux, judging, saving, training, transformer, unet, vae, wan
 
 PICTURES = (data.pictures, vae.for_pictures, judging.pictures)
 VIDEOS = (data.videos, vae.for_videos, judging.videos)
@@ -23,16 +20,6 @@ RECIPES = {
     "shapes-flux": (flux, *PICTURES),
     "shapes-wan": (wan, *VIDEOS),
 }
-
-
-def tidy(folder: Path) -> None:
-    """Make transformers load the half-precision files as float32, as diffusers does: a plain load is then of one dtype. And leave
-    out where parts came from."""
-    for path in folder.glob("*/config.json"):
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)
-        float32 = {"dtype": "float32"} if path.parent.name.startswith("text_encoder") else {}
-        path.write_text(json.dumps({**config, **float32}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -74,13 +61,8 @@ def main() -> None:
         scores, shown = judge(pipe, architecture.CALL, split, guidance, args.images, args.seed)
         report["scores"][f"{split}, guidance {guidance:g}, {steps} steps"] = scores
         log(f"{split} guidance {guidance:g}: " + ", ".join(f"{k} {v['official']:.2f}" for k, v in scores.items()))
-    rows = [np.concatenate(row, 1) for row in shown[:, :12]]
-    Image.fromarray(np.concatenate(rows)).save(args.out / "samples.png")
-    pipe.to(torch.float16).save_pretrained(args.out)
-    tidy(args.out)
     report["seconds"] = round(time.perf_counter() - started)
-    (args.out / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / "pretrain.log").write_text("\n".join(lines) + "\n")
+    saving.save(args.out, pipe, report, shown, lines)
 
 
 if __name__ == "__main__":

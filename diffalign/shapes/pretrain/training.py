@@ -73,8 +73,15 @@ def train(
     seed: int,
     log: Callable[[str], None],
     batch: int = 64,
+    dropout: float = 0.1,
+    pace: float = 1.0,
+    kept: Callable[[M], None] | None = None,
 ) -> M:
-    """Train on scaled latents (n, 4, 16, 16) and return the model with averaged weights (EMA 0.999)."""
+    """Train on scaled latents (n, ...), one caption each, and return the model with averaged weights (EMA 0.999).
+
+    dropout: share of rows whose caption is left out; pace: factor of the learning rates; kept: is given the averaged model every 100
+    steps.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     model = create()
@@ -88,9 +95,9 @@ def train(
     for step in range(steps):
         for tuner, rates in zip(tuners, base, strict=True):
             for group, lr in zip(tuner.param_groups, rates, strict=True):
-                group["lr"] = lr * rate(step, steps)
+                group["lr"] = pace * lr * rate(step, steps)
         picks = torch.randint(len(latents), (batch,), generator=generator)
-        rows = torch.where(torch.rand(batch, generator=generator) < 0.1, len(prompts), picks)  # caption dropout
+        rows = torch.where(torch.rand(batch, generator=generator) < dropout, len(prompts), picks)  # of captions
         loss = model.loss(latents[picks], ids[rows], generator)
         for tuner in tuners:
             tuner.zero_grad()
@@ -100,6 +107,8 @@ def train(
         follow(average, model, min(0.999, (step + 1) / (step + 10)))
         if step % 100 == 0 or step == steps - 1:
             log(f"denoiser step {step} loss {loss.item():.4f} seconds {time.perf_counter() - started:.0f}")
+            if kept is not None:
+                kept(average)
     for module in average.modules():
         module.eval().requires_grad_(False)
     return average

@@ -1,0 +1,91 @@
+"""What is said of a model's network at the start of a run whose rule draws noise anew."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from diffalign import config as configs
+from diffalign.models import few_steps
+from diffalign.rules import GAP, own_walk
+from diffalign.runs import introducing, parts
+
+ADVICE = few_steps.ADVICE
+FEW = ("sampler.steps=4", "optimizer.micro_batch=16", "run_dir=unused")
+
+
+def settings(name, *overrides):
+    return configs.load(f"nft/{name}", [*FEW, "rule.states=forward", *overrides])
+
+
+@pytest.fixture(scope="module")
+def walked():
+    """Of each model: its parts, a batch, and how its network stands to its own walk."""
+    found = {}
+    for name in ("shapes-turbo", "shapes-sd3"):
+        config = settings(name)
+        made, batch = parts.build(config, lambda line: None), config.book.draw(16, 1, 17, 0)
+        found[name] = made, batch, own_walk(made.policy, batch)
+    return found
+
+
+def said(config, walked, monkeypatch, sign=None):
+    """The lines on few steps; what was measured is not measured again."""
+    made, batch, _ = walked
+    if sign is not None:
+        monkeypatch.setattr(introducing.model_families, "distilled", lambda model: sign)
+    lines = []
+    introducing._introduce_few_steps(config, made, batch, lines.append)
+    return lines
+
+
+def test_the_margin_between_a_distilled_network_and_a_flow(walked):
+    """Sixteen samples; of 64, D at the noisiest level is in benchmarks/results/few_steps.json."""
+    turbo, flow = walked["shapes-turbo"][2], walked["shapes-sd3"][2]
+    assert turbo.distilled and not flow.distilled
+    assert turbo.gaps[0] < 0.8 * GAP and flow.gaps[0] > 2 * GAP
+    assert turbo.shares[0] > flow.shares[0] + 0.1
+
+
+def test_a_distilled_model_is_told_what_to_set(walked, monkeypatch):
+    (line,) = said(settings("shapes-turbo"), walked["shapes-turbo"], monkeypatch)
+    found = walked["shapes-turbo"][2]
+    assert line == f"this model is distilled ({found}; its name (turbo)): {ADVICE}"
+    (line,) = said(settings("shapes-turbo"), walked["shapes-turbo"], monkeypatch, sign="")
+    assert line == f"this model is distilled ({found}; neither its name nor its files say so): {ADVICE}"
+
+
+def test_a_flow_at_few_steps_is_measured_and_nothing_is_advised(walked, monkeypatch):
+    (line,) = said(settings("shapes-sd3"), walked["shapes-sd3"], monkeypatch)
+    assert line.startswith(f"few steps: {walked['shapes-sd3'][2]}: this model is not distilled") and ADVICE not in line
+
+
+def test_numbers_and_a_name_that_disagree_are_both_said(walked, monkeypatch):
+    (line,) = said(settings("shapes-sd3"), walked["shapes-sd3"], monkeypatch, sign="its name (turbo)")
+    found = walked["shapes-sd3"][2]
+    assert line == (
+        f"its name (turbo) says that this model is distilled, {found} that it is not (D below 0.15 is); if it is: {ADVICE}"
+    )
+
+
+def test_where_nothing_can_be_measured_the_name_decides(walked, monkeypatch):
+    monkeypatch.setattr(introducing, "own_walk", lambda policy, prompts: None)
+    (line,) = said(settings("shapes-turbo"), walked["shapes-turbo"], monkeypatch)
+    assert line == f"its name (turbo) says that this model is distilled, 4 steps are too few to measure it: {ADVICE}"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("awm/shapes-sd3",),
+        ("nft/shapes-turbo", *FEW),
+        ("nft/shapes-sd3", *FEW, "rule.levels=[0, 2]", "rule.times=1"),
+        ("flow_grpo/shapes-turbo", *FEW),
+    ],
+)
+def test_an_ordinary_model_and_a_rule_that_suits_are_not_asked(given):
+    name, *overrides = given
+    config = configs.load(name, overrides)
+    policy = SimpleNamespace(schedule=SimpleNamespace(steps=config.sampler.steps))  # it is not called
+    lines = []
+    introducing._introduce_few_steps(config, SimpleNamespace(policy=policy), None, lines.append)
+    assert lines == []
