@@ -35,7 +35,7 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     ),
     "nft, noise anew": ("nft/shapes-turbo", ANEW),
     "nft, own states": ("nft/shapes-turbo", []),
-    "awm, own states, cps": ("awm/shapes-turbo", NOISY),
+    "awm, own states, uniform": ("awm/shapes-turbo", ["rule.weight=uniform"]),
     "nft, own states, cps": ("nft/shapes-turbo", NOISY),
     "flow_grpo, cps": ("flow_grpo/shapes-turbo", []),
     "truncated_bp, last call": ("truncated_bp/shapes-sd3", [*FEW, "rule.depth=1"]),
