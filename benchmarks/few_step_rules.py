@@ -24,18 +24,20 @@ from diffalign.runtime.distributed import ALONE
 from diffalign.types import Plan, Prompts
 
 FEW = ["model=shapes-turbo", "sampler.steps=4"]
-ANEW = ["rule.states=forward"]
+ALL = ["rule.levels=null", "rule.first_level=false", "rule.times=3"]
+OWN = ["rule.states=own", *ALL]
+ANEW = ["rule.states=forward", *ALL]
 NOISY = ["sampler.process=cps", "sampler.noise_level=0.9", "rule.noise=true"]
 ARMS: dict[str, tuple[str, list[str]]] = {
     "awm, noise anew": ("awm/shapes-turbo", ANEW),
-    "awm, own states": ("awm/shapes-turbo", []),
+    "awm, own states": ("awm/shapes-turbo", OWN),
     "awm, anew, levels [0, 2)": (
         "awm/shapes-turbo",
         [*ANEW, "rule.levels=[0,2]", "rule.first_level=true", "rule.times=2"],
     ),
     "nft, noise anew": ("nft/shapes-turbo", ANEW),
     "nft, own states": ("nft/shapes-turbo", []),
-    "awm, own states, uniform": ("awm/shapes-turbo", ["rule.weight=uniform"]),
+    "awm, own states, uniform": ("awm/shapes-turbo", [*OWN, "rule.weight=uniform"]),
     "nft, own states, cps": ("nft/shapes-turbo", NOISY),
     "flow_grpo, cps": ("flow_grpo/shapes-turbo", []),
     "truncated_bp, last call": ("truncated_bp/shapes-sd3", [*FEW, "rule.depth=1"]),

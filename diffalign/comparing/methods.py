@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,11 +138,17 @@ def labelled(before: Sequence[Method], found: Sequence[Method]) -> tuple[Method,
     flat = [dict(configs.flat(settings)) for settings in every]
     methods = list(before)
     for label, made in zip(labels(names, flat, shown)[len(known) :], new, strict=True):
+        label = _other(label, {method.label for method in methods})
         taken = {method.folder for method in methods}
         plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", label)[:60].strip("-.")
-        folder = plain if plain not in taken else next(f for k in range(2, 10**6) if (f := f"{plain}-{k}") not in taken)
+        folder = _other(plain, taken, "-")
         methods.append(Method(label, folder, made.settings, made.tuned))
     return tuple(methods)
+
+
+def _other(name: str, taken: Set[str], mark: str = " ") -> str:
+    """A name, with a number after it if it is taken: what is found is kept by names."""
+    return name if name not in taken else next(f for k in range(2, 10**6) if (f := f"{name}{mark}{k}") not in taken)
 
 
 def write_config(folder: Path, config: Config) -> None:

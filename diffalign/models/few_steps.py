@@ -33,8 +33,8 @@ TABLES = ("timesteps", "denoising_step_list", "timestep_list")
 LAST = 0.1  # sigma: a scheduler that keeps its last call above it leaves the network a large last step
 
 ADVICE = (
-    "noise drawn anew will blur it; use rule.states: own, rule.levels: [0, 2] with rule.times: 1, or flow_grpo with "
-    "sampler.process: cps"
+    "noise drawn anew draws it to a mean, which may blur it; use nft with rule.states: own, rule.levels: [0, 2] with rule.times: 1, or, "
+    "of a flow, flow_grpo with sampler: {process: cps, noise_level: 0.9}"
 )
 
 

@@ -177,13 +177,17 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
     if any(other != plans[0] for other in plans):
         notes = [*notes, "the plan is drawn anew for every update; this is the first one's"]
     plan = plans[0]
-    forward, backward = _rows(config, rule, levels, network.calls, network.taught)
+    forward, backward, drawn = _rows(config, rule, levels, network.calls, network.taught)
     everywhere = forward
     if config.sampler.guidance_steps is not None:
-        everywhere, _ = _rows(config, rule, levels, (network.calls[0],) * 2, network.taught)
+        everywhere, *_ = _rows(config, rule, levels, (network.calls[0],) * 2, network.taught)
     notes = [*config.told, *notes, *remarks.weights(config, rule), *remarks.cache(config)]
     notes += remarks.few_steps(config, rule)
-    notes += [*remarks.guidance(config, forward, everywhere), *remarks.anchored(rule), remarks.evaluations(config)]
+    notes += [
+        *remarks.guidance(config, forward, everywhere),
+        *remarks.anchored(rule, drawn),
+        remarks.evaluations(config),
+    ]
     again = backward if config.checkpoint in ("spans", "both") else 0  # whole calls that run again for the gradient
     inside = backward if config.checkpoint in ("blocks", "both") else 0  # and block by block, within them
     nodes = sum(int(np.prod(plan.branch[:t])) for t in plan.levels)
@@ -212,9 +216,9 @@ def _toy_reward(media: Media, given: Prompts) -> torch.Tensor:
     return media.pixels.flatten(1).sum(1)
 
 
-def _rows(config: Config, rule: Rule, levels: Levels, calls: tuple[int, int], taught: int) -> tuple[int, int]:
-    """Rows of one update, (forward, with backward), counted on a toy chain with the same levels; calls: of a sample at a step with
-    guidance, and at one without."""
+def _rows(config: Config, rule: Rule, levels: Levels, calls: tuple[int, int], taught: int) -> tuple[int, int, int]:
+    """Rows of one update, (forward, with backward), and of what is drawn once before the first, counted on a toy chain with the same
+    levels; calls: of a sample at a step with guidance, and at one without."""
     sampler = config.sampler
     toy = ToyPolicy(
         process=sampler.process,
@@ -238,7 +242,7 @@ def _rows(config: Config, rule: Rule, levels: Levels, calls: tuple[int, int], ta
     trainer.prepare()
     before = toy.rows_forward
     trainer.update(0)
-    return toy.rows_forward - before, toy.rows_backward
+    return toy.rows_forward - before, toy.rows_backward, before
 
 
 def _network(policy: DiffusersPolicy, parameters: int, trained: int, guidance: float | None) -> Network:

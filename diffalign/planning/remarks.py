@@ -48,12 +48,13 @@ def guidance(config: Config, rows: int, everywhere: int) -> list[str]:
     ]
 
 
-def anchored(rule: Rule) -> list[str]:
-    """Of what a run draws once, before its first update."""
+def anchored(rule: Rule, rows: int) -> list[str]:
+    """Of what a run draws once, before its first update; rows: of the network for it."""
     if (data := rule.anchored_in) is None:
         return []
     return [
-        f"rule.data: {data.count} samples of the base model are drawn before the first update, and again where a run goes on"
+        f"rule.data: {data.count} samples of the base model, {rows} rows, are drawn in the first update beside its own, and again "
+        "where a run goes on"
     ]
 
 

@@ -29,7 +29,7 @@ class AWMSettings(ForwardSettings):
     kappa: float = Field(1.0, ge=0, description="of proximal: it stops at log r = A / kappa")
     old_decay: float | None = Field(
         None,
-        ge=0,
+        gt=0,
         le=1,
         description="of a slow policy that samples, reached in steps of 0.001; null: none",
     )
@@ -77,6 +77,7 @@ class AWMSettings(ForwardSettings):
         problems = super().problems(steps)
         problems += [] if self.row == "proximal" else self.idle(("kappa",), "rule.row: proximal")
         problems += [] if self.row == "clipped" else self.idle(("clip",), "rule.row: clipped")
+        problems += [] if self.weight == "ghuber" else self.idle(("power",), "rule.weight: ghuber")
         if not self.delayed:
             without = "rule.inner_updates above 1 or rule.old_decay: the old policy is the trained one"
             problems += self.idle(("ratio_over", "anchor_to"), without)

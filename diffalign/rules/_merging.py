@@ -74,6 +74,11 @@ def merged(
         return found
     check_known("rule.diversity", [settings.diversity], scores.by_name)
     factor = np.where(scores.valid, scores.by_name[settings.diversity], 0.0)
+    if factor.min() < 0:
+        raise UserError(
+            f"rule.diversity: got {settings.diversity}, which gave {factor.min():.4g} and would turn gains round; allowed are those of 0 "
+            "and more"
+        )
     return [np.where(advantage > 0, advantage * factor, advantage) for advantage in found]
 
 

@@ -159,7 +159,7 @@ def whole_groups(config: Config, name: str) -> tuple[int, ...]:
         sizes["evaluation.images_per_prompt"] = config.evaluation.images_per_prompt
     if problems := [
         f"{key}: got {size} with optimizer.micro_batch {config.micro_batch}, {name} compares the samples of a group; allowed are 2 or more "
-        "that divide it"
+        "and a micro-batch of one or several whole ones"
         for key, size in sizes.items()
         if size < 2 or config.micro_batch % size
     ]:

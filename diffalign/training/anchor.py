@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -56,11 +55,20 @@ class Anchor:
         # A term that reads the last latents alone: others are not kept.
         plan = replace(Plan.deterministic(steps), updates=((Term(steps, steps, "forward"),),))
 
-        def own() -> Rollout:
-            with policy.weights(BASE):
-                return fitting(policy, functools.partial(policy.rollout, prompts.select(rows), plan), self.notify)
+        drawn = 0
 
-        part = self.world.together(own)
+        def said(part: Rollout) -> None:
+            nonlocal drawn
+            drawn += len(part.prompts)
+            self.backward.progress("drawing the base model's samples", drawn, len(rows))
+
+        def own() -> Rollout:
+            nonlocal drawn
+            drawn = 0
+            with policy.weights(BASE):
+                return policy.rollout(prompts.select(rows), plan, said)
+
+        part = self.world.together(lambda: fitting(policy, own, self.notify))
         tree, last = Tree.grow(count, plan.branch), part.x[-1].cpu()
         own_x0 = (last.float() if last.dtype == torch.bfloat16 else last).numpy()  # numpy has no bfloat16
         x0 = last.new_tensor(joined(self.world.gather((rows, own_x0)), tree))

@@ -162,7 +162,7 @@ class Trainer:
             chosen,
             scored=int(scores.valid.sum()),
             unscored=int((~scores.valid).sum()),
-            flat=not self.rule.needs.anchored and _flat(plan, credit),
+            flat=not self.rule.needs.anchored and self.anchor is None and _flat(plan, credit),
             judged=(judged, scores),
             metrics=chosen.metrics
             | describe(scores, judged.group, self.rule.settings)

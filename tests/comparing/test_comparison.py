@@ -194,6 +194,17 @@ def test_what_is_refused(words, options, said, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_every_method_has_a_label_of_its_own(tmp_path):
+    """Also where they differ in a section that one of them lacks."""
+    sections = ["@rule.data.count=64", "@rule.data.count=64@rule.data.rows=4", "@rule.kl=1@rule.reference=base"]
+    words = (METHODS[0], *(METHODS[0] + each for each in sections), *SMALL)
+    made = comparing.opened(words, tmp_path / "out", seeds="0", budget="rows=1000")
+    labels = [method.label for method in made.methods]
+    assert len(set(labels)) == len(labels) == 4
+    assert "rule.data.rows=4" in labels[2] and "rule.data.count=64" in labels[1]
+    assert len({unit.place for unit in made.units}) == 4
+
+
 def test_differences_that_are_allowed(tmp_path):
     words = (*WORDS, METHODS[0] + "@lora.rank=2")
     made = comparing.opened(words, tmp_path / "out", seeds="0", budget="rows=1000", allow=["lora.rank"])

@@ -83,7 +83,7 @@ SCHNELL = "black-forest-labs/FLUX.1-schnell"
 @pytest.mark.parametrize(
     ("rule", "kept", "written"),
     [
-        ("awm", {"states": "own"}, {"steps": 4, "guidance_scale": 0.0}),
+        ("awm", {"levels": [0, 2], "first_level": True, "times": 2}, {"steps": 4, "guidance_scale": 0.0}),
         ("nft", {"states": "own"}, {"steps": 4, "guidance_scale": 0.0}),
         ("flow_grpo", {"window": [0, 2]}, {"steps": 4, "process": "cps", "noise_level": 0.9}),
     ],
@@ -93,7 +93,7 @@ def test_a_distilled_model_is_written_so_that_it_stays_sharp(rule, kept, written
     found = configs.load(str(tmp_path / "mine.yaml"))
     assert kept.items() <= found.rule.items()
     assert written.items() <= found.sampler.model_dump().items()
-    shown = "rule.states: own" if rule != "flow_grpo" else "sampler.process: cps"
+    shown = {"awm": "rule.levels: [0, 2]", "nft": "rule.states: own", "flow_grpo": "sampler.process: cps"}[rule]
     assert said[1] == f"its name (schnell) says that this model is distilled: sampler.steps: 4, {shown}"
     assert remarks.few_steps(found, found.make_rule()) == []
 

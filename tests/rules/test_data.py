@@ -10,8 +10,9 @@ from diffalign import config
 from diffalign.backends.toy import ToyPolicy, toy_reward
 from diffalign.config.limits import GuardConfig
 from diffalign.errors import UserError
+from diffalign.planning import cost
 from diffalign.rewards.scorer import Scorer
-from diffalign.rules import AWM
+from diffalign.rules import AWM, FlowGRPO
 from diffalign.runs.guards import alarms
 from diffalign.runtime import keys
 from diffalign.runtime.randomness import Purpose, numpy_generator
@@ -155,6 +156,24 @@ def test_what_it_refuses(setting, said):
     with pytest.raises(UserError) as caught:
         config.load("awm/shapes-sd3", [setting])
     assert said in "\n".join(caught.value.problems)
+
+
+def test_where_rewards_are_equal_the_anchor_alone_is_learnt():
+    policy, trainer = made(rule=FlowGRPO)
+    trainer.scorer = trainer.sampling.scorer = trainer.backward.scorer = Scorer({"same": lambda m, p: [1.0] * len(p)})
+    moved(policy)
+    before = policy.delta.detach().clone()
+    update = trainer.update(0)
+    assert not update.flat and keys.DATA in update.metrics
+    assert not torch.equal(policy.delta.detach(), before)
+
+
+def test_a_plan_says_what_drawing_takes():
+    found = cost.count(config.load("awm/shapes-sd3", ["rule.data={count: 60}"]))
+    plain = cost.count(config.load("awm/shapes-sd3"))
+    (line,) = [note for note in found.notes if note.startswith("rule.data: ")]
+    assert line.startswith("rule.data: 60 samples of the base model, 600 rows, are drawn in the first update")
+    assert found.rows_forward - plain.rows_forward == 2 * 32  # the trained network and the base model, a level
 
 
 def test_scores_do_not_pay_for_it():

@@ -42,6 +42,11 @@ def test_gains_are_multiplied_and_a_sample_without_a_score_gains_nothing(kind):
     assert found[6] == 0
 
 
+def test_a_reward_below_0_would_turn_gains_round():
+    with pytest.raises(UserError, match="rule.diversity: got apart, which gave -2.05 and would turn gains round"):
+        credit(AWM(AWM.Settings(diversity="apart")), np.full(8, -2.05))
+
+
 def novelty(pixels, groups=(4,)):
     reward = NearestThumbnail()
     reward.sizes = groups

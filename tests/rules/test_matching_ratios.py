@@ -265,3 +265,10 @@ def test_the_references_prediction_is_asked_once():
     before = policy.rows_forward
     rule.loss(TERM, policy, part, CREDIT, None)
     assert policy.rows_forward - before == 3 * 16  # its own, the old one's, the reference's
+
+
+@pytest.mark.parametrize("weight", ["uniform", "huber", "adaptive", "elbo"])
+def test_a_power_is_of_ghuber_alone(weight):
+    problems = AWM.Settings(weight=weight, power=0.5).problems(10)
+    assert "rule.power: got 0.5, has no effect without rule.weight: ghuber" in problems
+    assert not AWM.Settings(power=0.5).problems(10)
