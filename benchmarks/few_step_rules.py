@@ -44,6 +44,7 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "rlr": ("rlr/shapes-sd3", FEW),
 }
 EVERY, UPDATES, EACH = 10, 40, 8
+SHOWN = (-0.12, 0.18)  # of the trained reward, in the figure
 CALLS = (8, 20)  # other numbers of calls that the trained network is asked with
 LAPLACIAN = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
 
@@ -109,13 +110,20 @@ def drawn(found: dict[str, dict[str, Any]], path: Path) -> None:
         for k, run in enumerate(runs.values()):
             curve = run["curve"]
             reward = [point["shapes_pref"] for point in curve]
-            style = {"color": f"C{number}", "marker": "o", "markersize": 3, "label": arm if k == 0 else None}
+            style = {
+                "color": mpl.colormaps["tab20"](number),
+                "marker": "o",
+                "markersize": 3,
+                "label": arm if k == 0 else None,
+            }
             axes[0].plot(reward, [p["sharpness"] / curve[0]["sharpness"] for p in curve], **style)
             axes[1].plot(reward, [p["shapes_geneval"] for p in curve], **style)
     axes[0].set(xlabel="trained reward (shapes_pref)", ylabel="sharpness, of that before")
     axes[1].set(xlabel="trained reward (shapes_pref)", ylabel="gold (shapes_geneval)")
+    for axis in axes:
+        axis.set_xlim(*SHOWN)  # runs that break leave it to the left
     axes[0].axhline(1, color="grey", linewidth=0.8)
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=110)
 
 

@@ -90,3 +90,31 @@ def planned() -> list[str]:
         for first, second in PLANNED
     ]
     return table(("form", "less", *(f"`{judge}`" for judge in found["judges"])), rows)
+
+
+def few_step_rules() -> list[str]:
+    """Rules on the distilled pipeline: what each run came to, seed by seed."""
+    found = json.loads((RESULTS / "few_step_rules.json").read_text(encoding="utf-8"))["runs"]
+
+    def of(runs: dict[str, Any], number: Any) -> str:
+        return ", ".join(number(run) for run in runs.values())
+
+    def change(name: str) -> Any:
+        return lambda run: f"{run['curve'][-1][name] - run['curve'][0][name]:+.3f}"
+
+    rows = [
+        (
+            arm,
+            *(of(runs, change(name)) for name in ("shapes_pref", "shapes_geneval", "shapes_judge")),
+            of(runs, lambda run: f"{run['curve'][-1]['sharpness'] / run['curve'][0]['sharpness']:.2f}"),
+            of(runs, lambda run: f"{run['walk']['D'][0]:.2f}"),
+            *(
+                of(runs, lambda run, calls=calls: f"{run['calls'][calls]['shapes_geneval']:.2f}")
+                for calls in ("8", "20")
+            ),
+        )
+        for arm, runs in found.items()
+        if runs
+    ]
+    rewards = (f"`{name}`" for name in ("shapes_pref", "shapes_geneval", "shapes_judge"))
+    return table(("rule", *rewards, "sharpness", "D", "gold at 8 calls", "at 20"), rows)
