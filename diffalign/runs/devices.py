@@ -63,8 +63,16 @@ def check(config: Config, world: World) -> None:
         raise UserError(
             f"optimizer.micro_batch: got {micro}, {samples // micro} of them an update for {size} processes; allowed is at least one each"
         )
+    data = config.make_rule().anchored_in
+    if data is not None and data.count < size:
+        raise UserError(f"rule.data.count: got {data.count} for {size} processes; allowed is at least one each")
     if config.memory.shard == "none":
         return
+    if data is not None and (uneven := [key for key in ("count", "rows") if getattr(data, key) % (micro * size)]):
+        raise UserError(
+            f"rule.data.{uneven[0]}: got {getattr(data, uneven[0])}, with memory.shard all {size} processes run the network equally often; "
+            f"allowed are multiples of {micro * size}"
+        )
     if size == 1:
         raise UserError(
             "memory.shard: got blocks, one process has nobody to share with; allowed is none, or torchrun with more"

@@ -51,7 +51,9 @@ class Anchor:
             return
         policy, prompts = self.backward.policy, spread(self.prompts, self.rule.data.count, self.seed)
         count, steps = len(prompts), policy.schedule.steps
-        rows = self.world.rows(count, policy.micro_batch)
+        rows = self.world.rows(
+            count, max(1, min(policy.micro_batch, count // self.world.size))
+        )  # each process has some
         # A term that reads the last latents alone: others are not kept.
         plan = replace(Plan.deterministic(steps), updates=((Term(steps, steps, "forward"),),))
 

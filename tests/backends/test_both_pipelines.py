@@ -299,7 +299,7 @@ def gradient_peak(trainer) -> int:
     sampled = trainer._sample(0, Clock.of(trainer.policy))
     terms = sampled.rollout.plan.updates[0]
     credit = [sampled.own()] * len(terms)
-    return memory.peak_bytes(lambda: trainer._gradient(terms, sampled, credit, first=True, where="here"))
+    return memory.peak_bytes(lambda: trainer._gradient(terms, sampled, credit, 0, 0))
 
 
 @both

@@ -78,7 +78,7 @@ def test_s2_numbers_are_read_once_a_step():
     terms = sampled.rollout.plan.updates[0]
     assert len(terms) * len(sampled.rollout.prompts) / policy.micro_batch >= 12
     with Reads() as reads:
-        made._gradient(terms, sampled, [sampled.own()] * len(terms), first=True, where="")
+        made._gradient(terms, sampled, [sampled.own()] * len(terms), 0, 0)
     assert reads.count == 1
 
 
@@ -146,7 +146,7 @@ def test_m21_a_rollout_keeps_what_is_read(name):
     terms = sampled.rollout.plan.updates[0]
 
     def gradient(rollout):
-        made._gradient(terms, replace(sampled, rollout=rollout), [sampled.own()] * len(terms), first=False, where="")
+        made._gradient(terms, replace(sampled, rollout=rollout), [sampled.own()] * len(terms), 0, 1)
         return torch.cat([p.grad.flatten() for p in policy.parameters.values() if p.grad is not None])
 
     expected = gradient(sampled.rollout)

@@ -53,7 +53,7 @@ def introduced(tmp_path, *overrides):
     settings = tiny_config(tmp_path / "run", "evaluation.enabled=false", *overrides)
     place = SimpleNamespace(commit=None, file="")
     scorer = SimpleNamespace(rewards={})
-    policy = SimpleNamespace(remarks=[], notify=None)
+    policy = SimpleNamespace(remarks=[], notify=None, schedule=SimpleNamespace(steps=10))
     parts = SimpleNamespace(place=place, policy=policy, scorer=scorer, judges=scorer, start=None, frozen=(), beside={})
     said = []
     introduce(settings, parts, Prompts([], *([[]] * 3), []), said.append)

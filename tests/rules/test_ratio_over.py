@@ -24,7 +24,7 @@ def second_pass(micro_batch: int, **given):
         policy.delta.add_(0.1 * torch.randn(policy.delta.shape, generator=torch.Generator().manual_seed(3)))
     terms = sampled.rollout.plan.updates[1]
     credit = settled(terms, sampled, trainer.backward, ALONE, print)
-    trainer._gradient(terms, sampled, credit, first=False, where="")
+    trainer._gradient(terms, sampled, credit, 0, 1)
     return rule, policy, sampled, terms, credit, policy.delta.grad.numpy().copy()
 
 

@@ -136,3 +136,10 @@ def test_compiled_blocks_train(checkpoint, tmp_path, capsys):
     config = tiny_config(tmp_path / "run", "speed=compile", f"memory.checkpoint={checkpoint}")
     session.train(config)
     assert "speed: compile: the first pass was within" in capsys.readouterr().err
+
+
+def test_fewer_samples_of_the_base_model_than_processes_are_refused(tmp_path):
+    settings = tiny_config(tmp_path, "rule.data={count: 2, rows: 1}", "prompts.groups=4", "optimizer.micro_batch=2")
+    devices.check(settings, World(0, 2))
+    with pytest.raises(UserError, match=r"rule\.data\.count: got 2 for 3 processes; allowed is at least one each"):
+        devices.check(settings, World(0, 3))

@@ -111,6 +111,8 @@ def test_what_cannot_share_is_refused(tmp_path):
         asked(2, "prompts.groups=3", "prompts.group_size=2")
     with pytest.raises(UserError, match=r"memory\.shard: got blocks with memory\.quantize int8"):
         asked(2, "memory.quantize=int8")
+    with pytest.raises(UserError, match=r"rule\.data\.rows: got 3, with memory\.shard all 2 processes run the network"):
+        asked(2, "rule.data={count: 256, rows: 3}")
     asked(2)
 
 
