@@ -362,6 +362,7 @@ def test_where_nothing_can_be_written_is_named_with_its_option(command, option, 
     assert "cannot write there" in done.stderr
 
 
+@pytest.mark.wide
 def test_a_tilde_is_the_users_home_wherever_a_path_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

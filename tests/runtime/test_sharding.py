@@ -50,7 +50,7 @@ def rows(run: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("size", "more"),
     [
-        (2, ["memory.checkpoint=blocks", "rule={name: flow_grpo, kl: 0.1}"]),
+        pytest.param(2, ["memory.checkpoint=blocks", "rule={name: flow_grpo, kl: 0.1}"], marks=pytest.mark.wide),
         pytest.param(2, ["precision=bfloat16", "memory.checkpoint=none"], marks=pytest.mark.slow),
         pytest.param(4, ["optimizer.micro_batch=1", "memory.checkpoint=both"], marks=pytest.mark.slow),
     ],
