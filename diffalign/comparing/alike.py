@@ -24,10 +24,6 @@ ALIKE = (
 )
 
 
-def _within(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
 def check(methods: Sequence[tuple[str, dict[str, Any]]], allow: Sequence[str]) -> None:
     """Refuse what cannot be compared.
 
@@ -41,13 +37,13 @@ def check(methods: Sequence[tuple[str, dict[str, Any]]], allow: Sequence[str]) -
     problems = [
         f"--allow: got {shown(name)}, no key of these configs"
         for name in allow
-        if not any(_within(key, [name]) for key in known)
+        if not any(configs.within(key, [name]) for key in known)
     ]
     for label, settings in methods:
         if not settings["evaluation"]["enabled"]:
             problems.append(f"{label}: evaluation.enabled: got false, and a comparison is of evaluations")
         for key, (was, now) in configs.differences(base, settings).items():
-            if _within(key, ALIKE) and not _within(key, allow):
+            if configs.within(key, ALIKE) and not configs.within(key, allow):
                 problems.append(
                     f"{label}: {key}: {shown(now)}, {first} has {shown(was)}; give {key}=... for all, or --allow {key}"
                 )

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffalign.config import within
 from diffalign.errors import UserError, shown
 from diffalign.runtime import keys
 
@@ -39,15 +40,9 @@ def labels(names: Sequence[str], settings: Sequence[Mapping[str, Any]], shown: S
     names, settings, shown: one entry each of every labelled thing.
     """
     return [
-        " ".join([name, *(f"{key}={json.dumps(value)}" for key, value in values.items() if _within(key, own))])
+        " ".join([name, *(f"{key}={json.dumps(value)}" for key, value in values.items() if within(key, own))])
         for name, values, own in zip(names, settings, shown, strict=True)
     ]
-
-
-def _within(key: str, shown: set[str]) -> bool:
-    """Whether a dotted key, or a section that it is in, is among those to be shown."""
-    parts = key.split(".")
-    return any(".".join(parts[:count]) in shown for count in range(1, len(parts) + 1))
 
 
 def twice(labels: Sequence[str]) -> list[str]:

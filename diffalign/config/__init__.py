@@ -5,6 +5,7 @@ from diffalign.config.checks import validate as validate
 from diffalign.config.dotted import at as at
 from diffalign.config.dotted import flat as flat
 from diffalign.config.dotted import put as put
+from diffalign.config.dotted import within as within
 from diffalign.config.files import find as find
 from diffalign.config.files import folders as folders
 from diffalign.config.files import load as load

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -19,6 +19,11 @@ def put(settings: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         settings = settings.setdefault(section, {})
     settings[last] = value
+
+
+def within(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of some keys, or in a section that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -69,26 +69,6 @@ def merged(
     of: a column's name, values (N,), anything where invalid, and relative rounding, to advantages, any number of arrays; valid: whether
     what each of these is of has a score, None: one array, of the samples.
     """
-    found = _merged(scores, group, settings, of, valid)
-    if settings.diversity is None:
-        return found
-    check_known("rule.diversity", [settings.diversity], scores.by_name)
-    factor = np.where(scores.valid, scores.by_name[settings.diversity], 0.0)
-    if factor.min() < 0:
-        raise UserError(
-            f"rule.diversity: got {settings.diversity}, which gave {factor.min():.4g} and would turn gains round; allowed are those of 0 "
-            "and more"
-        )
-    return [np.where(advantage > 0, advantage * factor, advantage) for advantage in found]
-
-
-def _merged(
-    scores: Scores,
-    group: Integers,
-    settings: MergeSettings,
-    of: Callable[[str, Floats, float], list[Floats]],
-    valid: Sequence[NDArray[np.bool_]] | None,
-) -> list[Floats]:
     # A sum is as coarse as its coarsest part, whatever its own numbers look like.
     coarse = {name: ops.advantages.resolution(scores.by_name[name][scores.valid]) for name in scores.weights}
     counted = [coarse[name] for name, weight in scores.weights.items() if weight]
@@ -97,7 +77,23 @@ def _merged(
         name: of(name, values, coarse.get(name, total)) for name, values in columns(scores, group, settings).items()
     }
     soft = math.inf if settings.soft_limit is None else settings.soft_limit
-    return [ops.advantages.softened(each, soft) for each in _combined(advantages, scores, settings, valid)]
+    found = [ops.advantages.softened(each, soft) for each in _combined(advantages, scores, settings, valid)]
+    return found if settings.diversity is None else _diverse(found, scores, settings.diversity)
+
+
+def _diverse(advantages: list[Floats], scores: Scores, name: str) -> list[Floats]:
+    """Advantages whose gains count times a reward; without a score nothing is gained.
+
+    Raises:
+        UserError: if the run does not have it, or it gave less than 0.
+    """
+    check_known("rule.diversity", [name], scores.by_name)
+    factor = np.where(scores.valid, scores.by_name[name], 0.0)
+    if factor.min() < 0:
+        raise UserError(
+            f"rule.diversity: got {name}, which gave {factor.min():.4g} and would turn gains round; allowed are those of 0 and more"
+        )
+    return [np.where(advantage > 0, advantage * factor, advantage) for advantage in advantages]
 
 
 def _combined(
