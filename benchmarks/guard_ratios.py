@@ -23,7 +23,9 @@ from diffalign.rules import GRPOGuard
 from diffalign.rules._trust import revisited
 from diffalign.rules.grpo_guard import normalised
 from diffalign.runs import parts as build
+from diffalign.runtime.distributed import ALONE
 from diffalign.runtime.randomness import numpy_generator
+from diffalign.training.backward import Share, step
 from diffalign.training.scoring import Clock
 from diffalign.training.trainer import Trainer
 
@@ -55,8 +57,9 @@ def main(out: Path, picture: Path) -> None:
     rows = []
     for inner in range(UPDATES):
         trainer.optimizer.zero_grad()
-        trainer.backward.accumulate(plan.updates[0], rollout, credit, first=inner == 0)
-        trainer._step()
+        share = Share(plan.updates[0], rollout, [credit] * len(plan.updates[0]))
+        trainer.backward.accumulate([share], first=inner == 0)
+        step(trainer.optimizer, list(policy.parameters.values()), trainer.max_grad_norm, ALONE)
         rows.append([_measure(policy, rollout, term.start, credit) for term in plan.updates[0]])
     found = {kind: _summary(rows, kind) for kind in ("plain", "guard")}
     facts = {

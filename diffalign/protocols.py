@@ -62,12 +62,13 @@ class GraphBytes:
 class Needs:
     """What a rule cannot do without; checked before any weight is loaded.
 
-    groups: several samples a prompt, to compare; bundle: prompts an update must have a multiple of; term_norms: the gradient norm
-    of every term, in `Update.term_norms`; log_probs: those of the rollout's edges in `Scores`; graph_bytes: a call of `Rule.fit` before the
-    first plan; anchored: an update even where all rewards are equal, for terms that need none; looks: a call of `Rule.look` for every term
-    and micro-batch, and of `Rule.settle`, before each optimiser step; exact_steps: the rollout's steps are the
-    network's own, as ratios and gradients through the chain need. False: only finished samples are used, however they were made; rewards:
-    those that go up: False: it asks none; adapters: names of frozen weights beside the trained ones, as `Policy.weights` takes them.
+    groups: several samples a prompt, to compare; bundle: prompts an update must have a multiple of; term_norms: the gradient norm of every
+    term, in `Update.term_norms`; log_probs: those of the rollout's edges in `Scores`; graph_bytes: a call of `Rule.fit` before the first
+    plan; anchored: an update even where all rewards are equal, for terms that need none; looks: a call of `Rule.look` for every term and
+    micro-batch, and of `Rule.settle`, before each optimiser step; exact_steps: the rollout's steps are the network's own, as ratios and
+    gradients through the chain need. False: only finished samples are used, however they were made; rewards: those that go up: False: it
+    asks none; apart: groups that are sampled each by a plan of its own; adapters: names of frozen weights beside the trained ones, as
+    `Policy.weights` takes them.
     """
 
     groups: bool = False
@@ -82,6 +83,7 @@ class Needs:
     looks: bool = False
     exact_steps: bool = True
     rewards: bool = True
+    apart: bool = False
     adapters: tuple[str, ...] = ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -11,9 +12,10 @@ from pydantic import Field
 from diffalign import ops
 from diffalign.errors import UserError
 from diffalign.protocols import Needs, Policy, Transition
-from diffalign.rules._merging import MergeSettings, merged
+from diffalign.rules._merging import merged
 from diffalign.rules._rule import ReferenceSettings, Rule, RuleSettings
 from diffalign.rules._trust import Step, TrustSettings, bounded
+from diffalign.rules._window import WindowSettings, evenly, spread_out
 from diffalign.runtime.settings import factors
 from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree
 
@@ -23,15 +25,9 @@ if TYPE_CHECKING:
 CLIP = "half-width of the ratio's range; ratios average over latent dims"
 
 
-class PolicyGradientSettings(MergeSettings):
+class PolicyGradientSettings(WindowSettings):
     """Keys that every policy-gradient rule has."""
 
-    window: tuple[int, int] | None = Field(None, description="first and one past the last noisy step; null: all")
-    window_steps: int | None = Field(None, ge=1, description="so many steps of the window at a time; null: all of it")
-    window_move: Literal["random", "sliding"] = Field(
-        "random", description="where they begin: drawn for every update (Flow-GRPO-Fast), or moving on (MixGRPO)"
-    )
-    window_every: int = Field(25, ge=1, description="updates before a sliding one moves on by a step")
     step_weight: Literal["none", "equal", "inv_dt", "std"] = Field(
         "none",
         description="a step's weight: equal: none dominates the gradient; inv_dt: 1 / |dt|; std: of its noise",
@@ -42,36 +38,6 @@ class PolicyGradientSettings(MergeSettings):
     def unused(self) -> set[str]:
         """Keys that nothing uses with these settings."""
         return super().unused() | ({"clip"} if self.inner_updates == 1 else set())  # on a first pass every ratio is 1
-
-    def problems(self, steps: int) -> list[str]:
-        """What is wrong with these settings for a sampler of `steps` steps."""
-        problems, (first, stop) = super().problems(steps), self.window or (0, steps)
-        if not (0 <= first < stop <= steps and first < steps - 1):
-            given, rule = [first, stop], "0 <= first < stop <= sampler.steps"
-            return [
-                *problems,
-                f"rule.window: got {given}, allowed is {rule} ({steps}), first before the last step, which has no noise",
-            ]
-        if self.window_steps is None:
-            return [*problems, *self.idle(("window_move", "window_every"), "rule.window_steps")]
-        most = min(stop, steps - 1) - first
-        many = f"rule.window_steps: got {self.window_steps}, allowed is up to the window's noisy steps ({most})"
-        return [*problems, *([many] if self.window_steps > most else [])]
-
-    def candidates(self, steps: int) -> tuple[int, int]:
-        """First and one past the last step that may be noisy; the sampler's last step is never among them."""
-        first, stop = self.window or (0, steps)
-        return first, min(stop, steps - 1)
-
-    def span(self, steps: int, update: int, rng: np.random.Generator) -> tuple[int, int]:
-        """First and one past the last noisy step of an update."""
-        first, stop = self.candidates(steps)
-        if self.window_steps is None:
-            return first, stop
-        places = stop - first - self.window_steps + 1
-        # MixGRPO's own schedule shrinks at the end and has an empty window; this one wraps with its full length.
-        moved = int(rng.integers(places)) if self.window_move == "random" else update // self.window_every % places
-        return first + moved, first + moved + self.window_steps
 
 
 class SurrogateSettings(ReferenceSettings, PolicyGradientSettings):
@@ -107,6 +73,9 @@ class GroupSettings(SurrogateSettings):
         "group",
         description="what advantages are divided by: the std of the group's rewards, of all rewards, or nothing",
     )
+    window_by: Literal["update", "prompt"] = Field(
+        "update", description="whose window_steps are drawn: prompt: of each, spread over the window (Flash-GRPO)"
+    )
     fan: int = Field(
         1,
         ge=1,
@@ -141,29 +110,38 @@ class GroupSettings(SurrogateSettings):
             )
         if self.window is None and self.window_steps is None:
             problems += self.idle(("flash",), "rule.window")
+        return [*problems, *self._window_problems()]
+
+    def _window_problems(self) -> list[str]:
+        if self.window_by == "update" or self.window_steps is None:
+            return self.idle(("window_by",), "rule.window_steps")
+        given, problems = "rule.window_by: got prompt, ", []
+        if self.window_move == "sliding":
+            problems.append(f"{given}a sliding window is at one place; allowed is rule.window_move: random")
+        if self.fan > 1:
+            problems.append(f"{given}with rule.fan samples of a prompt are one tree; allowed is rule.fan: 1, in groups")
         return problems
 
 
 def plan(
     schedule: Schedule,
     settings: PolicyGradientSettings,
-    update: int,
-    rng: np.random.Generator,
+    span: tuple[int, int],
     *,
     power: int = -1,
     fan: int = 1,
     flash: float | None = None,
     keep_mean: bool = False,
 ) -> Plan:
-    """Sample to the end with noise in the window; one log-prob term per noisy step, weights averaging to 1 / steps over the window.
+    """Sample to the end with noise in the steps [first, stop) of a span; one log-prob term each, weights averaging to 1 / steps
+    over the window.
 
     power: of std in the gradient of the rule's log-ratio, which `equal` undoes. flash: see `GroupSettings`.
 
     Raises:
         UserError: for inv_dt on levels that are no flow's.
     """
-    first, stop = settings.span(schedule.steps, update, rng)
-    noisy = [k for k in range(first, stop) if schedule.std[k] > 0]
+    noisy = [k for k in range(*span) if schedule.std[k] > 0]
     candidates = [k for k in range(*settings.candidates(schedule.steps)) if schedule.std[k] > 0]
     weights = step_weights(schedule, settings.step_weight, noisy, candidates, power) / len(noisy)
     terms = tuple(Term(k, k + 1, "log_prob", weight=float(w)) for k, w in zip(noisy, weights, strict=True))
@@ -177,12 +155,6 @@ def plan(
         keep_noise=False,
         solver=() if flash is None else evenly(noisy[-1] + 1, schedule.steps, flash),
     )
-
-
-def evenly(start: int, stop: int, share: float) -> tuple[int, ...]:
-    """That share of the steps [start, stop), evenly spaced from `start` on; one at least."""
-    count = max(1, round(share * (stop - start)))
-    return tuple(start + k * (stop - start) // count for k in range(count))
 
 
 def step_weights(schedule: Schedule, kind: str, steps: list[int], candidates: list[int], power: int = -1) -> np.ndarray:
@@ -224,11 +196,34 @@ class GroupRule(SurrogateRule):
 
     settings: GroupSettings
 
+    @abstractmethod
+    def plan_at(self, schedule: Schedule, span: tuple[int, int]) -> Plan:
+        """What an update does whose steps [first, stop) are noisy."""
+
+    def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
+        return self.plan_at(schedule, self.settings.span(schedule.steps, update, rng))
+
+    def plans(
+        self, plan: Plan, schedule: Schedule, group: Integers, rng: np.random.Generator
+    ) -> list[tuple[Plan, Integers]]:
+        if self.settings.window_by == "update":
+            return super().plans(plan, schedule, group, rng)
+        spans, prompts = self.settings.spans(schedule.steps), np.unique(group)
+        place = spread_out(len(prompts), len(spans), rng)[np.searchsorted(prompts, group)]
+        return [(self.plan_at(schedule, spans[k]), np.flatnonzero(place == k)) for k in np.unique(place)]
+
     @property
     def needs(self) -> Needs:
         s = self.settings
         bundle = 1 if s.risk is None else s.risk.bundle
-        return Needs(stochastic_sampler=True, groups=s.fan == 1, bundle=bundle, reference=s.kl > 0, anchored=s.kl > 0)
+        return Needs(
+            stochastic_sampler=True,
+            groups=s.fan == 1,
+            bundle=bundle,
+            reference=s.kl > 0,
+            anchored=s.kl > 0,
+            apart=s.window_by == "prompt",
+        )
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """The leaf's group-relative advantage, the same on every edge that leads to it; 0 between best and worst with `keep`."""

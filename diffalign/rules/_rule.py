@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from diffalign.errors import UserError
@@ -18,7 +19,6 @@ from diffalign.runtime.settings import Settings
 from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Schedule, Scores, Term, Tree, Update
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 
@@ -215,6 +215,13 @@ class Rule(ABC):
     @abstractmethod
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         """What update number `update` does; draws come from `rng`, which is the update's own."""
+
+    def plans(
+        self, plan: Plan, schedule: Schedule, group: Integers, rng: np.random.Generator
+    ) -> list[tuple[Plan, Integers]]:
+        """Where groups are sampled differently: a plan, in place of `plan`, for some of the samples each: rising indices of `group` (N,),
+        of whole groups. All branch alike and have equally many optimiser steps."""
+        return [(plan, np.arange(len(group)))]
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit | None:
         """How much better than expected every edge was; None: the rule learns without. Changes nothing."""

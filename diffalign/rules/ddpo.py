@@ -76,7 +76,9 @@ class DDPO(Rule):
         return Needs(stochastic_sampler=True)
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
-        return policy_gradient.plan(schedule, self.settings, update, rng, keep_mean=self.settings.trust == "kl")
+        s = self.settings
+        span = s.span(schedule.steps, update, rng)
+        return policy_gradient.plan(schedule, s, span, keep_mean=s.trust == "kl")
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:
         """(r - mean) / std of the prompt's last rewards, these included; of the batch while they are few."""

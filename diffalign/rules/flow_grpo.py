@@ -5,6 +5,7 @@
 | Flow-GRPO-Fast | window: [0, 5], window_steps: 3, fan: group size, prompts.group_size: 1; sampler.process: cps with ratio: unweighted |
 | MixGRPO | window_steps: 4, window_move: sliding; Flash: flash: 0.4 |
 | Flow-DPPO | trust: kl, kl_limit: 1e-5, inner_updates: 2 or more |
+| Flash-GRPO | window_steps: 1, window_by: prompt, step_weight: equal, clip: 1e-3 |
 | TempFlow-GRPO | window_steps: 1, fan: group size, prompts.group_size: 1, step_weight: std |
 | DanceGRPO | sampler.process: dance_sde, noise_level: 0.3, shared_start: true, keep: 8 |
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from diffalign.protocols import Loss, Policy, RewardFunction
@@ -37,12 +37,10 @@ class FlowGRPO(policy_gradient.GroupRule):
 
     settings: Settings
 
-    def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
+    def plan_at(self, schedule: Schedule, span: tuple[int, int]) -> Plan:
         s = self.settings
         power = 1 if s.ratio == "unweighted" else -1
-        return policy_gradient.plan(
-            schedule, s, update, rng, power=power, fan=s.fan, flash=s.flash, keep_mean=s.trust == "kl"
-        )
+        return policy_gradient.plan(schedule, s, span, power=power, fan=s.fan, flash=s.flash, keep_mean=s.trust == "kl")
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) + kl * divergence at the term's step, averaged over the part."""

@@ -64,10 +64,10 @@ class GRPOGuard(policy_gradient.GroupRule):
         s = self.settings
         return s.clip if s.clip_std is None or self.spread is None else s.clip_std * self.spread
 
-    def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
+    def plan_at(self, schedule: Schedule, span: tuple[int, int]) -> Plan:
         s = self.settings
         power = 0 if s.ratio_norm == "full" else -1
-        return policy_gradient.plan(schedule, s, update, rng, power=power, fan=s.fan, flash=s.flash, keep_mean=True)
+        return policy_gradient.plan(schedule, s, span, power=power, fan=s.fan, flash=s.flash, keep_mean=True)
 
     def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
         """max(-A r, -A clip(r)) with the normalised ratio r, + kl * divergence, averaged over the part."""

@@ -63,7 +63,10 @@ def check(config: Config, world: World) -> None:
         raise UserError(
             f"optimizer.micro_batch: got {micro}, {samples // micro} of them an update for {size} processes; allowed is at least one each"
         )
-    data = config.make_rule().anchored_in
+    rule = config.make_rule()
+    if rule.needs.apart:
+        _check_apart(config.prompts.group_size, micro if config.memory.shard != "none" else 0, size)
+    data = rule.anchored_in
     if data is not None and data.count < size:
         raise UserError(f"rule.data.count: got {data.count} for {size} processes; allowed is at least one each")
     if config.memory.shard == "none":
@@ -81,6 +84,16 @@ def check(config: Config, world: World) -> None:
         raise UserError(
             f"optimizer.micro_batch: got {micro}, with memory.shard each of {size} processes has {samples / size:g} of an update's samples "
             "and as many micro-batches as the others; allowed are divisors of that"
+        )
+
+
+def _check_apart(group: int, micro: int, size: int) -> None:
+    """That each process has some of every group; micro: samples at a time of processes that run the network equally often, else 0."""
+    of, each = "rule.window_by: prompt", max(1, micro) * size
+    if group % each if micro else group < size:
+        allowed = f"multiples of {each}" if micro else f"{size} or more"
+        raise UserError(
+            f"prompts.group_size: got {group}, with {of} {size} processes share every group; allowed are {allowed}"
         )
 
 

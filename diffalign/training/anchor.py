@@ -15,7 +15,7 @@ from diffalign.runtime import keys
 from diffalign.runtime.distributed import World
 from diffalign.runtime.memory import fitting
 from diffalign.runtime.randomness import Purpose, key, numpy_generator
-from diffalign.training.backward import Backward, Logged
+from diffalign.training.backward import Backward, Logged, Share
 from diffalign.training.scoring import joined
 from diffalign.types import Plan, Prompts, Rollout, Term, Tree, rows_by_group
 
@@ -94,7 +94,8 @@ class Anchor:
         part = replace(part, plan=plan, x=[x.to(device) for x in part.x])
         (terms,) = plan.updates
         totals = np.full(len(mine), count)
-        self._logged = self.backward.accumulate(terms, part, [None] * len(terms), first=False, totals=totals)
+        share = Share(terms, part, [None] * len(terms), totals)
+        self._logged = self.backward.accumulate([share], first=False)
 
     def noted(self) -> Logged:
         """The last step's loss on its samples, of all processes, and what the base model's is there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -48,6 +48,31 @@ def step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], longest
     return norm
 
 
+@dataclass(frozen=True)
+class Share:
+    """Of an optimiser step what is about the samples of one plan.
+
+    credit: for each term; totals: N of each of the rollout's n samples, the same within a micro-batch: a part of n of N samples weighs
+    n / N; None: as many as it has.
+    """
+
+    terms: tuple[Term, ...]
+    rollout: Rollout
+    credit: Sequence[Credit | None]
+    totals: Integers | None = None
+
+    def parts(self, micro_batch: int) -> Iterator[tuple[Rollout, list[Credit | None], float]]:
+        """Its micro-batches, with the credit of each for every term and what it weighs."""
+        count = len(self.rollout.prompts)
+        totals = np.full(count, count) if self.totals is None else self.totals
+        for rows in chunks(count, micro_batch):
+            assert (totals[rows] == totals[rows[0]]).all(), "a micro-batch of groups that weigh differently"
+            # Terms mostly share one credit.
+            own = {id(whole): whole and whole.select(self.rollout.tree, rows) for whole in self.credit}
+            credit = [own[id(whole)] for whole in self.credit]
+            yield self.rollout.select(rows), credit, len(rows) / int(totals[rows[0]])
+
+
 @dataclass
 class Backward:
     """Adds up gradients of a rule's terms.
@@ -63,52 +88,38 @@ class Backward:
     tally: Tally = field(default_factory=Tally)
     gap: float = 0.0  # how far a first pass was from its rollout at most, so far
 
-    def accumulate(
-        self,
-        terms: tuple[Term, ...],
-        rollout: Rollout,
-        credit: Sequence[Credit | None],
-        *,
-        first: bool,
-        where: str = "",
-        totals: Integers | None = None,
-    ) -> Logged:
-        """Add the gradient of a sum of terms to the parameters; `first`: they have not moved since the rollout.
+    def accumulate(self, shares: Sequence[Share], *, first: bool, where: str = "") -> Logged:
+        """Add the gradient of an optimiser step's terms to the parameters; `first`: they have not moved since the rollout.
 
-        A part of n of N samples weighs n / N, so the cut into micro-batches and processes does not change the gradient.
-        credit: for each term; totals: N of each of the rollout's samples, the same within a micro-batch; None: as many as it has.
+        The cut into micro-batches and processes does not change the gradient, as each weighs what it has of all samples.
 
         Raises:
             Fault: if a first pass differs from the rollout, saying `where`.
         """
-        count = len(rollout.prompts)
-        totals = np.full(count, count) if totals is None else totals
         self.tally = Tally()
         noted: list[tuple[str | Span, float, Tensor]] = []  # name, share of the samples, value: read when all is done
         gaps: list[tuple[Tensor, Term, float | None]] = []
-        parts = list(chunks(len(rollout.prompts), self.policy.micro_batch))
-        for at, rows in enumerate(parts):
-            part = rollout.select(rows)
-            share = len(rows) / int(totals[rows[0]])
-            assert (totals[rows] == totals[rows[0]]).all(), "a micro-batch of groups that weigh differently"
-            # Terms mostly share one credit.
-            own = {id(whole): whole and whole.select(rollout.tree, rows) for whole in credit}
-            for place, (term, whole) in enumerate(zip(terms, credit, strict=True)):
-                self.progress("training", at * len(terms) + place, len(parts) * len(terms))
-                gap, clip, logged, slope = self._term(term, part, own[id(whole)], share)
-                if slope is not None:
-                    part = replace(part, slope={**part.slope, term.start: slope})
-                noted += [(name, share, value) for name, value in logged.items()]
-                if first and gap is not None:
-                    gaps.append((gap, term, clip))
+        micro_batch, done = self.policy.micro_batch, 0
+        count = sum(-(-len(share.rollout.prompts) // micro_batch) * len(share.terms) for share in shares)
+        for share in shares:
+            for part, credits, weight in share.parts(micro_batch):
+                for term, credit in zip(share.terms, credits, strict=True):
+                    self.progress("training", done, count)
+                    done += 1
+                    gap, clip, logged, slope = self._term(term, part, credit, weight)
+                    if slope is not None:
+                        part = replace(part, slope={**part.slope, term.start: slope})
+                    noted += [(name, weight, value) for name, value in logged.items()]
+                    if first and gap is not None:
+                        gaps.append((gap, term, clip))
         numbers = read([*(value for *_, value in noted), *(gap for gap, *_ in gaps)])
         for (_, term, clip), apart in zip(gaps, numbers[len(noted) :], strict=True):
             self._check_gap(apart, clip, where, term)
         sums: Logged = defaultdict(float)
         weights: Logged = defaultdict(float)
-        for (name, share, _), number in zip(noted, numbers, strict=False):
-            sums[name] += share * number
-            weights[name] += share
+        for (name, weight, _), number in zip(noted, numbers, strict=False):
+            sums[name] += weight * number
+            weights[name] += weight
         return {name: value / weights[name] for name, value in sums.items()}
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -13,50 +13,81 @@ from diffalign.errors import Unscored
 from diffalign.rewards.scorer import Tally
 from diffalign.runtime.distributed import World
 from diffalign.runtime.memory import fitting
-from diffalign.training.backward import Backward
-from diffalign.training.scoring import Clock, Sampling, joined, joined_scores
-from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Scores, Term, Tree, Update
+from diffalign.training.backward import Backward, Share
+from diffalign.training.scoring import Appearance, Clock, Sampling, joined, joined_scores
+from diffalign.types import Credit, Floats, Integers, Plan, Prompts, Rollout, Scores, Tree, Update
+
+
+@dataclass
+class Drawn:
+    """What one plan drew: of all prompts of an update those of `every` process and this one's `rows`, which the rollout is of.
+
+    scores: of every process's, where the plan samples to the end; looks: what this process's samples look like.
+    """
+
+    rollout: Rollout
+    every: Integers
+    rows: Integers
+    scores: Scores | None
+    looks: Appearance | None = None
 
 
 @dataclass
 class Sampled:
-    """What an update starts from: this process's rollout, which rows it has of all prompts, the credit of all, and what is known so far.
+    """What an update starts from: what each of its plans drew, mostly one, the credit of all samples, and what is known so far.
 
     uneven: groups may differ in size, and weigh the same; a micro-batch is then of one group.
     """
 
-    rollout: Rollout
-    rows: list[int]
+    parts: list[Drawn]
     prompts: Prompts
     credit: Credit | None
     update: Update
     uneven: bool = False
 
     @property
-    def totals(self) -> Integers:
-        """(n,) of each of this process's rows how many there would be if all groups were like its own: a row weighs one over it."""
+    def rollout(self) -> Rollout:
+        """The only one."""
+        (part,) = self.parts
+        return part.rollout
+
+    @property
+    def updates(self) -> int:
+        """How many optimiser steps it is for."""
+        return len(self.parts[0].rollout.plan.updates)
+
+    def totals(self, part: Drawn) -> Integers:
+        """(n,) of each of a part's rows here how many there would be if all groups were like its own: a row weighs one over it."""
         group = self.prompts.group
         if not self.uneven:
-            return np.full(len(self.rows), len(group))
+            return np.full(len(part.rows), len(group))
         names, counts = np.unique(group, return_counts=True)
-        return len(names) * counts[np.searchsorted(names, group[self.rows])]
+        return len(names) * counts[np.searchsorted(names, group[part.rows])]
 
     @property
     def share(self) -> float:
         """What this process's rows weigh of all."""
-        return float((1 / self.totals).sum()) if self.uneven else len(self.rows) / len(self.prompts)
+        if self.uneven:
+            return float(sum((1 / self.totals(part)).sum() for part in self.parts))
+        return sum(len(part.rows) for part in self.parts) / len(self.prompts)
 
-    def own(self, rows: dict[str, Floats] | None = None) -> Credit | None:
-        """This process's part of the credit, with further numbers about all leaves."""
+    def credited(self, rows: dict[str, Floats], part: Drawn) -> Credit | None:
+        """A part's credit here, with further numbers (N,) about the leaves of all that is drawn by its plan."""
         if self.credit is None:
             return None
-        whole = replace(self.credit, rows={**self.credit.rows, **(rows or {})})
-        return whole.select(self.tree, self.rows)
+        whole = self.credit.select(self.tree, part.every)
+        whole = replace(whole, rows={**whole.rows, **rows})
+        return whole.select(tree_of(part), np.searchsorted(part.every, part.rows))
 
     @property
     def tree(self) -> Tree:
         """Of all processes' samples."""
-        return Tree.grow(len(self.prompts), self.rollout.plan.branch)
+        return Tree.grow(len(self.prompts), self.parts[0].rollout.plan.branch)
+
+
+def tree_of(part: Drawn) -> Tree:
+    """Of all processes' samples of a part."""
+    return Tree.grow(len(part.every), part.rollout.plan.branch)
 
 
 def drawn(
@@ -68,12 +99,16 @@ def drawn(
     dealt: int,
     notify: Callable[[str], None],
     cached: bool = False,
-) -> tuple[list[int], Rollout, Scores | None]:
-    """This process's rows of some prompts, so many at a time, their rollout, and the scores of all, where the plan samples to the end.
+    every: Integers | None = None,
+) -> Drawn:
+    """This process's share, dealt so many at a time, of some of the prompts, None: of all; scores where the plan samples to the end.
 
     cached: with a cache of features, where the policy has one.
     """
-    rows, policy = world.rows(len(prompts), dealt), sampling.policy
+    every = np.arange(len(prompts)) if every is None else every
+    # A few prompts are dealt in smaller parts: each process has some of them.
+    rows = every[world.rows(len(every), max(1, min(dealt, len(every) // world.size)))]
+    policy = sampling.policy
 
     def own() -> tuple[Rollout, Scores | None]:
         with (
@@ -83,20 +118,29 @@ def drawn(
             return fitting(policy, functools.partial(sampling.run, prompts.select(rows), plan, clock), notify)
 
     rollout, part = world.together(own)
-    tree = Tree.grow(len(prompts), plan.branch)
-    return rows, rollout, part and joined_scores(world.gather((rows, part)), tree)
+    places = np.searchsorted(every, rows).tolist()
+    scores = part and joined_scores(world.gather((places, part)), Tree.grow(len(every), plan.branch))
+    return Drawn(rollout, every, rows, scores, sampling.appearance() if part else None)
 
 
 def settled(
-    terms: tuple[Term, ...], sampled: Sampled, backward: Backward, world: World, notify: Callable[[str], None]
-) -> list[Credit | None]:
-    """This process's credit for each term of an optimiser step, with what the rule finds out about whole groups beforehand."""
+    sampled: Sampled, number: int, backward: Backward, world: World, notify: Callable[[str], None]
+) -> list[Share]:
+    """What this process does in optimiser step `number`, with what the rule finds out about whole groups beforehand."""
+    return [_settled(sampled, part, number, backward, world, notify) for part in sampled.parts]
+
+
+def _settled(
+    sampled: Sampled, part: Drawn, number: int, backward: Backward, world: World, notify: Callable[[str], None]
+) -> Share:
+    terms, totals = part.rollout.plan.updates[number], sampled.totals(part)
     if not backward.rule.needs.looks:
-        return [sampled.own()] * len(terms)
-    work = functools.partial(fitting, backward.policy, functools.partial(backward.look, terms, sampled.rollout), notify)
-    by_process = world.gather((sampled.rows, world.together(work)))
+        return Share(terms, part.rollout, [sampled.credited({}, part)] * len(terms), totals)
+    work = functools.partial(fitting, backward.policy, functools.partial(backward.look, terms, part.rollout), notify)
+    places = np.searchsorted(part.every, part.rows).tolist()
+    by_process = world.gather((places, world.together(work)))
     assert sampled.credit is not None
-    tree = sampled.tree
+    tree = tree_of(part)
     looked = [
         {
             name: joined([(rows, own[place][name]) for rows, own in by_process if rows], tree)
@@ -104,8 +148,15 @@ def settled(
         }
         for place in range(len(terms))
     ]
-    rows = backward.rule.settle(terms, looked, sampled.credit, sampled.prompts.group[tree.leaf_root])
-    return [sampled.own(own) for own in rows]
+    credit = sampled.credit.select(sampled.tree, part.every)
+    rows = backward.rule.settle(terms, looked, credit, sampled.prompts.group[part.every][tree.leaf_root])
+    return Share(terms, part.rollout, [sampled.credited(own, part) for own in rows], totals)
+
+
+def all_scores(parts: Sequence[Drawn], tree: Tree) -> Scores | None:
+    """Of all samples of an update, from what each of its plans drew; None where they are not sampled to the end."""
+    scored = [(part.every.tolist(), part.scores) for part in parts if part.scores is not None]
+    return joined_scores(scored, tree) if len(scored) == len(parts) else None
 
 
 def tallied(world: World, tally: Tally, max_invalid: float, where: str) -> Tally:

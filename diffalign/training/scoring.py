@@ -179,7 +179,7 @@ def _edges(rollout: Rollout, step: int) -> Floats:
 
 def measured(
     rule: Rule,
-    judge: Callable[[Prompts, Plan], tuple[list[int], Rollout, Scores | None]],
+    judge: Callable[[Prompts, Plan], Scores | None],
     prompts: Prompts,
     steps: int,
     notify: Callable[[str], None],
@@ -191,7 +191,7 @@ def measured(
     Raises:
         UserError: if a reward has no spread.
     """
-    *_, scores = judge(prompts, Plan.deterministic(steps))
+    scores = judge(prompts, Plan.deterministic(steps))
     assert scores is not None, "units are of samples to the end"
     found = units(scores, prompts.group, rule.least)
     said = ", ".join(f"{name} by {unit:.4g}" for name, unit in found.items())

@@ -21,12 +21,12 @@ from diffalign.runtime.memory import fitting
 from diffalign.runtime.progress import Progress, silent
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.anchor import Anchor
-from diffalign.training.backward import Backward, Logged, step
+from diffalign.training.backward import Backward, Logged, Share, step
 from diffalign.training.floors import moved
-from diffalign.training.sampled import Sampled, drawn, settled, tallied
+from diffalign.training.sampled import Drawn, Sampled, all_scores, drawn, settled, tallied
 from diffalign.training.scoring import Clock, Sampling, appearances, describe, measured
 from diffalign.training.selection import Everything, Selector
-from diffalign.types import Credit, Plan, Prompts, Rollout, Scores, Span, Term, Tree, Update
+from diffalign.types import Credit, Integers, Plan, Prompts, Scores, Span, Tree, Update
 
 
 class Trainer:
@@ -134,30 +134,34 @@ class Trainer:
         """The gradient of update `index`'s first optimiser step, left in the parameters' `grad`; nothing else moves."""
         self.prepare()
         sampled = self._sample(index, Clock.of(self.policy))
-        terms = sampled.rollout.plan.updates[0]
-        credit = settled(terms, sampled, self.backward, self.world, self.notify)
-        logged = self._gradient(terms, sampled, credit, index, 0)
-        return _with(sampled.update, logged)
+        shares = settled(sampled, 0, self.backward, self.world, self.notify)
+        return _with(sampled.update, self._gradient(shares, sampled, index, 0))
 
     def _sample(self, index: int, clock: Clock) -> Sampled:
         """Plan, sample, score and credit."""
-        plan = self.rule.plan(self.policy.schedule, index, numpy_generator(self.seed, Purpose.PLAN, index))
+        rng = numpy_generator(self.seed, Purpose.PLAN, index)
+        plan = self.rule.plan(self.policy.schedule, index, rng)
         if self.rule.measures_units and not self.rule.units:
-            judge, steps = functools.partial(self._scored, clock=clock), self.policy.schedule.steps
-            self.rule.units = measured(self.rule, judge, self.draw(0), steps, self.notify)
+            steps = self.policy.schedule.steps
+            self.rule.units = measured(
+                self.rule, lambda given, by: self._scored(given, by, clock).scores, self.draw(0), steps, self.notify
+            )
         if self.rule.measures_units or self.rule.least:
             self.scorer.weights = self.rule.weighed(self.weights)
         selected = self.selector.select(self.draw(index), plan, functools.partial(self._scouted, clock))
         prompts, chosen = selected.prompts, Update(scouted=selected.scouted, metrics=selected.metrics)
-        rows, rollout, scores = self._scored(prompts, plan, clock)
-        if scores is None:
-            return Sampled(rollout, rows, prompts, None, chosen, selected.uneven)
+        plans = self.rule.plans(plan, self.policy.schedule, prompts.group, rng)
+        parts = [self._scored(prompts, own, clock, every) for own, every in plans]
         tree = Tree.grow(len(prompts), plan.branch)
+        scores = all_scores(parts, tree)
+        if scores is None:
+            return Sampled(parts, prompts, None, chosen, selected.uneven)
         if 1 - scores.valid.mean() > self.max_invalid or not scores.valid.any():
             raise Unscored(f"update {index + 1}: samples without a score, {self.scorer.unscored(scores.by_name)}")
         judged = prompts.select(tree.leaf_root)
         credit = self.rule.with_held(self.rule.credit(tree, scores, prompts), scores, judged.group)
-        found = self.world.gather((rows, self.sampling.appearance()))
+        seen = [(part.rows.tolist(), part.looks) for part in parts if part.looks is not None]
+        found = [each for of_process in self.world.gather(seen) for each in of_process]
         update = replace(
             chosen,
             scored=int(scores.valid.sum()),
@@ -169,17 +173,17 @@ class Trainer:
             | appearances(found, tree, judged.group)
             | self.selector.compared(selected, judged, scores),
         )
-        return Sampled(rollout, rows, prompts, credit, update, selected.uneven)
+        return Sampled(parts, prompts, credit, update, selected.uneven)
 
-    def _scored(self, prompts: Prompts, plan: Plan, clock: Clock) -> tuple[list[int], Rollout, Scores | None]:
+    def _scored(self, prompts: Prompts, plan: Plan, clock: Clock, every: Integers | None = None) -> Drawn:
         """See `drawn`."""
         cached = not self.rule.needs.exact_steps
-        return drawn(self.sampling, prompts, plan, clock, self.world, self.dealt, self.notify, cached)
+        return drawn(self.sampling, prompts, plan, clock, self.world, self.dealt, self.notify, cached, every)
 
     def _scouted(self, clock: Clock, prompts: Prompts, plan: Plan, rewards: Sequence[str] | None) -> Scores:
         """Some rewards' scores of samples that nothing is learnt from."""
         sampling = Sampling(self.policy, self.scorer.only(rewards), progress=self.sampling.progress)
-        *_, scores = drawn(sampling, prompts, plan, clock, self.world, self.dealt, self.notify)
+        scores = drawn(sampling, prompts, plan, clock, self.world, self.dealt, self.notify).scores
         assert scores is not None, "scouts are sampled to the end"
         return scores
 
@@ -187,9 +191,9 @@ class Trainer:
         """The optimiser steps of one update; what is logged is averaged over them."""
         values: dict[str | Span, list[float]] = defaultdict(list)
         skipped = 0
-        for number, terms in enumerate(sampled.rollout.plan.updates):
-            credit = settled(terms, sampled, self.backward, self.world, self.notify)
-            work = functools.partial(self._gradient, terms, sampled, credit, index, number)
+        for number in range(sampled.updates):
+            shares = settled(sampled, number, self.backward, self.world, self.notify)
+            work = functools.partial(self._gradient, shares, sampled, index, number)
             logged = self.world.together(functools.partial(fitting, self.policy, work, self.notify))
             logged = self.world.average(logged, sampled.share)
             logged |= {} if self.anchor is None else self.anchor.noted()
@@ -207,25 +211,29 @@ class Trainer:
             missing = {keys.invalid(name): [float(count)] for name, count in counts.missing.items() if count}
             values.update(missing)
         update = _with(update, {name: float(np.mean(each)) for name, each in values.items()})
-        return replace(update, steps=len(sampled.rollout.plan.updates), nonfinite=skipped)
+        return replace(update, steps=sampled.updates, nonfinite=skipped)
 
-    def _gradient(
-        self, terms: tuple[Term, ...], sampled: Sampled, credit: list[Credit | None], index: int, number: int
-    ) -> Logged:
+    def _gradient(self, shares: list[Share], sampled: Sampled, index: int, number: int) -> Logged:
         """The gradient of optimiser step `number` of update `index`, from zero."""
         self.optimizer.zero_grad(set_to_none=True)
         first, where = number == 0, f"update {index + 1}"
-        # Later steps keep the old log-probs: the parameters they belong to are gone, and only rounding differs.
-        stale = any(old is not None for old in sampled.rollout.log_prob)
-        if first and stale and sampled.rollout.micro_batch != self.policy.micro_batch:
-            self.notify(f"{where}: old log-probabilities are computed again, for the smaller micro-batch")
-            sampled.rollout = self.policy.recomputed(sampled.rollout)
-        logged = self.backward.accumulate(
-            terms, sampled.rollout, credit, first=first, where=where, totals=sampled.totals
-        )
+        if first:
+            self._recompute(sampled.parts, where)
+        now = [replace(share, rollout=part.rollout) for share, part in zip(shares, sampled.parts, strict=True)]
+        logged = self.backward.accumulate(now, first=first, where=where)
         if self.anchor is not None:
             self.anchor.accumulate(index, number)
         return logged
+
+    def _recompute(self, parts: list[Drawn], where: str) -> None:
+        """Old log-probs where micro-batches became smaller. Later steps keep theirs: the parameters they belong to are gone, and only
+        rounding differs."""
+        size = self.policy.micro_batch
+        due = [p for p in parts if p.rollout.micro_batch != size and any(old is not None for old in p.rollout.log_prob)]
+        if due:
+            self.notify(f"{where}: old log-probabilities are computed again, for the smaller micro-batch")
+        for part in due:
+            part.rollout = self.policy.recomputed(part.rollout)
 
 
 def _counters(policy: TrainablePolicy) -> tuple[int, int, int, int]:

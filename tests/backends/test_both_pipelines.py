@@ -24,6 +24,7 @@ from diffalign.training import fitting as measure
 from diffalign.training.scoring import Clock
 from diffalign.training.trainer import Trainer
 from diffalign.types import Plan, Prompts
+from tests.kit.helpers import shares_of
 
 PROCESS = {"shapes-sd3": "flow_sde", "shapes-sd": "ddim"}
 CALL = {"shapes-sd3": {"max_sequence_length": 1}, "shapes-sd": {}}
@@ -297,9 +298,8 @@ def trainer_of(rule, policy) -> Trainer:
 def gradient_peak(trainer) -> int:
     """The most bytes that the gradient of an update's first optimiser step allocates at once, beyond what sampling left."""
     sampled = trainer._sample(0, Clock.of(trainer.policy))
-    terms = sampled.rollout.plan.updates[0]
-    credit = [sampled.own()] * len(terms)
-    return memory.peak_bytes(lambda: trainer._gradient(terms, sampled, credit, 0, 0))
+    shares = shares_of(trainer, sampled)
+    return memory.peak_bytes(lambda: trainer._gradient(shares, sampled, 0, 0))
 
 
 @both

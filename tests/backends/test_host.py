@@ -14,6 +14,7 @@ from diffalign.training.scoring import Clock
 from diffalign.training.trainer import Trainer
 from diffalign.types import Plan
 from tests.backends.test_both_pipelines import given, make, noisy
+from tests.kit.helpers import shares_of
 
 READS = {"item", "tolist", "numpy", "cpu", "__float__", "__bool__", "__int__", "__index__"}
 
@@ -78,7 +79,7 @@ def test_s2_numbers_are_read_once_a_step():
     terms = sampled.rollout.plan.updates[0]
     assert len(terms) * len(sampled.rollout.prompts) / policy.micro_batch >= 12
     with Reads() as reads:
-        made._gradient(terms, sampled, [sampled.own()] * len(terms), 0, 0)
+        made._gradient(shares_of(made, sampled), sampled, 0, 0)
     assert reads.count == 1
 
 
@@ -143,10 +144,10 @@ def test_m21_a_rollout_keeps_what_is_read(name):
     policy.micro_batch = 4
     made = trainer(kind(kind.Settings(**settings)), policy)
     sampled = made._sample(0, Clock.of(policy))
-    terms = sampled.rollout.plan.updates[0]
 
     def gradient(rollout):
-        made._gradient(terms, replace(sampled, rollout=rollout), [sampled.own()] * len(terms), 0, 1)
+        parts = [replace(sampled.parts[0], rollout=rollout)]
+        made._gradient(shares_of(made, sampled), replace(sampled, parts=parts), 0, 1)
         return torch.cat([p.grad.flatten() for p in policy.parameters.values() if p.grad is not None])
 
     expected = gradient(sampled.rollout)

@@ -15,6 +15,9 @@ from diffalign.rewards.scorer import Scorer
 from diffalign.rules import RULES, Rule
 from diffalign.runs import state as states
 from diffalign.runs.store import Store
+from diffalign.runtime.distributed import ALONE
+from diffalign.training.backward import Share
+from diffalign.training.sampled import Sampled, settled
 from diffalign.training.scoring import Clock
 from diffalign.training.trainer import Trainer
 from diffalign.types import Credit, Plan, Prompts, Rollout
@@ -44,6 +47,11 @@ def toy_trainer(
         torch.optim.Adam(policy.parameters.values(), lr=lr),
         lambda update: toy_prompts(groups, group_size, 0, update),
     )
+
+
+def shares_of(trainer: Trainer, sampled: Sampled, number: int = 0) -> list[Share]:
+    """What an optimiser step is about."""
+    return settled(sampled, number, trainer.backward, ALONE, print)
 
 
 def gradient(

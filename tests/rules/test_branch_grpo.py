@@ -6,6 +6,7 @@ from diffalign.backends.toy import ToyPolicy
 from diffalign.ops import advantages
 from diffalign.rewards.base import Wrapped
 from diffalign.rules import BranchGRPO, FlowGRPO
+from diffalign.training.backward import Share
 from diffalign.training.scoring import Clock
 from diffalign.types import Scores, Tree
 from tests.kit.helpers import gradient, toy_prompts, toy_trainer
@@ -168,7 +169,7 @@ def test_T37_one_forward_for_all_children_is_the_sum_over_edges():
     credit = rule.credit(part.tree, scores, given)
     trainer = toy_trainer(rule, policy, 3, 1)
     trainer.optimizer.zero_grad()
-    trainer.backward.accumulate(plan.updates[0], part, [credit] * len(plan.updates[0]), first=True)
+    trainer.backward.accumulate([Share(plan.updates[0], part, [credit] * len(plan.updates[0]))], first=True)
     delta = policy.delta.detach().clone().requires_grad_()
     total, edges = 0.0, 0
     for term in plan.updates[0]:

@@ -19,7 +19,7 @@ from diffalign.rules import _slope as slopes
 from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.scoring import Clock
 from diffalign.types import Plan
-from tests.kit.helpers import gradient, toy_prompts, toy_reward, toy_trainer
+from tests.kit.helpers import gradient, shares_of, toy_prompts, toy_reward, toy_trainer
 
 S = TruncatedBP.Settings
 every_kernel = pytest.mark.parametrize("process", PROCESSES)
@@ -153,7 +153,7 @@ def test_45_latents_that_are_not_the_networks_own_are_a_fault():
     sampled = trainer._sample(0, Clock.of(policy))
     sampled.rollout.x[2] = sampled.rollout.x[2] + 1e-6
     with pytest.raises(Fault, match="the replay differs from the rollout by 1e-06"):
-        trainer._gradient(sampled.rollout.plan.updates[0], sampled, [None] * 5, 0, 0)
+        trainer._gradient(shares_of(trainer, sampled), sampled, 0, 0)
 
 
 def orders(steps: range, count: int, late: float):

@@ -6,6 +6,7 @@ from diffalign import config
 from diffalign.backends.toy import ToyPolicy
 from diffalign.errors import Fault, UserError
 from diffalign.rules import FlowGRPO, GRPOGuard
+from diffalign.training.backward import Share
 from diffalign.types import Credit, Scores, Term, Tree
 from tests.kit.helpers import gradient, rolled, toy_prompts, toy_trainer
 
@@ -125,8 +126,8 @@ def test_a_changed_rollout_is_caught(what):
     getattr(part, what)[1][3] += 1e-6
     trainer = toy_trainer(rule, policy, 2, 8)
     with pytest.raises(Fault, match="the replay differs from the rollout by"):
-        trainer.backward.accumulate(plan.updates[0], part, [credit] * len(plan.updates[0]), first=True)
-    trainer.backward.accumulate(plan.updates[0], part, [credit] * len(plan.updates[0]), first=False)
+        trainer.backward.accumulate([Share(plan.updates[0], part, [credit] * len(plan.updates[0]))], first=True)
+    trainer.backward.accumulate([Share(plan.updates[0], part, [credit] * len(plan.updates[0]))], first=False)
 
 
 def test_T12_rounding_latents_for_storage_after_their_log_prob_is_caught_off_the_cpu_too():
@@ -144,14 +145,14 @@ def test_T40_kl_is_zero_with_zero_gradient_at_the_reference_and_pulls_back_from_
     plan, part, credit = rolled(rule, policy)
     flat = Credit([np.zeros_like(edges) for edges in credit.edges])
     trainer = toy_trainer(rule, policy, 2, 8)
-    metrics = trainer.backward.accumulate(plan.updates[0], part, [flat] * len(plan.updates[0]), first=True)
+    metrics = trainer.backward.accumulate([Share(plan.updates[0], part, [flat] * len(plan.updates[0]))], first=True)
     assert metrics["kl"] == 0
     assert policy.delta.grad.abs().max() == 0
     with torch.no_grad():
         policy.delta.add_(0.1)
     plan, part, _ = rolled(rule, policy)
     trainer.optimizer.zero_grad()
-    trainer.backward.accumulate(plan.updates[0], part, [flat] * len(plan.updates[0]), first=True)
+    trainer.backward.accumulate([Share(plan.updates[0], part, [flat] * len(plan.updates[0]))], first=True)
     # L = kl mean_{steps, samples, dims} (delta [x, t, 1])^2, by hand
     delta = policy.delta.detach().clone().requires_grad_()
     total = 0.0
@@ -172,7 +173,7 @@ def test_kl_weight_does_not_depend_on_step_weights():
         plan, part, credit = rolled(rule, policy)
         flat = Credit([np.zeros_like(edges) for edges in credit.edges])
         toy_trainer(rule, policy, 2, 8).backward.accumulate(
-            plan.updates[0], part, [flat] * len(plan.updates[0]), first=True
+            [Share(plan.updates[0], part, [flat] * len(plan.updates[0]))], first=True
         )
         grads.append(policy.delta.grad.clone())
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-14)

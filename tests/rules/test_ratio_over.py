@@ -7,10 +7,8 @@ import torch
 from diffalign.backends.toy import ToyPolicy
 from diffalign.rules import AWM
 from diffalign.rules._forward import noised
-from diffalign.runtime.distributed import ALONE
-from diffalign.training.sampled import settled
 from diffalign.training.scoring import Clock
-from tests.kit.helpers import toy_trainer
+from tests.kit.helpers import shares_of, toy_trainer
 
 GIVEN = {"weight": "adaptive", "spread": "strata", "times": 2, "inner_updates": 2, "anchor": 0.0, "clip": 0.02}
 
@@ -23,9 +21,9 @@ def second_pass(micro_batch: int, **given):
     with torch.no_grad():
         policy.delta.add_(0.1 * torch.randn(policy.delta.shape, generator=torch.Generator().manual_seed(3)))
     terms = sampled.rollout.plan.updates[1]
-    credit = settled(terms, sampled, trainer.backward, ALONE, print)
-    trainer._gradient(terms, sampled, credit, 0, 1)
-    return rule, policy, sampled, terms, credit, policy.delta.grad.numpy().copy()
+    shares = shares_of(trainer, sampled, 1)
+    trainer._gradient(shares, sampled, 0, 1)
+    return rule, policy, sampled, terms, shares[0].credit, policy.delta.grad.numpy().copy()
 
 
 def written_out(rule, policy, sampled, terms, worth):

@@ -18,7 +18,7 @@ from diffalign.rules import AWM, NFT, FlowGRPO
 from diffalign.runs import state as states
 from diffalign.runs.store import Store
 from diffalign.runtime import keys
-from diffalign.training.sampled import Sampled
+from diffalign.training.sampled import Drawn, Sampled
 from diffalign.training.selection import Allocation, Everything, Scouts, Selected, allocated, resized
 from diffalign.types import Credit, Plan, Scores, Update
 from tests.kit.helpers import toy_prompts, toy_trainer
@@ -135,9 +135,10 @@ def test_a_group_weighs_the_same_whatever_its_size():
 
 def test_shares_of_processes_add_up_to_one():
     prompts = resized(given("ab", 4), {0: 2, 1: 6})
-    parts = [Sampled(None, rows, prompts, None, Update(), True) for rows in ([0, 1, 4, 5], [2, 3, 6, 7])]  # type: ignore[arg-type]
-    assert parts[0].totals.tolist() == [4, 4, 12, 12]
-    assert [part.share for part in parts] == pytest.approx([2 / 3, 1 / 3])
+    drawn = [Drawn(None, np.arange(8), np.array(rows), None) for rows in ([0, 1, 4, 5], [2, 3, 6, 7])]  # type: ignore[arg-type]
+    shared = [Sampled([part], prompts, None, Update(), True) for part in drawn]
+    assert shared[0].totals(drawn[0]).tolist() == [4, 4, 12, 12]
+    assert [each.share for each in shared] == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_64_a_rate_follows_a_prompt_that_changes_and_resumes():

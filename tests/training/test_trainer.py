@@ -10,7 +10,7 @@ from diffalign.rewards.scorer import Scorer
 from diffalign.rules import AWM, DDPO, NFT, BranchGRPO, FlowGRPO
 from diffalign.runtime.memory import out_of_memory
 from diffalign.training.scoring import Clock
-from tests.kit.helpers import gradient, toy_prompts, toy_trainer
+from tests.kit.helpers import gradient, shares_of, toy_prompts, toy_trainer
 
 CPU_MESSAGE = (
     "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
@@ -94,16 +94,12 @@ def test_off_the_cpu_a_first_pass_may_be_off_by_a_tenth_of_the_clip_range(clip, 
         sampled = trainer._sample(0, Clock(torch.device("cpu")))
         for log_prob in sampled.rollout.log_prob[:-1]:
             log_prob += share * clip  # what kernels that do not repeat their bits would do
-        credit = [sampled.own()] * len(sampled.rollout.plan.updates[0])
+        shares = shares_of(trainer, sampled)
         with pytest.raises(Fault, match=rf"allowed {0.1 * clip:g}\): sampling and training"):
-            trainer.backward.accumulate(
-                sampled.rollout.plan.updates[0], sampled.rollout, credit, first=True, where="update 1"
-            )
+            trainer.backward.accumulate(shares, first=True, where="update 1")
         for log_prob in sampled.rollout.log_prob[:-1]:
             log_prob -= (share - 0.05) * clip
-        trainer.backward.accumulate(
-            sampled.rollout.plan.updates[0], sampled.rollout, credit, first=True, where="update 1"
-        )
+        trainer.backward.accumulate(shares, first=True, where="update 1")
     finally:
         del type(policy).exact
 
