@@ -40,6 +40,7 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "awm, own states, uniform": ("awm/shapes-turbo", [*OWN, "rule.weight=uniform"]),
     "nft, own states, cps": ("nft/shapes-turbo", NOISY),
     "flow_grpo, cps": ("flow_grpo/shapes-turbo", []),
+    "flow_grpo, cps, last step": ("flow_grpo/shapes-turbo", ["rule.last_step={weight: 0.01, ceiling: 1.0}"]),
     "truncated_bp, last call": ("truncated_bp/shapes-sd3", [*FEW, "rule.depth=1"]),
     "rlr": ("rlr/shapes-sd3", FEW),
 }

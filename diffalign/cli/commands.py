@@ -17,7 +17,7 @@ import click
 
 import diffalign
 from diffalign import config as configs
-from diffalign.cli.completion import A_CONFIG
+from diffalign.cli.completion import A_CONFIG, A_CONFIG_OR_NONE
 from diffalign.errors import LONGEST, CardFailed, Fault, Interrupted, UserError, shortened
 from diffalign.runtime import launcher
 from diffalign.runtime.options import A_CALL, VRAM, Number, Place
@@ -196,14 +196,21 @@ def serve_reward(name: str, host: str, port: int, token: str | None, max_mib: in
 
 
 @app.command()
-@click.option(
-    "--card", is_flag=True, help="Also try the CUDA device's kernels against float32, each in its own process."
-)
-def doctor(card: bool) -> None:
-    """Report versions, devices and optional parts, with the command that mends each."""
+@A_CONFIG_OR_NONE
+@click.option("--card", is_flag=True, help="Also try the CUDA device's kernels against float32, a process each.")
+def doctor(config: str | None, overrides: tuple[str, ...], card: bool) -> None:
+    """Report versions, devices and optional parts, with the command that mends each.
+
+    Of a CONFIG also whether its model was distilled to few steps, measured on samples of its own; loads weights.
+    """
+    settings = None if config is None else configs.load(config, overrides)
     from diffalign.doctor import examine
 
     show(findings := examine(card))
+    if settings is not None:
+        from diffalign.runs import distilled
+
+        show([f"{settings.model:20} {distilled.examined(settings, click.echo)}"])
     if any(finding.broken for finding in findings):
         raise Fault("something does not work; see the lines with an arrow")
 

@@ -34,7 +34,7 @@ def facts(results: Results) -> dict[str, Any]:
         "budget": dict([comparison.asked.budget]),
         "every": comparison.asked.every,
         "judges": list(results.judges),
-        "methods": [_method(method) for method in results.methods],
+        "methods": [_method(method, results.judges) for method in results.methods],
         "pairs": [
             {
                 **{k: v for k, v in asdict(pair).items() if k not in ("difference", "prompts")},
@@ -58,9 +58,10 @@ def facts(results: Results) -> dict[str, Any]:
     }
 
 
-def _method(method: MethodResult) -> dict[str, Any]:
+def _method(method: MethodResult, judges: tuple[str, ...]) -> dict[str, Any]:
     return {
         "label": method.label,
+        "settings": method.method.settings,
         "seeds": method.seeds,
         "left_out": {str(seed): why for seed, why in method.left_out.items()},
         "judges": {
@@ -68,6 +69,7 @@ def _method(method: MethodResult) -> dict[str, Any]:
                 "value": judged.value.facts(),
                 "gain": judged.gain.facts(),
                 "gain_over_prompts": judged.gain_prompts.facts(),
+                "by_seed": {str(each.unit.seed): _seen(each, name) for each in method.found},
             }
             for name, judged in method.judges.items()
         },
@@ -111,10 +113,15 @@ def _row(each: Found, label: str, judges: tuple[str, ...]) -> dict[str, Any]:
         "reward_best": best,
     }
     for judge in judges:
-        means = {k: float(each.curve(judge, "updates")[1][k]) for k in (0, -1)}
-        row |= {f"{judge}_before": means[0], f"{judge}_after": means[-1]}
-        row[f"{judge}_gain"] = means[-1] - means[0]
+        row |= {f"{judge}_{part}": value for part, value in _seen(each, judge).items()}
     return row
+
+
+def _seen(each: Found, judge: str) -> dict[str, float]:
+    """What a judge says of a unit."""
+    scores = each.curve(judge, "updates")[1]
+    before, after = float(scores[0]), float(scores[-1])
+    return {"before": before, "after": after, "gain": after - before}
 
 
 def latex(results: Results) -> str:

@@ -5,7 +5,7 @@ Importing this needs neither torch nor diffusers: settings are checked before ei
 
 from __future__ import annotations
 
-from diffalign.rules._few_steps import GAP, own_walk
+from diffalign.rules._few_steps import GAP, OwnWalk, own_walk
 from diffalign.rules._matching import Matching
 from diffalign.rules._merging import shares, units
 from diffalign.rules._rule import Rule, RuleSettings
@@ -35,6 +35,7 @@ __all__ = [
     "FlowGRPO",
     "GRPOGuard",
     "Matching",
+    "OwnWalk",
     "Rule",
     "RuleSettings",
     "TruncatedBP",

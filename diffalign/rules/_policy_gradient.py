@@ -11,8 +11,9 @@ from pydantic import Field
 
 from diffalign import ops
 from diffalign.errors import UserError
-from diffalign.protocols import Needs, Policy, Transition
+from diffalign.protocols import Loss, Needs, Policy, RewardFunction, Transition
 from diffalign.rules._merging import merged
+from diffalign.rules._pathwise import LastStepSettings
 from diffalign.rules._rule import ReferenceSettings, Rule, RuleSettings
 from diffalign.rules._trust import Step, TrustSettings, bounded
 from diffalign.rules._window import WindowSettings, evenly, spread_out
@@ -93,6 +94,9 @@ class GroupSettings(SurrogateSettings):
         le=1,
         description="share of steps after the window that run, by DPM-Solver++ 2M (MixGRPO-Flash); null: all",
     )
+    last_step: LastStepSettings | None = Field(
+        None, description="weight, ceiling: the reward's own gradient too, through the last step alone; null: none"
+    )
     keep: int | None = Field(
         None,
         ge=2,
@@ -131,12 +135,13 @@ def plan(
     power: int = -1,
     fan: int = 1,
     flash: float | None = None,
+    last_step: LastStepSettings | None = None,
     keep_mean: bool = False,
 ) -> Plan:
     """Sample to the end with noise in the steps [first, stop) of a span; one log-prob term each, weights averaging to 1 / steps
     over the window.
 
-    power: of std in the gradient of the rule's log-ratio, which `equal` undoes. flash: see `GroupSettings`.
+    power: of std in the gradient of the rule's log-ratio, which `equal` undoes. flash, last_step: see `GroupSettings`.
 
     Raises:
         UserError: for inv_dt on levels that are no flow's.
@@ -148,7 +153,7 @@ def plan(
     return Plan(
         stop=schedule.steps,
         noise=tuple(k in noisy for k in range(schedule.steps)),
-        updates=(terms,) * settings.inner_updates,
+        updates=((*terms, *([] if last_step is None else [last_step.term(schedule.steps)])),) * settings.inner_updates,
         branch=tuple(fan if k == noisy[0] else 1 for k in range(schedule.steps)),
         shared_start=settings.shared_start,
         keep_mean=keep_mean,
@@ -196,9 +201,31 @@ class GroupRule(SurrogateRule):
 
     settings: GroupSettings
 
+    def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
+        """The surrogate at a noisy step, see `clipped`; at the last one what `last_step` asks for."""
+        if term.through == "reward":
+            assert self.settings.last_step is not None
+            return self.settings.last_step.loss(term, policy, part, reward)
+        return self.clipped(term, policy, part, credit)
+
     @abstractmethod
+    def clipped(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None) -> Loss:
+        """max(-A r, -A clip(r)) + kl * divergence at the term's step, averaged over the part."""
+
+    @property
+    @abstractmethod
+    def power(self) -> int:
+        """Of a step's std in the gradient of its log-ratio, see `step_weights`."""
+
+    @property
+    @abstractmethod
+    def keeps_mean(self) -> bool:
+        """Whether the means of the rollout's steps are needed."""
+
     def plan_at(self, schedule: Schedule, span: tuple[int, int]) -> Plan:
         """What an update does whose steps [first, stop) are noisy."""
+        s, (power, mean) = self.settings, (self.power, self.keeps_mean)
+        return plan(schedule, s, span, power=power, fan=s.fan, flash=s.flash, last_step=s.last_step, keep_mean=mean)
 
     def plan(self, schedule: Schedule, update: int, rng: np.random.Generator) -> Plan:
         return self.plan_at(schedule, self.settings.span(schedule.steps, update, rng))
@@ -223,6 +250,7 @@ class GroupRule(SurrogateRule):
             reference=s.kl > 0,
             anchored=s.kl > 0,
             apart=s.window_by == "prompt",
+            differentiable_reward=s.last_step is not None,
         )
 
     def credit(self, tree: Tree, scores: Scores, prompts: Prompts) -> Credit:

@@ -17,10 +17,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from diffalign.protocols import Loss, Policy, RewardFunction
+from diffalign.protocols import Loss, Policy
 from diffalign.rules import _policy_gradient as policy_gradient
 from diffalign.rules import _trust as trust
-from diffalign.types import Credit, Plan, Rollout, Schedule, Term
+from diffalign.types import Credit, Rollout, Term
 
 
 class FlowGRPO(policy_gradient.GroupRule):
@@ -37,13 +37,15 @@ class FlowGRPO(policy_gradient.GroupRule):
 
     settings: Settings
 
-    def plan_at(self, schedule: Schedule, span: tuple[int, int]) -> Plan:
-        s = self.settings
-        power = 1 if s.ratio == "unweighted" else -1
-        return policy_gradient.plan(schedule, s, span, power=power, fan=s.fan, flash=s.flash, keep_mean=s.trust == "kl")
+    @property
+    def power(self) -> int:
+        return 1 if self.settings.ratio == "unweighted" else -1
 
-    def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
-        """max(-A r, -A clip(r)) + kl * divergence at the term's step, averaged over the part."""
+    @property
+    def keeps_mean(self) -> bool:
+        return self.settings.trust == "kl"
+
+    def clipped(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None) -> Loss:
         s = self.settings
         step = trust.revisited(term.start, policy, part, credit)
         if s.ratio == "unweighted":

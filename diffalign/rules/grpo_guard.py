@@ -14,11 +14,11 @@ import numpy as np
 from pydantic import Field
 
 from diffalign import ops
-from diffalign.protocols import Loss, Policy, RewardFunction
+from diffalign.protocols import Loss, Policy
 from diffalign.rules import _policy_gradient as policy_gradient
 from diffalign.rules import _trust as trust
 from diffalign.runtime.settings import factors
-from diffalign.types import Credit, Plan, Rollout, Schedule, Term, Update
+from diffalign.types import Credit, Rollout, Term, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,12 +64,13 @@ class GRPOGuard(policy_gradient.GroupRule):
         s = self.settings
         return s.clip if s.clip_std is None or self.spread is None else s.clip_std * self.spread
 
-    def plan_at(self, schedule: Schedule, span: tuple[int, int]) -> Plan:
-        s = self.settings
-        power = 0 if s.ratio_norm == "full" else -1
-        return policy_gradient.plan(schedule, s, span, power=power, fan=s.fan, flash=s.flash, keep_mean=True)
+    @property
+    def power(self) -> int:
+        return 0 if self.settings.ratio_norm == "full" else -1
 
-    def loss(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None, reward: RewardFunction) -> Loss:
+    keeps_mean = True
+
+    def clipped(self, term: Term, policy: Policy, part: Rollout, credit: Credit | None) -> Loss:
         """max(-A r, -A clip(r)) with the normalised ratio r, + kl * divergence, averaged over the part."""
         s = self.settings
         plain = trust.revisited(term.start, policy, part, credit)

@@ -26,6 +26,7 @@ from diffalign.errors import UserError
 from diffalign.protocols import Loss, Needs, Policy, RewardFunction
 from diffalign.rules import _forward as forward
 from diffalign.rules import _slope as slopes
+from diffalign.rules._pathwise import pulled
 from diffalign.rules._rule import Rule
 from diffalign.rules._truncated_bp import TruncatedBPSettings
 from diffalign.runtime.randomness import Purpose
@@ -129,10 +130,7 @@ class TruncatedBP(Rule):
             return (self._call if s.connect == "lagrange" else self._step)(term, policy, part)
         media = policy.decode(part, self._judged(term, policy, part))
         value = reward(replace(media, pixels=media.pixels[:, _frames(s.frames, media.pixels.shape[1], term.draw)]))
-        if s.target is None:
-            return Loss(-value.mean())
-        below = (s.target - value).clamp(min=0)
-        return Loss(below.mean(), {"below_target": (below > 0).double().mean().detach()})
+        return pulled(value, s.target)
 
 
 def _spaced(first: int, stop: int, count: int, rng: np.random.Generator) -> tuple[int, ...]:

@@ -7,16 +7,13 @@ from collections.abc import Callable
 import torch
 
 from diffalign.config import Config
-from diffalign.models import families as model_families
-from diffalign.models import few_steps
 from diffalign.models.notes import Notes
 from diffalign.rewards import families
 from diffalign.rewards.catalog import find
 from diffalign.rewards.narrow import Narrow, difference
-from diffalign.rules import GAP, own_walk
+from diffalign.runs import distilled
 from diffalign.runs.devices import promise
 from diffalign.runs.parts import Parts
-from diffalign.runtime.memory import fitting
 from diffalign.types import Plan, Prompts
 
 
@@ -44,7 +41,7 @@ def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str],
     if place.file:
         say(f"from {config.weights}: {place.file}")
     _introduce_adapters(config, parts, say)
-    _introduce_few_steps(config, parts, batch, say)
+    distilled.introduce(config, parts.policy, batch, say)
     if narrow := [name for name, reward in parts.scorer.rewards.items() if isinstance(reward, Narrow)]:
         part = parts.policy.rollout(batch, Plan.deterministic(parts.policy.schedule.steps))
         with torch.no_grad():
@@ -54,34 +51,6 @@ def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str],
             say(
                 f"{name} in bfloat16: scores of {len(batch)} pictures differ by up to {apart:.2g}; their std is {spread:.2g}"
             )
-
-
-WALKED = 16  # samples that a network is held against its own walk on, at most
-
-
-def _introduce_few_steps(config: Config, parts: Parts, batch: Prompts, say: Callable[[str], None]) -> None:
-    """Say whether the model was distilled, where a rule draws noise anew and there are few steps or a name or file says that it was."""
-    policy, sign = parts.policy, model_families.distilled(config.model)
-    steps = policy.schedule.steps
-    if not config.make_rule().renoises(steps) or (steps > few_steps.STEPS and not sign):
-        return
-    found = fitting(
-        policy, lambda: own_walk(policy, batch.select(range(min(WALKED, len(batch), policy.micro_batch)))), say
-    )
-    advice = few_steps.ADVICE
-    if found is None:
-        line = f"{sign} says that this model is distilled, {steps} steps are too few to measure it: {advice}"
-        say(
-            line
-            if sign
-            else f"{steps} steps are too few to measure whether this model is distilled; if it is: {advice}"
-        )
-    elif found.distilled:
-        say(f"this model is distilled ({found}; {sign or 'neither its name nor its files say so'}): {advice}")
-    elif sign:
-        say(f"{sign} says that this model is distilled, {found} that it is not (D below {GAP} is); if it is: {advice}")
-    else:
-        say(f"few steps: {found}: this model is not distilled (D below {GAP} is), so noise drawn anew suits it")
 
 
 def _introduce_adapters(config: Config, parts: Parts, say: Callable[[str], None]) -> None:

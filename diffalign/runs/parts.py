@@ -133,6 +133,15 @@ def build(config: Config, say: Callable[[str], None] = print, kept: Kept | None 
     return Parts(place, policy(config, pipe, parameters, kept, names), *scorers, frozen, start, beside)
 
 
+def bare(config: Config) -> DiffusersPolicy:
+    """A config's model with what is frozen on it, nothing to train and no rewards."""
+    _, frozen, _ = adapters.named(config)
+    pipe, _ = _loaded(config, "all", device(config))
+    _check_call(config, pipe)
+    adapters.freeze(config, pipe, frozen)
+    return policy(config, pipe)
+
+
 def _reward(config: Config, name: str, say: Callable[[str], None], judges: Judges | None = None) -> Reward:
     scoring = config.scoring
     reward = load_reward(name, scoring.deadline, scoring.batch, scoring.frames, scoring.reduce, device(config), judges)

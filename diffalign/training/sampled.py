@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from diffalign.errors import Unscored
+from diffalign.protocols import TrainablePolicy
 from diffalign.rewards.scorer import Tally
 from diffalign.runtime.distributed import World
 from diffalign.runtime.memory import fitting
@@ -121,6 +122,17 @@ def drawn(
     places = np.searchsorted(every, rows).tolist()
     scores = part and joined_scores(world.gather((places, part)), Tree.grow(len(every), plan.branch))
     return Drawn(rollout, every, rows, scores, sampling.appearance() if part else None)
+
+
+def recompute(parts: Sequence[Drawn], policy: TrainablePolicy, notify: Callable[[str], None]) -> None:
+    """Old log-probs, before a first optimiser step, where micro-batches became smaller. Later steps keep theirs: the parameters that they
+    belong to are gone, and only rounding differs."""
+    size = policy.micro_batch
+    due = [p for p in parts if p.rollout.micro_batch != size and any(old is not None for old in p.rollout.log_prob)]
+    if due:
+        notify("old log-probabilities are computed again, for the smaller micro-batch")
+    for part in due:
+        part.rollout = policy.recomputed(part.rollout)
 
 
 def settled(

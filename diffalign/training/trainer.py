@@ -23,7 +23,7 @@ from diffalign.runtime.randomness import Purpose, numpy_generator
 from diffalign.training.anchor import Anchor
 from diffalign.training.backward import Backward, Logged, Share, step
 from diffalign.training.floors import moved
-from diffalign.training.sampled import Drawn, Sampled, all_scores, drawn, settled, tallied
+from diffalign.training.sampled import Drawn, Sampled, all_scores, drawn, recompute, settled, tallied
 from diffalign.training.scoring import Clock, Sampling, appearances, describe, measured
 from diffalign.training.selection import Everything, Selector
 from diffalign.types import Credit, Integers, Plan, Prompts, Scores, Span, Tree, Update
@@ -218,22 +218,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         first, where = number == 0, f"update {index + 1}"
         if first:
-            self._recompute(sampled.parts, where)
+            recompute(sampled.parts, self.policy, lambda line: self.notify(f"{where}: {line}"))
         now = [replace(share, rollout=part.rollout) for share, part in zip(shares, sampled.parts, strict=True)]
         logged = self.backward.accumulate(now, first=first, where=where)
         if self.anchor is not None:
             self.anchor.accumulate(index, number)
         return logged
-
-    def _recompute(self, parts: list[Drawn], where: str) -> None:
-        """Old log-probs where micro-batches became smaller. Later steps keep theirs: the parameters they belong to are gone, and only
-        rounding differs."""
-        size = self.policy.micro_batch
-        due = [p for p in parts if p.rollout.micro_batch != size and any(old is not None for old in p.rollout.log_prob)]
-        if due:
-            self.notify(f"{where}: old log-probabilities are computed again, for the smaller micro-batch")
-        for part in due:
-            part.rollout = self.policy.recomputed(part.rollout)
 
 
 def _counters(policy: TrainablePolicy) -> tuple[int, int, int, int]:
@@ -250,4 +240,5 @@ def _with(update: Update, logged: Logged) -> Update:
     """An update with what its steps logged."""
     norms = {span: value for span, value in logged.items() if not isinstance(span, str)}
     metrics = {name: value for name, value in logged.items() if isinstance(name, str)}
-    return replace(update, term_norms=norms, metrics={**update.metrics, **metrics})
+    # What a rollout's samples scored stands, where terms ask the rewards about others besides.
+    return replace(update, term_norms=norms, metrics={**metrics, **update.metrics})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffalign.backends.toy import ToyPolicy
-from diffalign.rules import AWM, NFT, RULES, Distil, FlowGRPO, Rule
+from diffalign.rules import AWM, NFT, RULES, Distil, FlowGRPO, GRPOGuard, Rule
 from diffalign.rules import RLR as RLRRule
 from diffalign.rules import TruncatedBP as TBP
 from diffalign.types import Plan, Scores, Term
@@ -54,6 +54,7 @@ FORMS = {
     "strata": lambda: AWM(AWM.Settings(spread="strata", times=2)),
     "antithetic": lambda: NFT(NFT.Settings(spread="antithetic", times=1)),
     "flow_dppo": lambda: FlowGRPO(FlowGRPO.Settings(trust="kl", kl_limit=1e-3, inner_updates=2)),
+    "last_step": lambda: GRPOGuard(GRPOGuard.Settings(last_step={"weight": 0.05, "ceiling": 0.6})),
     "flash_grpo": lambda: FlowGRPO(FlowGRPO.Settings(window_steps=1, window_by="prompt", step_weight="equal", kl=0.1)),
     "floors": lambda: FlowGRPO(FlowGRPO.Settings(floors={"toy": 5.0}, combine="normalised")),
     "floors_pathwise": lambda: TBP(TBP.Settings(floors={"toy": 5.0})),

@@ -12,6 +12,7 @@ from diffalign.rules._policy_gradient import step_weights
 from diffalign.rules._window import spread_out
 from diffalign.runs import devices
 from diffalign.runtime.distributed import World
+from diffalign.training.sampled import recompute
 from diffalign.training.scoring import Clock
 from diffalign.types import Schedule
 from tests.kit.helpers import gradient, toy_prompts, toy_trainer
@@ -115,8 +116,7 @@ def test_old_log_probs_are_computed_again_for_every_plan():
     found = trainer._sample(0, Clock(CPU))
     before = [part.rollout for part in found.parts]
     trainer.policy.micro_batch = 2
-    trainer.notify = lambda line: None
-    trainer._recompute(found.parts, "update 1")
+    recompute(found.parts, trainer.policy, lambda line: None)
     for part, old in zip(found.parts, before, strict=True):
         assert part.rollout.micro_batch == 2
         for now, then in zip(part.rollout.log_prob, old.log_prob, strict=True):

@@ -3,11 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
 from diffalign import config as configs
+from diffalign.cli.commands import app
+from diffalign.errors import UserError
 from diffalign.models import few_steps
 from diffalign.rules import GAP, own_walk
-from diffalign.runs import introducing, parts
+from diffalign.runs import distilled, parts
 
 ADVICE = few_steps.ADVICE
 FEW = ("sampler.steps=4", "optimizer.micro_batch=16", "run_dir=unused")
@@ -32,9 +35,9 @@ def said(config, walked, monkeypatch, sign=None):
     """The lines on few steps; what was measured is not measured again."""
     made, batch, _ = walked
     if sign is not None:
-        monkeypatch.setattr(introducing.model_families, "distilled", lambda model: sign)
+        monkeypatch.setattr(distilled.families, "distilled", lambda model: sign)
     lines = []
-    introducing._introduce_few_steps(config, made, batch, lines.append)
+    distilled.introduce(config, made.policy, batch, lines.append)
     return lines
 
 
@@ -56,7 +59,7 @@ def test_a_distilled_model_is_told_what_to_set(walked, monkeypatch):
 
 def test_a_flow_at_few_steps_is_measured_and_nothing_is_advised(walked, monkeypatch):
     (line,) = said(settings("shapes-sd3"), walked["shapes-sd3"], monkeypatch)
-    assert line.startswith(f"few steps: {walked['shapes-sd3'][2]}: this model is not distilled") and ADVICE not in line
+    assert line.startswith(f"4 steps, {walked['shapes-sd3'][2]}: this model is not distilled") and ADVICE not in line
 
 
 def test_numbers_and_a_name_that_disagree_are_both_said(walked, monkeypatch):
@@ -68,7 +71,7 @@ def test_numbers_and_a_name_that_disagree_are_both_said(walked, monkeypatch):
 
 
 def test_where_nothing_can_be_measured_the_name_decides(walked, monkeypatch):
-    monkeypatch.setattr(introducing, "own_walk", lambda policy, prompts: None)
+    monkeypatch.setattr(distilled, "own_walk", lambda policy, prompts: None)
     (line,) = said(settings("shapes-turbo"), walked["shapes-turbo"], monkeypatch)
     assert line == f"its name (turbo) says that this model is distilled, 4 steps are too few to measure it: {ADVICE}"
 
@@ -87,5 +90,20 @@ def test_an_ordinary_model_and_a_rule_that_suits_are_not_asked(given):
     config = configs.load(name, overrides)
     policy = SimpleNamespace(schedule=SimpleNamespace(steps=config.sampler.steps))  # it is not called
     lines = []
-    introducing._introduce_few_steps(config, SimpleNamespace(policy=policy), None, lines.append)
+    distilled.introduce(config, policy, None, lines.append)
     assert lines == []
+
+
+@pytest.mark.parametrize("given", [["awm/shapes-turbo"], ["flow_grpo/shapes-turbo"]])
+def test_doctor_measures_the_model_of_a_config_whatever_its_rule(given, walked):
+    """Rewards are not loaded, and nothing is trained; the line is the one of a run's start."""
+    done = CliRunner().invoke(app, ["doctor", *given])
+    assert done.exit_code == 0, done.output
+    last = done.output.strip().splitlines()[-1]
+    assert last.startswith("shapes-turbo         this model is distilled (D 0.") and "its name (turbo)" in last
+
+
+def test_doctor_refuses_a_config_before_it_looks_at_anything():
+    done = CliRunner().invoke(app, ["doctor", "nft/shapes-turbo", "sampler.stepps=4"])
+    assert isinstance(done.exception, UserError) and "sampler.stepps" in str(done.exception.problems)
+    assert done.output == ""
