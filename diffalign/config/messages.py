@@ -29,14 +29,17 @@ def near(name: str, known: Any) -> str:
 def _section(model: Any, location: tuple[Any, ...]) -> Any:
     """The section an error points into."""
     for part in location:
-        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        sections = [
-            kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")
-        ]  # or X | None
-        if not sections:
+        field = getattr(model, "model_fields", {}).get(part)
+        inner = None if field is None else _inside(field.annotation)
+        if inner is None:
             break
-        model = sections[0]
+        model = inner
     return model
+
+
+def _inside(annotation: Any) -> Any:
+    """The model of a key that holds keys of its own, or may; None of others."""
+    return next((kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")), None)
 
 
 def _written(model: Any, location: tuple[Any, ...]) -> str:
@@ -63,8 +66,11 @@ def explain(item: Any, model: Any, prefix: str = "") -> str:
     got = f"{where}: got {shown(item['input'])}"
     if where == "precision" and item["input"] in ("float16", "fp16", "half"):
         return f"{got}, whose gradients underflow; allowed are float32 and bfloat16"
-    if item["type"] == "model_type" and item["input"] is None:
-        return f"{where}: empty; allowed are its keys ({', '.join(_section(model, location).model_fields)}), or leave it out"
+    if item["type"] == "model_type":
+        keys = ", ".join(_section(model, location).model_fields)
+        if item["input"] is None:
+            return f"{where}: empty; allowed are its keys ({keys}), or leave it out"
+        return f"{got}, allowed are its keys: {keys}"
     if item["type"] == "too_short":
         return f"{got}, allowed is at least {item['ctx']['min_length']} entry"
     if item["type"] == "string_pattern_mismatch" and (allowed := _written(model, location)):
@@ -112,7 +118,6 @@ ALLOWED = {
     "tuple_type": "is a list such as [0, 3]",
     "list_type": "is a list",
     "dict_type": "are keys and values, such as {key: value}",
-    "model_type": "are keys and values, such as {key: value}",
     "string_type": "is a text",
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "is a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "is a number"),
@@ -202,8 +207,21 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
         defaults = {k: f.default for k, f in settings.model_fields.items()}
         if whole["lora"].get("start") is not None and rule.get("kl", defaults.get("kl")):
             defaults["reference"] = "base"  # there was no other
-        whole["rule"] = _merged(defaults, rule)
+        whole["rule"] = _filled(settings, _merged(defaults, rule))
+    whole = _filled(Config, whole)
     return json.loads(json.dumps(whole))
+
+
+def _filled(model: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Values, where a section that may be left out is there, with the keys that it lacks."""
+    whole = dict(values)
+    for name, field in model.model_fields.items():
+        inner = _inside(field.annotation)
+        if inner is not None and isinstance(given := values.get(name), dict):
+            known = {k: f.get_default(call_default_factory=True) for k, f in inner.model_fields.items()}
+            lacking = {k: v for k, v in _plain(known).items() if v is not PydanticUndefined}
+            whole[name] = _filled(inner, {**lacking, **given})
+    return whole
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_words_are_words_and_numbers_are_numbers():
         ("rewards={jpeg_compressibility: yes}", "rewards.jpeg_compressibility: got 'yes', allowed is a number"),
         ("rewards={jpeg_compressibility: true}", "allowed is a number"),
         ("lora=", "lora: empty; allowed are its keys (rank, alpha, targets, start, frozen), or leave it out"),
-        ("lora=[1]", "lora: got [1], allowed are keys and values"),
+        ("lora=[1]", "lora: got [1], allowed are its keys: rank"),
         ("lr=1", "lr: unknown key; did you mean optimizer.lr?"),
         ("rank=1", "rank: unknown key; did you mean lora.rank?"),
         ("resolution=512", "did you mean sampler.pipeline_args={height: 512"),
