@@ -132,8 +132,9 @@ def run(
     for line in dict.fromkeys(filter(None, remarks)):
         tell(line)
     try:
-        world.lead(lambda: _open(task, models, out, fresh))
+        world.lead(lambda: _check(task, models, out, fresh))
         scorer = world.together(lambda: _scorer(task, tell))
+        world.lead(lambda: _begin(task, models, out, fresh))
         drawn = [
             _one(task, model, out / label, scorer, world, tell, progress) for label, model in labels(models).items()
         ]
@@ -197,10 +198,10 @@ def _facts(task: Task, models: Sequence[sources.Source]) -> dict[str, Any]:
     }
 
 
-def _open(task: Task, models: Sequence[sources.Source], out: Path, fresh: bool) -> None:
+def _check(task: Task, models: Sequence[sources.Source], out: Path, fresh: bool) -> None:
+    """Refuse a folder that holds something else, before judges are loaded; nothing in it changes."""
     make_folder(out, "--out")
-    facts = json.loads(json.dumps(_facts(task, models)))
-    path = out / MANIFEST
+    facts, path = _plain_facts(task, models), out / MANIFEST
     if path.is_file() and not fresh:
         before = _manifest(path)
         drawn = any(any((out / label).glob("*.png")) for label in before["models"] if LABEL.fullmatch(label))
@@ -210,9 +211,18 @@ def _open(task: Task, models: Sequence[sources.Source], out: Path, fresh: bool) 
             )
     elif not path.is_file() and any(out.iterdir()):
         raise UserError(f"--out: {out} holds other files; choose another folder")
+
+
+def _begin(task: Task, models: Sequence[sources.Source], out: Path, fresh: bool) -> None:
+    """Write down what is evaluated, once everything has loaded; with `fresh`, delete what was there."""
+    path = out / MANIFEST
     if fresh:
         _clear(out, path, [*labels(models)])
-    write_text(path, json.dumps(facts, indent=1) + "\n")
+    write_text(path, json.dumps(_plain_facts(task, models), indent=1) + "\n")
+
+
+def _plain_facts(task: Task, models: Sequence[sources.Source]) -> dict[str, Any]:
+    return json.loads(json.dumps(_facts(task, models)))  # type: ignore[no-any-return]
 
 
 def _manifest(path: Path) -> dict[str, Any]:

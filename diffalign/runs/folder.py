@@ -73,7 +73,7 @@ class RunFolder(Listener):
 
     def close(self) -> None:
         if self._lock is not None:
-            self._lock.release()
+            _unlock(self.path, self._lock)
 
     def updated(self, event: Updated) -> None:
         """The update's metrics and, where it was scored, its scores."""
@@ -156,7 +156,7 @@ def open_run(config: configs.Config, fresh: bool = False, change: bool = False) 
             probe.write_text("x", encoding="utf-8")
             probe.unlink()
         except BaseException:
-            lock.release()
+            _unlock(path, lock)
             raise
     except OSError as error:
         reason = error.strerror or error
@@ -203,6 +203,17 @@ def _lock(path: Path) -> filelock.BaseFileLock:
     except filelock.Timeout as error:
         raise UserError(f"run_dir: {path} is in use by another process; choose another run_dir") from error
     return lock
+
+
+def _unlock(path: Path, lock: filelock.BaseFileLock) -> None:
+    """Let another process in; a folder in which nothing was written goes away."""
+    if path.is_dir() and [file.name for file in path.iterdir()] == [LOCK]:
+        (path / LOCK).unlink()
+        lock.release()
+        with suppress(OSError):  # another process has begun in it
+            path.rmdir()
+    else:
+        lock.release()
 
 
 def _taken(path: Path, store: Store, config: configs.Config, change: bool) -> Taken:

@@ -1,8 +1,10 @@
 """`diffalign evaluate`: the same noises for all, files that are made once, scores that are given once, a report."""
 
 import json
+import shutil
 import sqlite3
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,13 +277,20 @@ def test_a_damaged_evaluation_is_named_and_fresh_mends_it(prompts, tmp_path):
 
 
 def test_fresh_leaves_nothing_of_other_models(prompts, run, out, tmp_path):
-    import shutil
-
     place = tmp_path / "copy"
     shutil.copytree(out, place)
     done = invoke("shapes-sd3", "--suite", prompts, "--judges", "jpeg_compressibility", *FEW, "--out", place, "--fresh")
     assert done.exit_code == 0, done.output
     assert sorted(path.parent.name for path in place.glob("*/*.png")) == ["0-shapes-sd3"] * 6
+
+
+def test_a_judge_that_is_refused_neither_claims_a_folder_nor_deletes_what_is_there(prompts, run, out, tmp_path):
+    command = ["shapes-sd3", "--suite", prompts, "--judges", "novelty", "--steps", "3", "-n", "1"]
+    for place in (tmp_path / "new", Path(shutil.copytree(out, tmp_path / "copy"))):
+        before = sorted(path.name for path in place.rglob("*")) if place.is_dir() else []
+        done = invoke(*command, "--out", place, "--fresh")
+        assert "novelty compares the samples of a prompt, got one alone" in str(done.exception)
+        assert sorted(path.name for path in place.rglob("*")) == before
 
 
 def test_a_mistake_that_a_model_finds_does_not_claim_the_folder(prompts, tmp_path):
