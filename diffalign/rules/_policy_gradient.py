@@ -188,8 +188,11 @@ class SurrogateRule(Rule):
         trust = self.settings if isinstance(self.settings, TrustSettings) else None
         value, metrics = bounded(step, part, term.start, clip, trust)
         if self.settings.kl > 0:
-            kl = divergence(term, policy, part, step.now, self.settings)
-            metrics["kl"] = kl.detach().mean()
+            with policy.reference():
+                base = policy.transition(part, term.start)
+            # The subtraction stays outside the reference context: its gradient is the point.
+            kl = divergence(step.now, base, self.settings.kl_space)
+            metrics |= {"kl": kl.detach().mean(), **ops.norms.metrics(step.now.prediction.detach(), base.prediction)}
             kl = (kl if step.held is None else step.held * kl).mean()
             # The step weight belongs to the surrogate alone: undone here, every step weighs 1 / steps.
             value = value + self.settings.kl * kl / (term.weight * sum(part.plan.noise))
@@ -273,11 +276,8 @@ class GroupRule(SurrogateRule):
         )
 
 
-def divergence(term: Term, policy: Policy, part: Rollout, now: Transition, settings: SurrogateSettings) -> Tensor:
-    """How far each node's step (N_t,) is from the base model's."""
-    with policy.reference():
-        base = policy.transition(part, term.start)
-    # The subtraction stays outside the reference context: its gradient is the point.
-    if settings.kl_space == "prediction":
+def divergence(now: Transition, base: Transition, space: str) -> Tensor:
+    """How far each node's step (N_t,) is from the reference's, in predictions or means."""
+    if space == "prediction":
         return ops.gaussian.reduce_latent((now.prediction - base.prediction) ** 2, "mean")
     return ops.gaussian.divergence(now.mean, base.mean, now.std, reduce="mean")
