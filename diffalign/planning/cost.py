@@ -81,8 +81,15 @@ class Cost:
         if bound is None:
             return f"time        not known without a card whose rate is: --card 4090; {big(total)}FLOP an update"
         once = total / bound.rate
-        whole = f"{self.updates} updates {duration(once * self.updates)}, evaluations not counted"
-        return f"time        an update takes at least {duration(once)} on {bound.where}; {whole}"
+        all_, usual = once * self.updates, ""
+        if bound.measured is not None:
+            low, high = bound.measured
+            each, whole = (f"{duration(time * low)} to {duration(time * high)}" for time in (once, all_))
+            usual = (
+                f"; networks measured on an H200 took {low:g} to {high:g} times such a bound: here {each}, all {whole}"
+            )
+        least = f"an update takes at least {duration(once)} on {bound.where}; {self.updates} updates {duration(all_)}"
+        return f"time        {least}, evaluations not counted{usual}"
 
 
 @dataclass(frozen=True)

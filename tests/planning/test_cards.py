@@ -1,7 +1,9 @@
 """What `plan` says first, and cards by the names people use."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from diffalign import config as configs
 from diffalign.cli import app
 from diffalign.errors import UserError
-from diffalign.planning import cards, remarks
+from diffalign.planning import bounds, cards, remarks
 from diffalign.runtime.words import duration, folded
 from diffalign.types import Plan, Term
 
@@ -58,6 +60,7 @@ def test_plan_begins_with_whether_it_fits_and_how_long_it_takes():
     )
     assert chosen.startswith("with        ")
     assert " on a RTX 4090 (165.0 TFLOP/s by its data sheet); 100 updates " in time
+    assert "; networks measured on an H200 took 2.9 to 4.8 times such a bound: here " in time
     assert rest[0].startswith("memory      ")
     lines = plan("ddpo/sd15")
     assert lines[0].startswith("time        not known without a card whose rate is: --card 4090; ")
@@ -102,3 +105,12 @@ def test_a_duration_is_read_within_five_percent(seconds):
 def test_durations():
     told = [duration(s) for s in (0.04, 9.94, 9.96, 99, 100, 600, 5969, 5971, 172_000, 180_000)]
     assert told == ["0.0 s", "9.9 s", "10 s", "99 s", "1.7 min", "10 min", "99 min", "1.7 h", "47.8 h", "2.1 days"]
+
+
+def test_how_near_the_bound_a_card_came_is_what_was_measured():
+    """Of the data sheet's rate, where the results are in numbers of the card's own product."""
+    found = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "on_a_card.json").read_text())
+    assert found["machine"]["device"] == "NVIDIA H200"
+    rate = cards.find("H200").rate / 1e12
+    times = [rate / row[f"{what}, graphs"]["tflops"] for row in found["rows"] for what in ("sample", "train")]
+    assert (round(min(times), 1), round(max(times), 1)) == bounds.MEASURED
