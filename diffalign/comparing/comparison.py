@@ -122,7 +122,10 @@ def open_comparison(words: Sequence[str], seeds: Sequence[int], wish: Wish, plac
     found = loaded(words, [*asked.overrides(), "seed=0", "run_dir=of a unit"], DECIDED)
     made = [(shared(config.model_dump(mode="json")), path, config) for path, config in found.values()]
     before = there or Comparison(place, asked, (), ())
-    new = [Method("", "", settings, tuned.read(path, config)) for settings, path, config in made]
+    new = [
+        Method(word, "", settings, tuned.read(path, config))
+        for word, (settings, path, config) in zip(found, made, strict=True)
+    ]
     whole = replace(
         before,
         asked=asked,

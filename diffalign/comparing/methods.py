@@ -20,6 +20,7 @@ from diffalign.runtime.files import make_folder, write_text
 CONFIG = "config.yaml"  # of a method, in its folder
 OWN = ("seed", "run_dir")  # keys that units of one method differ in
 BUDGET = ("updates", "budget", *(f"budget.{kind}" for kind in KINDS))  # keys that a budget decides
+LONG = 60  # of a label that is made of settings
 ENDLESS = 1_000_000  # updates of a run that another limit ends
 
 
@@ -119,7 +120,8 @@ def loaded(
 
 def labelled(before: Sequence[Method], found: Sequence[Method]) -> tuple[Method, ...]:
     """Methods that were there, under the labels they had, and new ones, whose labels and folders are made here: the rule's name, and of
-    what methods of that name differ in those settings that are not a default.
+    what methods of that name differ in those settings that are not a default; where that is long, as it was asked for, the label that it
+    comes with, if it is shorter.
 
     Raises:
         UserError: where one is given twice.
@@ -138,6 +140,8 @@ def labelled(before: Sequence[Method], found: Sequence[Method]) -> tuple[Method,
     flat = [dict(configs.flat(settings)) for settings in every]
     methods = list(before)
     for label, made in zip(labels(names, flat, shown)[len(known) :], new, strict=True):
+        if len(label) > LONG and 0 < len(made.label) < len(label):
+            label = made.label
         label = _other(label, {method.label for method in methods})
         taken = {method.folder for method in methods}
         plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", label)[:60].strip("-.")

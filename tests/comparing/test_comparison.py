@@ -205,6 +205,15 @@ def test_every_method_has_a_label_of_its_own(tmp_path):
     assert len({unit.place for unit in made.units}) == 4
 
 
+def test_a_preset_that_differs_in_many_settings_has_its_own_name(tmp_path):
+    words = ("awm/shapes-sd3", "awm/vgrpo-shapes-sd3", "awm/epg-shapes-sd3@rule.times=3")
+    made = comparing.opened(words, tmp_path / "out", seeds="0", budget="rows=1000")
+    labels = [method.label for method in made.methods]
+    assert labels == ["awm", *words[1:]]
+    assert len({unit.place for unit in made.units}) == 3
+    assert labels == [method.label for method in comparing.opened((), tmp_path / "out").methods]
+
+
 def test_differences_that_are_allowed(tmp_path):
     words = (*WORDS, METHODS[0] + "@lora.rank=2")
     made = comparing.opened(words, tmp_path / "out", seeds="0", budget="rows=1000", allow=["lora.rank"])
