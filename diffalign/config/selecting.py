@@ -45,7 +45,7 @@ def _unallocated(config: Config) -> list[str]:
     if allocate is None:
         return []
     problems, needs = [], config.make_rule().needs
-    if not needs.groups or needs.bundle > 1 or needs.differentiable_reward:
+    if not needs.groups or needs.bundle > 1 or (needs.differentiable_reward and not needs.stochastic_sampler):
         able = [name for name, rule in RULES.items() if rule().needs.groups and not rule().needs.differentiable_reward]
         problems.append(
             f"prompts.allocate: got {config.rule['name']}, which does not compare samples within one prompt; "
@@ -61,9 +61,15 @@ def _unallocated(config: Config) -> list[str]:
             f"optimizer.micro_batch: got {micro} with prompts.allocate, which has no micro-batch of two prompts; allowed are "
             f"divisors of prompts.group_size, least and most ({config.divided})"
         )
-    if prompts.scouts is not None:
-        problems.append("prompts.allocate: got it with prompts.scouts; allowed is one of the two")
-    return problems
+    given = {
+        "prompts.scouts": prompts.scouts is not None,
+        "rule.window_by: prompt": needs.apart,
+        "rule.last_step": needs.groups and needs.stochastic_sampler and needs.differentiable_reward,
+    }
+    return [
+        *problems,
+        *(f"prompts.allocate: got it with {key}; allowed is one of the two" for key, on in given.items() if on),
+    ]
 
 
 def _unscouted(config: Config) -> list[str]:

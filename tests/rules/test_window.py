@@ -165,6 +165,15 @@ def test_what_it_does_not_go_with_is_refused(given, said):
     assert any(said in line for line in caught.value.problems)
 
 
+@pytest.mark.parametrize("given", ["rule.window_by: prompt", "rule.last_step"])
+def test_groups_of_unequal_size_are_refused_beside_it(given):
+    key, _, value = given.partition(": ")
+    more = [f"{key}={value or '{weight: 0.1}'}", "rule.window_steps=1", "rewards={shapes_pref: 1.0}"]
+    with pytest.raises(UserError) as caught:
+        config.load("flow_grpo/shapes-sd3", [*more, "prompts.allocate={least: 4}", "optimizer.micro_batch=4"])
+    assert caught.value.problems == (f"prompts.allocate: got it with {given}; allowed is one of the two",)
+
+
 @pytest.mark.parametrize(
     ("shard", "group", "said"),
     [
