@@ -41,7 +41,7 @@ def student(process: str = "flow_sde") -> ToyPolicy:
 
 @pytest.mark.parametrize("weight", ["prediction", "mean", "clean"])
 @pytest.mark.parametrize("noise", [False, True])
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(weight, noise):
+def test_47_a_student_that_is_its_teacher_has_nothing_to_learn(weight, noise):
     policy = student()
     policy.adapters["teacher"] = policy.delta.detach().clone()
     trainer = toy_trainer(Distil(Distil.Settings(teachers=ONE, weight=weight, noise=noise)), policy)
@@ -51,7 +51,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(weight, noise):
 
 @pytest.mark.parametrize("process", ["flow_sde", "ddim"])
 @pytest.mark.parametrize("weight", ["prediction", "mean", "clean"])
-def test_its_gradient_is_autograds_of_matching_on_states_that_carry_none(process, weight):
+def test_48_its_gradient_is_autograds_of_matching_on_states_that_carry_none(process, weight):
     policy, given = student(process), toy_prompts(2, 8)
     rule = Distil(Distil.Settings(teachers=ONE, weight=weight, noise=process == "flow_sde"))
     found = gradient(rule, policy, given)
@@ -132,7 +132,7 @@ def _distance_after(rule: Rule) -> float:
     return judge.gradient(0).metrics["distance"]
 
 
-def test_a_detached_advantage_of_the_state_alone_has_no_gradient_and_does_not_train():
+def test_49_a_detached_advantage_of_the_state_alone_has_no_gradient_and_does_not_train():
     settings = Distil.Settings(teachers=ONE)
     # 15 coordinates, 3 standard errors each: one of so many is beyond 3.5 once in 150 fixed seeds by chance
     assert np.abs(_z(StateOnly(settings))).max() < 3.5
@@ -184,7 +184,7 @@ def _taught(teachers: dict[str, str]) -> list[tuple[float, float]]:
     return list(zip(before, distances(), strict=True))
 
 
-def test_two_teachers_on_disjoint_tags_are_both_learnt_and_swapped_ones_are_not():
+def test_50_two_teachers_on_disjoint_tags_are_both_learnt_and_swapped_ones_are_not():
     assert all(after < 0.2 * before for before, after in _taught({"a": "one", "b": "two"}))
     assert all(after > 2 * before for before, after in _taught({"a": "two", "b": "one"}))
 
@@ -283,7 +283,7 @@ def _run(place, teachers, *more):
     return tiny_config(place, rule, "evaluation.enabled=false", *more, name="distil/shapes-sd3")
 
 
-def test_a_run_leaves_its_teachers_as_they_are_and_out_of_what_it_leaves(teachers, tmp_path):
+def test_51_a_run_leaves_its_teachers_as_they_are_and_out_of_what_it_leaves(teachers, tmp_path):
     files = {path: path.read_bytes() for each in teachers for path in each.iterdir()}
     settings = _run(tmp_path / "run", teachers)
     made = session.Session(settings, open_run(settings, False), Reporter(quiet=True))

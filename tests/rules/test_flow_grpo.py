@@ -72,7 +72,7 @@ def test_equal_step_weight_gives_every_step_the_same_gradient_on_the_prediction(
 
 
 @pytest.mark.parametrize("weight", ["equal", "std", "inv_dt"])
-def test_a_step_weighs_the_same_whichever_is_drawn_with_it(weight):
+def test_66_a_step_weighs_the_same_whichever_is_drawn_with_it(weight):
     """Weights of mean 1 over the window: drawn one at a time, steps keep their differences."""
     schedule = ToyPolicy(steps=10).schedule
     whole = FlowGRPO(S(step_weight=weight)).plan(schedule, 0, np.random.default_rng(0)).updates[0]

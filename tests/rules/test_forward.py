@@ -206,7 +206,7 @@ def planned(steps, seed, **settings):
     )
 
 
-def test_70_strata_draw_one_level_of_each_part_and_are_unbiased():
+def test_70_R10_strata_draw_one_level_of_each_part_and_are_unbiased():
     value = np.arange(9.0) ** 2  # of a loss, by level; 0 is pure noise and not drawn
     parts = [range(1, 4), range(4, 7), range(7, 9)]  # of 8 levels: 3, 3, 2
     found = []

@@ -112,7 +112,7 @@ def test_27_the_cut_into_micro_batches_changes_nothing(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_gradient_is_that_of_the_whole_groups_loss(form):
+def test_32_the_gradient_is_that_of_the_whole_groups_loss(form):
     """Against one pass over all samples with automatic differentiation through every implicit reward, nothing held constant."""
     policy, own = moved(ToyPolicy()), rule(implicit=form, implicit_beta=20.0, times=1)
     trainer = toy_trainer(own, policy, 3, 4)

@@ -154,7 +154,7 @@ def kl(run):
     return [row["kl"] for row in rows if "kl" in row]
 
 
-def test_l31_a_divergence_pulls_to_the_start(speed, tmp_path):
+def test_1_l31_a_divergence_pulls_to_the_start(speed, tmp_path):
     """At the first update it is nothing from the start, and something from the base."""
     begun = f"lora.start={speed}"
     still = "optimizer.lr=1e-12"

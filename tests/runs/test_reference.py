@@ -41,7 +41,7 @@ def test_every_so_many_updates_the_copy_is_the_model(rows):
     assert [row.get("reference_reset") for row in rows if "kl" in row] == [None, 1.0, None, 1.0]
 
 
-def test_above_the_limit_it_is_reset_and_not_below(tmp_path):
+def test_4_above_the_limit_it_is_reset_and_not_below(tmp_path):
     """At 0 after every update that moved away from it: the next one's divergence is exactly 0, so it stays for one more."""
     found = kl(trained(tmp_path / "run", f"{PULLED}, reference: moving, reference_limit: 0"))
     assert found[0] == found[2] == 0 and found[1] > 0 and found[3] > 0
@@ -49,7 +49,7 @@ def test_above_the_limit_it_is_reset_and_not_below(tmp_path):
     assert all(value > 0 for value in never[1:]) and never[2] > found[2]
 
 
-def test_one_that_is_never_reset_is_the_start(tmp_path):
+def test_4_one_that_is_never_reset_is_the_start(tmp_path):
     trained(tmp_path / "first", PULLED)
     start = f"lora.start={tmp_path / 'first'}"
     trained(tmp_path / "start", f"{PULLED}, reference: start", start)
@@ -60,7 +60,7 @@ def test_one_that_is_never_reset_is_the_start(tmp_path):
     assert all((one[key] == two[key]).all() for key in one)
 
 
-def test_a_reset_survives_a_resume(rows, tmp_path):
+def test_2_4_a_reset_survives_a_resume(rows, tmp_path):
     """Stopped an update after it: the next divergence is the uninterrupted run's, bit for bit."""
     trained(tmp_path / "run", EVERY, "updates=3")
     assert kl(trained(tmp_path / "run", EVERY)) == kl(rows)
