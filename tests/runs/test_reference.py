@@ -105,3 +105,13 @@ def test_what_has_no_effect_is_refused(rule, settings, said):
     with pytest.raises(UserError, match=said):
         preset = {"ddpo": "ddpo/shapes-sd"}.get(rule, f"{rule}/shapes-sd3")
         configs.load(preset, [f"rule={{name: {rule}, {settings}}}"])
+
+
+@pytest.mark.parametrize("rule", ["{name: awm, times: 1, kl: 0.1}", f"{{{PULLED}}}"])
+def test_R18_the_reference_of_a_guided_run_is_guided_alike(rule, tmp_path):
+    """Before anything has moved predictions are the reference's, which those without guidance are not."""
+    given = ["sampler.guidance_scale=4", "evaluation.enabled=false", "updates=1", "rewards={jpeg_compressibility: 1}"]
+    session.train(tiny_config(tmp_path / "run", *given, f"rule={rule}"), quiet=True)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if "kl" in row]
+    assert (row["kl"], row["norm_ratio"], row["norm_radial"]) == (0.0, 1.0, 0.0)
