@@ -182,7 +182,10 @@ def _cost(config: Config, rule: Rule, levels: Levels, schedule: Schedule, networ
     """An update of a rule from what one row of its network costs."""
     plans = [rule.plan(schedule, k, numpy_generator(config.seed, Purpose.PLAN, k)) for k in range(20)]
     if any(other != plans[0] for other in plans):
-        notes = [*notes, "the plan is drawn anew for every update; this is the first one's"]
+        each = (
+            "every prompt of every update; this is one" if rule.needs.apart else "every update; this is the first one's"
+        )
+        notes = [*notes, f"the plan is drawn anew for {each}"]
     plan = plans[0]
     forward, backward, drawn = _rows(config, rule, levels, network.calls, network.taught)
     everywhere = forward

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from diffalign import config
 from diffalign.backends.toy import ToyPolicy
+from diffalign.cli import app
 from diffalign.errors import UserError
 from diffalign.rules import FlowGRPO, GRPOGuard
 from diffalign.rules._policy_gradient import step_weights
@@ -204,3 +206,8 @@ def test_every_process_has_some_of_each_group(shard, group, said, monkeypatch):
         return
     with pytest.raises(UserError, match=said):
         devices.check(config_, world)
+
+
+def test_plan_says_that_each_prompt_has_its_own():
+    done = CliRunner().invoke(app, ["plan", "flow_grpo/shapes-sd3", "rule.window_steps=1", "rule.window_by=prompt"])
+    assert "the plan is drawn anew for every prompt of every update; this is one" in done.output
