@@ -29,8 +29,18 @@ class Drawn:
     rollout: Rollout
     every: Integers
     rows: Integers
-    scores: Scores | None
+    scores: Scores | None = None
     looks: Appearance | None = None
+
+    @property
+    def tree(self) -> Tree:
+        """Of all processes' samples."""
+        return Tree.grow(len(self.every), self.rollout.plan.branch)
+
+    @property
+    def places(self) -> Integers:
+        """(n,) of this process's rows among every process's."""
+        return np.searchsorted(self.every, self.rows)
 
 
 @dataclass
@@ -78,17 +88,12 @@ class Sampled:
             return None
         whole = self.credit.select(self.tree, part.every)
         whole = replace(whole, rows={**whole.rows, **rows})
-        return whole.select(tree_of(part), np.searchsorted(part.every, part.rows))
+        return whole.select(part.tree, part.places)
 
     @property
     def tree(self) -> Tree:
         """Of all processes' samples."""
         return Tree.grow(len(self.prompts), self.parts[0].rollout.plan.branch)
-
-
-def tree_of(part: Drawn) -> Tree:
-    """Of all processes' samples of a part."""
-    return Tree.grow(len(part.every), part.rollout.plan.branch)
 
 
 def drawn(
@@ -118,10 +123,12 @@ def drawn(
         ):
             return fitting(policy, functools.partial(sampling.run, prompts.select(rows), plan, clock), notify)
 
-    rollout, part = world.together(own)
-    places = np.searchsorted(every, rows).tolist()
-    scores = part and joined_scores(world.gather((places, part)), Tree.grow(len(every), plan.branch))
-    return Drawn(rollout, every, rows, scores, sampling.appearance() if part else None)
+    rollout, scores = world.together(own)
+    found = Drawn(rollout, every, rows)
+    if scores is not None:
+        found.scores = joined_scores(world.gather((found.places.tolist(), scores)), found.tree)
+        found.looks = sampling.appearance()
+    return found
 
 
 def recompute(parts: Sequence[Drawn], policy: TrainablePolicy, notify: Callable[[str], None]) -> None:
@@ -149,10 +156,9 @@ def _settled(
     if not backward.rule.needs.looks:
         return Share(terms, part.rollout, [sampled.credited({}, part)] * len(terms), totals)
     work = functools.partial(fitting, backward.policy, functools.partial(backward.look, terms, part.rollout), notify)
-    places = np.searchsorted(part.every, part.rows).tolist()
-    by_process = world.gather((places, world.together(work)))
+    by_process = world.gather((part.places.tolist(), world.together(work)))
     assert sampled.credit is not None
-    tree = tree_of(part)
+    tree = part.tree
     looked = [
         {
             name: joined([(rows, own[place][name]) for rows, own in by_process if rows], tree)
