@@ -19,6 +19,10 @@ Row = dict[str, float]
 FIRST = 2  # updates that later ones are compared with: the first is the base model's, a broken run's third can be gone already
 ALIKE, FLAT, CLIPPED, BLANK = 0.6, 0.9, 0.9, 0.1
 ESTRANGED = 0.1  # of the matching loss on the base model's samples: what DDRL's authors take for a sign of hacking
+LONGER, BACKWARD = (
+    1.3,
+    -0.25,
+)  # norm_ratio and norm_radial: healthy runs stay within 0.94 to 1.18 and above -0.18 (docs/metrics.md)
 DRIFTED, STEEP = 2.0, 30.0  # of latents' size either way, and of the gradient's norm, against the first updates
 
 
@@ -158,6 +162,17 @@ def estranged(seen: Seen) -> str:
     )
 
 
+def outgrown(seen: Seen) -> str:
+    """Predictions are much longer than the reference's, or have turned away from them."""
+    ratio, radial = (seen.mean(key, seen.rows[-seen.last :]) for key in ("norm_ratio", "norm_radial"))
+    if len(seen.rows) < seen.last or ratio is None or radial is None or (ratio < LONGER and radial > BACKWARD):
+        return ""
+    return (
+        f"predictions have left the reference's (norm_ratio {ratio:.2f}, norm_radial {radial:+.2f}), which pictures do not "
+        "survive long: go back to an earlier checkpoint, halve optimizer.lr, or raise rule.kl"
+    )
+
+
 def steep(seen: Seen) -> str:
     """Gradients have become far longer than they were."""
     pair = seen.then_and_now("grad_norm")
@@ -187,6 +202,7 @@ WATCHES: dict[str, Callable[[Seen], str]] = {
     "drifted": drifted,
     "steep": steep,
     "estranged": estranged,
+    "outgrown": outgrown,
 }
 
 

@@ -121,6 +121,20 @@ def test_what_an_update_logs_is_held_against_the_first_ones(key, first, later, a
     assert len(said) == bool(alarm)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "radial", "rings"),
+    [(1.29, -0.24, False), (0.5, 0.4, False), (1.31, 0.0, True), (1.0, -0.26, True)],
+)
+def test_predictions_that_have_left_the_references(ratio, radial, rings):
+    """The mean of the last five updates: one alone that is far out is none. Where no reference is asked there is nothing to see."""
+    usual, far = ({"norm_ratio": a, "norm_radial": b} for a, b in ((1.0, 0.0), (2.0, -0.9)))
+    assert told([usual] * 5 + [far] + [usual] * 5)[1] == []
+    guards, said = told([usual] * 5 + [{"norm_ratio": ratio, "norm_radial": radial}] * 5)
+    assert guards.raised == ({"outgrown": 10} if rings else {})
+    assert not rings or f"(norm_ratio {ratio:.2f}, norm_radial {radial:+.2f})" in said[0]
+    assert told([{"kl": 1.0}] * 20)[1] == []
+
+
 def test_pictures_that_have_nothing_left_of_the_first_ones():
     for drift, alarm in ((0.29, True), (0.04, False), (None, False)):
         guards, said = told([{keys.DIVERSITY: 0.24}] * 3)
