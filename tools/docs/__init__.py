@@ -16,7 +16,7 @@ from tools.docs import compared, families, keys, messages, metrics, tables
 from tools.made import ROOT, keep
 
 PART = re.compile(r"(<!-- made: (.+?) -->\n).*?(<!-- end -->)", re.S)
-COMPARED = ("shapes_sd3", "shapes_sd", "shapes_sd3_vgrpo")
+COMPARED = ("shapes_sd3", "shapes_sd", "shapes_sd3_vgrpo", "shapes_sd3_seconds")
 FAMILY = (families.facts, families.cards, families.tried)
 PARTS: dict[str, Callable[[], list[str]]] = {
     "keys": keys.sections,
