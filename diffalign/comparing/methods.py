@@ -128,7 +128,9 @@ def labelled(before: Sequence[Method], found: Sequence[Method]) -> tuple[Method,
     """
     known = [method.settings for method in before]
     new = [method for method in found if method.settings not in known]
-    if same := [a.settings["rule"]["name"] for k, a in enumerate(new) if a.settings in [b.settings for b in new[:k]]]:
+    if same := [
+        a.label or a.settings["rule"]["name"] for k, a in enumerate(new) if a.settings in [b.settings for b in new[:k]]
+    ]:
         raise UserError(*(f"{name}: given twice with the same settings" for name in same))
     every = [*known, *(method.settings for method in new)]
     names = [settings["rule"]["name"] for settings in every]
@@ -136,7 +138,8 @@ def labelled(before: Sequence[Method], found: Sequence[Method]) -> tuple[Method,
     for name, own in zip(names, every, strict=True):
         others = [other for other, named in zip(every, names, strict=True) if named == name]
         usual = configs.differences(configs.completed({"rule": {"name": name}}), own)  # what is not as it is by itself
-        shown.append({key for other in others for key in configs.differences(other, own)} & usual.keys())
+        apart = {key for other in others for key in configs.differences(other, own)}
+        shown.append({key for key in apart if configs.within(key, usual)})
     flat = [dict(configs.flat(settings)) for settings in every]
     methods = list(before)
     for label, made in zip(labels(names, flat, shown)[len(known) :], new, strict=True):

@@ -201,7 +201,8 @@ def _check_together(config: Config, settings: Any) -> list[str]:
     """Combinations that cannot work, each with the way out."""
     problems: list[str] = []
     sampler, name = config.sampler, config.rule["name"]
-    needs = RULES[name](settings).needs
+    rule = RULES[name](settings)
+    needs = rule.needs
     stochastic = ", ".join(key for key, process in PROCESSES.items() if process.stochastic)
     if sampler.process not in PROCESSES:
         hint = near(sampler.process, PROCESSES)
@@ -239,11 +240,11 @@ def _check_together(config: Config, settings: Any) -> list[str]:
         problems.append(
             f"optimizer.schedule: got {config.optimizer.schedule}, which ends with updates, and {limits[0]} before; allowed is constant"
         )
-    problems += [*_not_free(sampler.pipeline_args), *unselectable(config)]
+    problems += [*_not_free(sampler.pipeline_args), *unselectable(config, rule)]
     problems += unguided(sampler, config.prompts.cache is not None)
     problems += _check_cache(config, needs.exact_steps) if sampler.cache is not None else []
     if needs.differentiable_reward:
-        problems += rewards.differentiable(config)
+        problems += rewards.differentiable(config, rule)
     return problems
 
 

@@ -61,6 +61,8 @@ def explain(item: Any, model: Any, prefix: str = "") -> str:
             else near(str(location[-1]), known)
         )
         return f"{where}: unknown key{hint or '; known are ' + ', '.join(known)}"
+    if item["type"] == "missing" and isinstance(location[-1], int):  # of a list
+        return f"{where.rpartition('.')[0]}: got {shown(item['input'])}, allowed {ALLOWED['tuple_type']}"
     if item["type"] == "missing":
         return f"{where}: missing"
     got = f"{where}: got {shown(item['input'])}"
@@ -241,6 +243,7 @@ def settings(config: Config) -> dict[str, Any]:
     """All of a config as plain data, its rule's defaults too."""
     values = config.model_dump(mode="json")
     rule = config.make_rule().settings.model_dump(mode="json")  # type: ignore[attr-defined]
+    values["rule"] = {key: rule.get(key, value) for key, value in values["rule"].items()}  # "0.2" is 0.2
     if "reference" in rule:  # completing is for what was written before there was a choice
         values["rule"] = {"reference": rule["reference"], **values["rule"]}
     return completed(values)

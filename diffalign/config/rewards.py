@@ -9,7 +9,7 @@ from diffalign.config.schema import Config
 from diffalign.errors import shown
 from diffalign.prompts.sets import Entry
 from diffalign.rewards import catalog
-from diffalign.rules import RULES
+from diffalign.rules import RULES, Rule
 
 
 def asked(config: Config, settings: Any) -> list[str]:
@@ -77,15 +77,16 @@ def _beside(config: Config, settings: Any) -> list[str]:
     return problems
 
 
-def differentiable(config: Config) -> list[str]:
+def differentiable(config: Config, rule: Rule) -> list[str]:
     """Rewards without a gradient, where the rule needs one."""
     able = ", ".join(name for name, entry in catalog.builtin().items() if entry.differentiable) or "none that ship"
-    rule, problems = config.rule["name"], []
-    for name in config.rewards:
+    problems = []
+    by = f"{rule.name} with rule.last_step" if getattr(rule.settings, "last_step", None) else rule.name
+    for name in (name for name, weight in config.rewards.items() if weight or name in rule.least):
         with suppress(LookupError):  # `there` reports it
             if not catalog.find(name).differentiable:
                 problems.append(
-                    f"rewards: {rule} needs a differentiable reward, {name} is not; differentiable here: {able}; "
+                    f"rewards: {by} needs a differentiable reward, {name} is not; differentiable here: {able}; "
                     "a file of yours says DIFFERENTIABLE = [NAME]"
                 )
     return problems

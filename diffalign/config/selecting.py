@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from diffalign.errors import shown
-from diffalign.rules import RULES
+from diffalign.protocols import Needs
+from diffalign.rules import RULES, Rule
 from diffalign.runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,17 +36,17 @@ class AllocateConfig(Settings):
     )
 
 
-def unselectable(config: Config) -> list[str]:
+def unselectable(config: Config, rule: Rule) -> list[str]:
     """What cannot go with scouts or with groups of unequal size, each with the way out."""
-    return [*_unscouted(config), *_unallocated(config)]
+    return [*_unscouted(config, rule.needs), *_unallocated(config, rule)]
 
 
-def _unallocated(config: Config) -> list[str]:
+def _unallocated(config: Config, rule: Rule) -> list[str]:
     allocate, prompts, micro = config.prompts.allocate, config.prompts, config.micro_batch
     if allocate is None:
         return []
-    problems, needs = [], config.make_rule().needs
-    if not needs.groups or needs.bundle > 1 or (needs.differentiable_reward and not needs.stochastic_sampler):
+    problems, needs, beside = [], rule.needs, getattr(rule.settings, "last_step", None) is not None
+    if not needs.groups or needs.bundle > 1 or (needs.differentiable_reward and not beside):
         able = [name for name, rule in RULES.items() if rule().needs.groups and not rule().needs.differentiable_reward]
         problems.append(
             f"prompts.allocate: got {config.rule['name']}, which does not compare samples within one prompt; "
@@ -64,7 +65,7 @@ def _unallocated(config: Config) -> list[str]:
     given = {
         "prompts.scouts": prompts.scouts is not None,
         "rule.window_by: prompt": needs.apart,
-        "rule.last_step": needs.groups and needs.stochastic_sampler and needs.differentiable_reward,
+        "rule.last_step": beside,
     }
     return [
         *problems,
@@ -72,12 +73,11 @@ def _unallocated(config: Config) -> list[str]:
     ]
 
 
-def _unscouted(config: Config) -> list[str]:
+def _unscouted(config: Config, needs: Needs) -> list[str]:
     scouts = config.prompts.scouts
     if scouts is None:
         return []
     problems, size, steps = [], config.prompts.group_size, config.sampler.steps
-    needs = config.make_rule().needs
     if not needs.rewards:
         return [f"prompts.scouts: got {config.rule['name']}, which asks no rewards to choose by; allowed is null"]
     if needs.stochastic_sampler:

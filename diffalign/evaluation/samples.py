@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,8 +90,27 @@ def _note(folder: Path, row: int, name: str) -> float:
         raise damaged(path(folder, row), one_line(error)) from error
 
 
+Opened = tuple[Any, Callable[[list[str], list[int]], Any]]  # a pipeline, and what draws by it
+
+
+def opened(model: sources.Source) -> Opened:
+    """A model, loaded.
+
+    Raises:
+        UserError: if it does not load, or refuses its call.
+    """
+    pipe = sources.pipeline(model)
+    return pipe, calling.drawer(pipe, model)
+
+
 def draw(
-    task: Task, model: sources.Source, folder: Path, rows: Sequence[int], missing: Set[int], progress: Progress
+    task: Task,
+    model: sources.Source,
+    folder: Path,
+    rows: Sequence[int],
+    missing: Set[int],
+    progress: Progress,
+    ready: Opened | None = None,
 ) -> None:
     """Draw the missing ones of some rows by the plain pipeline, each among the rows that it was first drawn with: on some processors the
     last bits of a picture depend on how many are drawn at once.
@@ -104,8 +123,7 @@ def draw(
     from diffalign.models import lora as adapters
 
     progress(f"{folder.name}: loading", 0, 0)
-    pipe = sources.pipeline(model)
-    draw_some = calling.drawer(pipe, model)
+    pipe, draw_some = ready or opened(model)
     batches = [[rows[k] for k in part] for part in chunks(len(rows), task.batch)]
     wanted = [own for own in batches if not missing.isdisjoint(own)]
     done = 0

@@ -134,9 +134,12 @@ def run(
     try:
         world.lead(lambda: _check(task, models, out, fresh))
         scorer = world.together(lambda: _scorer(task, tell))
+        # What is there is deleted once the first model is loaded too, and takes its call.
+        first = world.together(lambda: samples.opened(models[0])) if fresh else None
         world.lead(lambda: _begin(task, models, out, fresh))
         drawn = [
-            _one(task, model, out / label, scorer, world, tell, progress) for label, model in labels(models).items()
+            _one(task, model, out / label, scorer, world, tell, progress, None if number else first)
+            for number, (label, model) in enumerate(labels(models).items())
         ]
         page = world.lead(lambda: report.write(task, list(labels(models)), models, drawn, out))
         tell(str(page))
@@ -257,8 +260,9 @@ def _one(
     world: World,
     say: Callable[[str], None],
     progress: Progress,
+    opened: samples.Opened | None,
 ) -> Drawn | None:
-    """Draw and judge one model's samples; what the first process gets, the others get nothing."""
+    """Draw and judge one model's samples, opened: if it was before; what the first process gets, the others get nothing."""
     rows = world.rows(task.total, task.batch)
     measured = task.drift and model.adapters
     missing = {
@@ -268,7 +272,7 @@ def _one(
     }
     say(f"{folder.name}: {task.total} samples, {sum(world.gather(len(missing)))} of them to draw")
     if missing:
-        world.together(lambda: samples.draw(task, model, folder, rows, missing, progress))
+        world.together(lambda: samples.draw(task, model, folder, rows, missing, progress, opened))
     else:
         world.together(lambda: None)
     prompts = task.together()

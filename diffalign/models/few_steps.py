@@ -33,8 +33,9 @@ TABLES = ("timesteps", "denoising_step_list", "timestep_list")
 LAST = 0.1  # sigma: a scheduler that keeps its last call above it leaves the network a large last step
 
 ADVICE = (
-    "noise drawn anew draws it to a mean, which may blur it; use nft with rule.states: own, rule.levels: [0, 2] with rule.times: 1, or, "
-    "of a flow, flow_grpo with sampler: {process: cps, noise_level: 0.9}"
+    "noise drawn anew draws it to a mean, which may blur it; use nft with rule.states: own; rule.levels: [0, 2], of a flow with "
+    "first_level: true, times: 2, else with times: 1; or, of a flow, flow_grpo with sampler: {process: cps, noise_level: 0.9}, "
+    "rule.window: [0, 2]"
 )
 
 

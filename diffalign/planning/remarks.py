@@ -16,7 +16,7 @@ def weights(config: Config, rule: Rule) -> list[str]:
     """Of a weight that changes nothing."""
     weights = [weight for weight in config.rewards.values() if weight]
     scale = getattr(getattr(rule, "settings", None), "scale", "none")
-    if rule.least or scale == "none" or len(weights) > 1 or abs(weights[0]) == 1:
+    if rule.least or rule.needs.differentiable_reward or scale == "none" or len(weights) > 1 or abs(weights[0]) == 1:
         return []
     return [f"one reward: its weight {weights[0]:g} cancels in advantages of scale {scale}"]
 

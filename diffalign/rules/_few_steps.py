@@ -15,7 +15,7 @@ from diffalign import ops
 from diffalign.protocols import Policy
 from diffalign.rules._forward import renoised
 from diffalign.runtime.randomness import Purpose
-from diffalign.types import Integers, Plan, Prompts, Schedule
+from diffalign.types import Integers, Plan, Prompts, Schedule, chunks
 
 GAP = 0.15  # D below which a network is distilled; benchmarks/results/few_steps.json has what was measured
 SIGNAL = 0.1  # least alpha of a level for epsilon prediction: at less, its error is the clean sample's many times over
@@ -25,11 +25,13 @@ DRAW = 0  # of the noise; those of updates are 1 and more
 
 @dataclass(frozen=True)
 class OwnWalk:
-    """A network against its own walk at some levels, noisiest first: D and q of `ops.matching.against_own_walk` at each."""
+    """A network against its own walk at some levels, noisiest first: D and q of `ops.matching.against_own_walk` at each, over so many
+    samples."""
 
     levels: tuple[int, ...]
     gaps: tuple[float, ...]
     shares: tuple[float, ...]
+    samples: int
 
     @property
     def distilled(self) -> bool:
@@ -38,7 +40,7 @@ class OwnWalk:
 
     def __str__(self) -> str:
         gaps, shares = (" and ".join(f"{value:.2f}" for value in values) for values in (self.gaps, self.shares))
-        return f"D {gaps}, q {shares}"
+        return f"D {gaps}, q {shares}, {self.samples} samples"
 
 
 def asked_levels(schedule: Schedule) -> Integers:
@@ -60,11 +62,13 @@ def own_walk(policy: Policy, prompts: Prompts) -> OwnWalk | None:
     with torch.no_grad():
         part = policy.rollout(prompts, Plan.deterministic(steps))
         for level in map(int, levels):
-            there, _ = renoised(part, schedule, level, Purpose.FORWARD, DRAW)
-            clean = policy.replay(there, level, level + 1).clean
-            walked = policy.replay(there, level, steps).x
-            found.append(ops.matching.against_own_walk(clean, walked, part.x[-1]))
+            clean, walked = [], []
+            for rows in chunks(len(prompts), policy.micro_batch):
+                there, _ = renoised(part.select(rows), schedule, level, Purpose.FORWARD, DRAW)
+                clean.append(policy.replay(there, level, level + 1).clean)
+                walked.append(policy.replay(there, level, steps).x)
+            found.append(ops.matching.against_own_walk(torch.cat(clean), torch.cat(walked), part.x[-1]))
     if not found or not np.isfinite(found).all():
         return None
     gaps, shares = zip(*found, strict=True)
-    return OwnWalk(tuple(map(int, levels)), gaps, shares)
+    return OwnWalk(tuple(map(int, levels)), gaps, shares, len(prompts))

@@ -114,6 +114,10 @@ class GroupSettings(SurrogateSettings):
             )
         if self.window is None and self.window_steps is None:
             problems += self.idle(("flash",), "rule.window")
+        elif self.flash is not None and self.last_step is not None:
+            problems.append(
+                f"rule.flash: got {self.flash:g} with rule.last_step, which walks a step again that the solver jumps over; allowed is null"
+            )
         return [*problems, *self._window_problems()]
 
     def _window_problems(self) -> list[str]:

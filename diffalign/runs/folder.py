@@ -38,7 +38,7 @@ class RunFolder(Listener):
     Held by one process at a time; a second one is refused. The others of a run that has several read it, without a lock.
     """
 
-    def __init__(self, path: Path, lock: filelock.BaseFileLock | None = None, fresh: bool = False) -> None:
+    def __init__(self, path: Path, lock: Lock | None = None, fresh: bool = False) -> None:
         self.path, self._lock, self._fresh = path.absolute(), lock, fresh
         self.taken = Taken()
         self.store, self.logs = Store(self.path / "checkpoints"), Logs(self.path)
@@ -73,7 +73,7 @@ class RunFolder(Listener):
 
     def close(self) -> None:
         if self._lock is not None:
-            _unlock(self.path, self._lock)
+            self._lock.release()
 
     def updated(self, event: Updated) -> None:
         """The update's metrics and, where it was scored, its scores."""
@@ -136,6 +136,34 @@ class RunFolder(Listener):
                 folder.rmdir()
 
 
+class Lock:
+    """A run folder, made where it is not there, held by this process.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._made = [place for place in (self.path, *self.path.parents) if not place.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.path / LOCK, timeout=0, thread_local=False)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout as error:
+            raise UserError(f"run_dir: {path} is in use by another process; choose another run_dir") from error
+
+    def release(self) -> None:
+        """Let another process in; folders that were made for a run in which nothing was written go away."""
+        unused = self.path.is_dir() and [file.name for file in self.path.iterdir()] == [LOCK]
+        if unused:
+            (self.path / LOCK).unlink()
+        self._lock.release()
+        with suppress(OSError):  # another process has begun in it
+            for place in self._made if unused else ():
+                place.rmdir()
+
+
 def open_run(config: configs.Config, fresh: bool = False, change: bool = False) -> RunFolder:
     """Lock the run folder of a config and check that it can be used; nothing in it changes before `RunFolder.begin`.
 
@@ -146,7 +174,7 @@ def open_run(config: configs.Config, fresh: bool = False, change: bool = False) 
     """
     path = Path(config.run_dir)
     try:
-        lock = _lock(path)
+        lock = Lock(path)
         try:
             _check_kinds(path)
             folder = RunFolder(path, lock, fresh)
@@ -156,7 +184,7 @@ def open_run(config: configs.Config, fresh: bool = False, change: bool = False) 
             probe.write_text("x", encoding="utf-8")
             probe.unlink()
         except BaseException:
-            _unlock(path, lock)
+            lock.release()
             raise
     except OSError as error:
         reason = error.strerror or error
@@ -193,27 +221,6 @@ def _check_others(path: Path) -> None:
         raise UserError(
             f"run_dir: {path} holds {', '.join(theirs)} and no run; choose another run_dir, or --fresh, which writes over them"
         )
-
-
-def _lock(path: Path) -> filelock.BaseFileLock:
-    path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path.absolute() / LOCK, timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise UserError(f"run_dir: {path} is in use by another process; choose another run_dir") from error
-    return lock
-
-
-def _unlock(path: Path, lock: filelock.BaseFileLock) -> None:
-    """Let another process in; a folder in which nothing was written goes away."""
-    if path.is_dir() and [file.name for file in path.iterdir()] == [LOCK]:
-        (path / LOCK).unlink()
-        lock.release()
-        with suppress(OSError):  # another process has begun in it
-            path.rmdir()
-    else:
-        lock.release()
 
 
 def _taken(path: Path, store: Store, config: configs.Config, change: bool) -> Taken:

@@ -41,7 +41,7 @@ def introduce(config: Config, parts: Parts, batch: Prompts, say: Callable[[str],
     if place.file:
         say(f"from {config.weights}: {place.file}")
     _introduce_adapters(config, parts, say)
-    distilled.introduce(config, parts.policy, batch, say)
+    distilled.introduce(config, parts.policy, say)
     if narrow := [name for name, reward in parts.scorer.rewards.items() if isinstance(reward, Narrow)]:
         part = parts.policy.rollout(batch, Plan.deterministic(parts.policy.schedule.steps))
         with torch.no_grad():

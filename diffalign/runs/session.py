@@ -52,9 +52,13 @@ def train(
         Fault: if something stopped the run; the last checkpoint is kept.
         Interrupted: on SIGTERM or Ctrl-C, after saving.
     """
-    world = World.join(devices.device(config) == "cuda")
-    reporter = Reporter(quiet or not world.leads)
     held = folder or RunFolder(Path(config.run_dir))
+    try:
+        world = World.join(devices.device(config) == "cuda")
+    except BaseException:
+        held.close()
+        raise
+    reporter = Reporter(quiet or not world.leads)
     try:
         devices.agreed(config, world)
         opens = folder is None and world.leads

@@ -16,10 +16,12 @@ def drawer(pipe: Any, source: Source) -> Callable[[Sequence[str], Sequence[int]]
     """What draws a loaded source: (prompts, seeds) -> see `shots`.
 
     Raises:
-        UserError: for guidance on some steps where the pipeline or its call does not allow that.
+        UserError: for arguments that the call does not take, or guidance on some steps where the pipeline or its call does not allow that.
     """
     call = dict(source.call)
     steps = call.pop(GUIDED, None)
+    if unknown := calls.unknown(pipe, call):
+        raise UserError(*(f"sample: {line}" for line in unknown))
     if steps is None:
         return functools.partial(shots, pipe, pipe, call)
     from diffalign.backends.plain import PartlyGuided
@@ -32,8 +34,6 @@ def drawer(pipe: Any, source: Source) -> Callable[[Sequence[str], Sequence[int]]
             f"{GUIDED}: got {shown(steps)} with {count} steps; allowed are the first step with guidance and one past the last, --steps at "
             f"most, or --set {GUIDED}=null for guidance on all"
         )
-    if unknown := calls.unknown(pipe, call):
-        raise UserError(*(f"sample: {line}" for line in unknown))
     kind: Kind = "ddpm" if source.ddim else "flow"
     partly = PartlyGuided(pipe, kind, _for(1, call), steps)
     return functools.partial(shots, pipe, partly, call)

@@ -170,7 +170,11 @@ def test_commands_for_elsewhere(copied):
         ((*METHODS, *SMALL, METHODS[0] + "@model=shapes-flux"), {}, "'shapes-flux', flow_grpo"),
         ((METHODS[1], *SMALL, METHODS[0] + "@lora.rank=2"), {}, "flow_grpo: lora.rank: 2, nft has 16"),
         ((*WORDS, METHODS[0]), {}, "flow_grpo/shapes-sd3@rule.window=null: given twice"),
-        ((*WORDS, METHODS[0] + "@rule.clip=1e-4", METHODS[0] + "@rule.clip=0.0001"), {}, "flow_grpo: given twice"),
+        (
+            (*WORDS, METHODS[0] + "@rule.clip=1e-4", METHODS[0] + "@rule.clip=0.0001"),
+            {},
+            "@rule.clip=0.0001: given twice",
+        ),
         ((*WORDS, METHODS[0] + "@seed=1"), {}, "seed: --seeds says it, for all"),
         ((*WORDS, "updates=5"), {}, "updates: --budget says it, for all"),
         ((*WORDS, "rule.widow=1"), {}, "flow_grpo/shapes-sd3@rule.window=null: rule.widow: unknown"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from diffalign import config
 from diffalign.config.files import find
 from diffalign.errors import UserError
+from diffalign.rules import RULES
 from diffalign.runtime import yaml_text
 from tests.kit.generators import COUNTS, PLAIN, broken, promised, tried
 
@@ -172,3 +173,15 @@ def test_paths_are_found_beside_the_config_then_in_the_shells_folder_and_home_is
     assert list(read.rewards) == ["../conf/./r.py:f"]
     assert read.run_dir.startswith(str(tmp_path / "home/runs"))
     assert config.load("../conf/c.yaml", ["prompts.source=p.txt"]).prompts.source == "p.txt"  # the shell's
+
+
+@pytest.mark.parametrize(
+    "beside",
+    ["prompts.scouts.pool=32", "prompts.allocate.least=4", "sampler.cache.name=first_block", "memory.shard=blocks"],
+)
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_a_bad_setting_of_the_rule_is_told_whatever_is_held_against_it(rule, beside):
+    """What is checked together was asked of a rule that could not be made."""
+    with pytest.raises(UserError) as caught:
+        config.load("flow_grpo/shapes-sd3", [f"rule={rule}", "rule.unheard_of=1", "rewards={shapes_pref: 1.0}", beside])
+    assert any(line.startswith("rule.unheard_of: unknown key") for line in caught.value.problems)

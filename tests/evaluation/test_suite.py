@@ -293,6 +293,15 @@ def test_a_judge_that_is_refused_neither_claims_a_folder_nor_deletes_what_is_the
         assert sorted(path.name for path in place.rglob("*")) == before
 
 
+@pytest.mark.parametrize("wrong", [["--set", "foo=1"], ["--steps", "0"]])
+def test_a_mistake_that_a_model_finds_deletes_nothing(prompts, out, tmp_path, wrong):
+    place = Path(shutil.copytree(out, tmp_path / "copy"))
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    command = ["shapes-sd3", "--suite", prompts, "--judges", "jpeg_compressibility", *FEW, *wrong, "--out", place]
+    assert isinstance(invoke(*command, "--fresh").exception, (UserError, SystemExit))
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
 def test_a_mistake_that_a_model_finds_does_not_claim_the_folder(prompts, tmp_path):
     command = ["shapes-sd3", "--suite", prompts, "--judges", "jpeg_compressibility", *FEW, "--out", tmp_path / "out"]
     done = invoke(*command, "--set", "foo=1")

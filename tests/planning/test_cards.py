@@ -112,5 +112,20 @@ def test_how_near_the_bound_a_card_came_is_what_was_measured():
     found = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "on_a_card.json").read_text())
     assert found["machine"]["device"] == "NVIDIA H200"
     rate = cards.find("H200").rate / 1e12
-    times = [rate / row[f"{what}, graphs"]["tflops"] for row in found["rows"] for what in ("sample", "train")]
-    assert (round(min(times), 1), round(max(times), 1)) == bounds.MEASURED
+    for how, expected in ((", graphs", bounds.RECORDED), ("", bounds.EAGER)):
+        times = [rate / row[what + how]["tflops"] for row in found["rows"] for what in ("sample", "train")]
+        assert expected == (round(min(times), 1), round(max(times), 1))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["ddpo/sdxl"], "2.9 to 4.8 times"),
+        (["ddpo/sdxl", "speed=eager"], "3 to 10.4 times"),
+        (["ddpo/sdxl", "memory.quantize=int8"], ""),
+        (["flow_grpo/shapes-sd3"], ""),
+    ],
+)
+def test_a_factor_is_said_of_what_was_measured_alone(given, said):
+    line = next(line for line in plan(*given, "--card", "4090") if line.startswith("time"))
+    assert said in line and ("measured" in line) == bool(said)

@@ -100,8 +100,8 @@ def test_asking_changes_nothing_of_what_is_drawn_later():
 
 
 def test_it_is_said_as_D_and_q():
-    found = OwnWalk((0, 1), (0.1, 0.3), (0.2, 0.3))
-    assert (str(found), found.distilled) == ("D 0.10 and 0.30, q 0.20 and 0.30", True)
+    found = OwnWalk((0, 1), (0.1, 0.3), (0.2, 0.3), 16)
+    assert (str(found), found.distilled) == ("D 0.10 and 0.30, q 0.20 and 0.30, 16 samples", True)
     assert not replace(found, gaps=(0.3, 0.1)).distilled  # the noisiest level decides
 
 

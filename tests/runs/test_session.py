@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from diffalign import config as configs
+from diffalign.cli import app
 from diffalign.errors import Fault, UserError
 from diffalign.evaluation import fixed as evaluate
 from diffalign.evaluation import results
@@ -132,6 +134,17 @@ def test_settings_that_the_sampler_cannot_run_are_refused_before_anything_is_wri
         with pytest.raises(UserError, match=expected):
             session.train(config, quiet=True)
         assert not (tmp_path / "run").exists()  # not even what holds it
+
+
+@pytest.mark.parametrize("wrong", ["device=cuda", "speed=graphs", "memory.quantize=nf4"])
+def test_a_refused_run_leaves_the_folders_that_were_there_and_no_others(tmp_path, wrong):
+    if torch.cuda.is_available():
+        pytest.skip("what is refused without a card")
+    (tmp_path / "mine").mkdir()
+    for place in (tmp_path / "mine", tmp_path / "new" / "a" / "b"):
+        done = CliRunner().invoke(app, ["train", "rlr/shapes-sd3", *SMALL, wrong, f"run_dir={place}"])
+        assert isinstance(done.exception, UserError)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
 def test_a_run_with_running_norms_resumes_as_if_never_stopped(tmp_path):

@@ -76,7 +76,7 @@ def test_an_option_that_is_none_is_refused(option):
 
 def test_an_argument_the_pipeline_does_not_have_is_named(tmp_path):
     done = run("sample", "shapes-sd3", "--prompt", "a", "--steps", "2", "--set", "frames=3", "--out", str(tmp_path))
-    assert "does not accept this" in f"{done.output}{done.exception}"
+    assert "call does not take" in f"{done.output}{done.exception}"
     assert "frames" in f"{done.output}{done.exception}"
 
 
@@ -98,7 +98,7 @@ def test_whatever_a_pipeline_makes_of_bad_arguments_is_one_line(option, tmp_path
     )
     assert isinstance(done.exception, UserError)
     (line,) = done.exception.problems
-    assert line.startswith("sample: StableDiffusionPipeline does not accept this: ")
+    assert line.startswith("sample: StableDiffusionPipeline call does not take: ")
     assert "\n" not in line
 
 
