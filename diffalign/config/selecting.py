@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from diffalign.errors import shown
-from diffalign.protocols import Needs
 from diffalign.rules import RULES, Rule
 from diffalign.runtime.settings import Settings
 
@@ -38,7 +37,7 @@ class AllocateConfig(Settings):
 
 def unselectable(config: Config, rule: Rule) -> list[str]:
     """What cannot go with scouts or with groups of unequal size, each with the way out."""
-    return [*_unscouted(config, rule.needs), *_unallocated(config, rule)]
+    return [*_unscouted(config, rule), *_unallocated(config, rule)]
 
 
 def _unallocated(config: Config, rule: Rule) -> list[str]:
@@ -73,11 +72,12 @@ def _unallocated(config: Config, rule: Rule) -> list[str]:
     ]
 
 
-def _unscouted(config: Config, needs: Needs) -> list[str]:
+def _unscouted(config: Config, rule: Rule) -> list[str]:
     scouts = config.prompts.scouts
     if scouts is None:
         return []
     problems, size, steps = [], config.prompts.group_size, config.sampler.steps
+    needs = rule.needs
     if not needs.rewards:
         return [f"prompts.scouts: got {config.rule['name']}, which asks no rewards to choose by; allowed is null"]
     if needs.stochastic_sampler:

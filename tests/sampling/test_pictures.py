@@ -98,7 +98,7 @@ def test_whatever_a_pipeline_makes_of_bad_arguments_is_one_line(option, tmp_path
     )
     assert isinstance(done.exception, UserError)
     (line,) = done.exception.problems
-    assert line.startswith("sample: StableDiffusionPipeline call does not take: ")
+    assert line.startswith("sample: StableDiffusionPipeline does not accept this: ")
     assert "\n" not in line
 
 
