@@ -22,7 +22,7 @@ ESTRANGED = 0.1  # of the matching loss on the base model's samples: what DDRL's
 LONGER, BACKWARD = (
     1.3,
     -0.25,
-)  # norm_ratio and norm_radial: healthy runs stay within 0.94 to 1.18 and above -0.18 (docs/metrics.md)
+)  # norm_ratio, norm_radial: runs that held stayed below 1.16 and above -0.18 (docs/choosing-a-rule.md)
 DRIFTED, STEEP = 2.0, 30.0  # of latents' size either way, and of the gradient's norm, against the first updates
 
 

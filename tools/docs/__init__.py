@@ -27,6 +27,7 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "ranges": tables.ranges,
     **{f"rules compared on {model}": (lambda model=model: compared.methods(model)) for model in COMPARED},
     **{f"pairs told apart on {model}": (lambda model=model: compared.resolved(model)) for model in COMPARED},
+    "four times the updates": compared.fourfold,
     "few step rules": compared.few_step_rules,
     "second generation compared": compared.second,
     "second generation against the first": compared.planned,

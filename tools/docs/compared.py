@@ -92,6 +92,32 @@ def planned() -> list[str]:
     return table(("form", "less", *(f"`{judge}`" for judge in found["judges"])), rows)
 
 
+def fourfold() -> list[str]:
+    """Matching rules over four times the updates: gold on the way, the trained reward, and how predictions grew; seed by seed."""
+    found = json.loads((RESULTS / "fourfold.json").read_text(encoding="utf-8"))["runs"]
+    places = (40, 80, 120, 160)
+
+    def at(run: dict[str, Any], update: int, judge: str, form: str) -> str:
+        rows = {row["update"]: row for row in run["evaluations"]}
+        return format(rows[update][judge], form) if update in rows else "-"
+
+    def told(run: dict[str, Any]) -> str:
+        return f"{run['norm_ratio'][1]:.2f}, {run['norm_radial'][0]:+.2f}"
+
+    rows = [
+        (
+            f"`{label}`" if "," not in label else label,
+            *(", ".join(at(run, update, "shapes_geneval", ".2f") for run in runs.values()) for update in places),
+            ", ".join(at(run, run["evaluations"][-1]["update"], "shapes_pref", "+.2f") for run in runs.values()),
+            "; ".join(map(told, runs.values())),
+            ", ".join("-" if run["alarm"] is None else str(run["alarm"]) for run in runs.values()),
+        )
+        for label, runs in found.items()
+    ]
+    head = ("rule", *(f"gold at {update}" for update in places), "`shapes_pref` at the end", "most `norm_ratio`, least `norm_radial`", "alarm at")
+    return table(head, rows)
+
+
 def few_step_rules() -> list[str]:
     """Rules on the distilled pipeline: what each run came to, seed by seed."""
     found = json.loads((RESULTS / "few_step_rules.json").read_text(encoding="utf-8"))["runs"]
