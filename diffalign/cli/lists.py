@@ -97,7 +97,9 @@ def _facts(name: str) -> None:
         ),
         "range": entry.range or "not said",
         "family": entry.family or "none: it shares no data or model with others",
-        "gradient": "yes: truncated_bp and rlr can use it" if entry.differentiable else "no: a black box",
+        "gradient": "yes: truncated_bp, rlr and rule.last_step can use it"
+        if entry.differentiable
+        else "no: a black box",
         "weights": weights if entry.weights else f"none ({entry.licence or 'ours'})",
         "needs": ", ".join(f"{key!r} in every prompt" for key in entry.needs) or "nothing of prompts",
         "installed": f"no: {entry.missing}" if entry.missing else "yes",

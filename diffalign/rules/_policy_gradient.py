@@ -75,7 +75,7 @@ class GroupSettings(SurrogateSettings):
         description="what advantages are divided by: the std of the group's rewards, of all rewards, or nothing",
     )
     window_by: Literal["update", "prompt"] = Field(
-        "update", description="whose window_steps are drawn: prompt: of each, spread over the window (Flash-GRPO)"
+        "update", description="prompt: window_steps are drawn for each prompt, evenly over the window (Flash-GRPO)"
     )
     fan: int = Field(
         1,

@@ -114,7 +114,13 @@ def fourfold() -> list[str]:
         )
         for label, runs in found.items()
     ]
-    head = ("rule", *(f"gold at {update}" for update in places), "`shapes_pref` at the end", "most `norm_ratio`, least `norm_radial`", "alarm at")
+    head = (
+        "rule",
+        *(f"gold at {update}" for update in places),
+        "`shapes_pref` at the end",
+        "most `norm_ratio`, least `norm_radial`",
+        "alarm at",
+    )
     return table(head, rows)
 
 
