@@ -19,10 +19,8 @@ Row = dict[str, float]
 FIRST = 2  # updates that later ones are compared with: the first is the base model's, a broken run's third can be gone already
 ALIKE, FLAT, CLIPPED, BLANK = 0.6, 0.9, 0.9, 0.1
 ESTRANGED = 0.1  # of the matching loss on the base model's samples: what DDRL's authors take for a sign of hacking
-LONGER, BACKWARD = (
-    1.3,
-    -0.25,
-)  # norm_ratio, norm_radial: runs that held stayed below 1.16 and above -0.18 (docs/choosing-a-rule.md)
+# norm_ratio and norm_radial: runs whose gold held stayed below 1.17 and above -0.19 (docs/choosing-a-rule.md)
+LONGER, BACKWARD = 1.2, -0.25
 DRIFTED, STEEP = 2.0, 30.0  # of latents' size either way, and of the gradient's norm, against the first updates
 
 
