@@ -103,6 +103,11 @@ def test_only_four_rooms_know_the_libraries_of_models():
     assert not found
 
 
+def test_no_file_of_tests_is_empty():
+    files = (Path(__file__).parent).rglob("test_*.py")
+    assert [path.name for path in files if "def test_" not in path.read_text()] == []
+
+
 def test_files_classes_and_functions_are_small():
     large = []
     for name, tree in TREES.items():

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from diffalign.config import adapters, rewards
 from diffalign.config.decided import Decided, decide, undecided
+from diffalign.config.messages import A_RULE, near, renamed
 from diffalign.config.messages import mistakes as told
-from diffalign.config.messages import near, renamed
 from diffalign.config.sampling import unguided
 from diffalign.config.schema import LARGEST, Config
 from diffalign.config.selecting import unselectable
@@ -65,7 +65,8 @@ def validate(
         mistakes += _check_together(config, settings)
         if whole and hasattr(settings, "problems"):  # with keys left out, what it says about them is not so
             mistakes += settings.problems(config.sampler.steps)
-    mistakes += rewards.asked(config, settings)
+    if not any(line.startswith(("rewards:", "rewards.")) for line in mistakes):  # they are left out then
+        mistakes += rewards.asked(config, settings)
     mistakes += _check_names(config, book)
     mistakes += _check_packages(config) if ready else []
     if mistakes:
@@ -90,7 +91,7 @@ def _decide(raw: dict[str, Any], problems: list[str]) -> Decided:
 def _check_rule(rule: Any, problems: list[str]) -> BaseModel | None:
     if not isinstance(rule, dict):
         if rule is not None:
-            problems.append(f"rule: got {shown(rule)}, expected a mapping with a name, such as {{name: flow_grpo}}")
+            problems.append(f"rule: got {shown(rule)}, {A_RULE}")
         return None
     name = rule.get("name")
     if not isinstance(name, str) or name not in RULES:

@@ -77,6 +77,8 @@ def explain(item: Any, model: Any, prefix: str = "") -> str:
         return f"{got}, allowed is at least {item['ctx']['min_length']} entry"
     if item["type"] == "string_pattern_mismatch" and (allowed := _written(model, location)):
         return f"{got}, allowed are {allowed}"
+    if where == "rule" and item["type"] == "dict_type":
+        return f"{got}, {A_RULE}"
     if item["type"] in ALLOWED:
         return f"{got}, allowed {ALLOWED[item['type']]}"
     message = item["msg"].removeprefix("Value error, ")
@@ -127,6 +129,7 @@ ALLOWED = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "are true and false"),
 }
 
+A_RULE = "expected a mapping with a name, such as {name: flow_grpo}"
 # What other tools call a key.
 ELSEWHERE = {
     "learning_rate": "optimizer.lr",
