@@ -28,7 +28,7 @@ GUARD, BRANCH, AWM, NFT = (f"diffalign/rules/{name}.py" for name in ("grpo_guard
 MERGING, SLOPE = "diffalign/rules/_merging.py", "diffalign/rules/_slope.py"
 IMPLICIT = "diffalign/ops/implicit.py"
 FLOORS, FORWARD = "diffalign/rules/_floors.py", "diffalign/rules/_forward.py"
-CPS = "diffalign/processes/cps.py"
+CPS, PATHWISE = "diffalign/processes/cps.py", "diffalign/rules/_pathwise.py"
 SOLVER = "diffalign/processes/dpm_solver.py"
 GENEVAL, TRAINER = "diffalign/ops/geneval.py", "diffalign/training/trainer.py"
 
@@ -62,8 +62,8 @@ MUTATIONS = [
     Mutation("history never used", DDPO, "own if len(own) >= s.history_least else reward[valid]", "reward[valid]"),
     Mutation("history never forgets", DDPO, "values[-self.settings.history :]", "values"),
     Mutation("score sign", DDPO, "Loss(-(step.advantage", "Loss((step.advantage"),
-    Mutation("reward sign", TBP, "Loss(-value.mean())", "Loss(value.mean())"),
-    Mutation("hinge turned over", TBP, "(s.target - value)", "(value - s.target)"),
+    Mutation("reward sign", PATHWISE, "Loss(-value.mean())", "Loss(value.mean())"),
+    Mutation("hinge turned over", PATHWISE, "(target - value)", "(value - target)"),
     Mutation("one step less", TBP, "first = max(0, end - depth)", "first = max(0, end - depth + 1)"),
     Mutation("variants on the stored latent", TBP, "if term != part.plan.updates[0][0]:", "if False:"),
     Mutation("variants unweighted", TBP, "weight = 1 / (1 + s.variants)", "weight = 1.0"),
@@ -96,7 +96,12 @@ MUTATIONS = [
         "advantages.group_relative(scores.total,",
     ),
     Mutation("rest covered by half", RLR, "for a, b in rest]\n        elif", "for a, b in rest[1:]]\n        elif"),
-    Mutation("old log-probs kept", TRAINER, "if first and stale and", "if not first and stale and"),
+    Mutation(
+        "old log-probs kept",
+        TRAINER,
+        "        if first:\n            recompute",
+        "        if not first:\n            recompute",
+    ),
     Mutation("exclude off by one", GENEVAL, "if len(detected) >= clause", "if len(detected) > clause"),
     Mutation("velocity sign", MATCHING, '"velocity": lambda: noise - x0', '"velocity": lambda: x0 - noise'),
     Mutation(
@@ -105,7 +110,12 @@ MUTATIONS = [
         "return 1 / alpha, -sigma / alpha, zero, one",
         "return 1 / alpha, sigma / alpha, zero, one",
     ),
-    Mutation("last step trained", SHARED, "return first, min(stop, steps - 1)", "return first, min(stop, steps)"),
+    Mutation(
+        "last step trained",
+        "diffalign/rules/_window.py",
+        "return first, min(stop, steps - 1)",
+        "return first, min(stop, steps)",
+    ),
     Mutation("KL detached", SHARED, "((now.prediction - base", "((now.prediction.detach() - base"),
     Mutation(
         "credit turned over",

@@ -41,6 +41,7 @@ def test_sample_writes_pictures_and_a_grid(trained, tmp_path):
     assert Image.open(tmp_path / "out" / "grid.png").size[0] > 8 * 64
 
 
+@pytest.mark.wide
 def test_five_lines_of_diffusers_draw_the_training_pipelines_picture(trained, tmp_path):
     """alpha differs from rank; the five lines import diffusers, torch and numpy only."""
     from diffalign import config
@@ -395,7 +396,7 @@ def test_an_option_that_is_a_setting_is_told_as_one(capsys):
     "command",
     [
         ("sample", "shapes-sd3", "--prompt", "a photo of two stars", "-n", "2000"),
-        ("evaluate", "shapes-sd3", "--suite", "shapes", "-n", "50"),
+        pytest.param(("evaluate", "shapes-sd3", "--suite", "shapes", "-n", "50"), marks=pytest.mark.wide),
     ],
     ids=lambda command: command[0],
 )

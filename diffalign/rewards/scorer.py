@@ -157,11 +157,9 @@ class Scorer:
             total = media.pixels.new_zeros(len(prompts))
             known: Known = {}
             for name, function in self.rewards.items():
-                with torch.set_grad_enabled(
-                    torch.is_grad_enabled() and bool(self.weights[name])
-                ):  # of 0 nothing is left
-                    value = _asked(name, function, shown, prompts, known)
-                if torch.is_grad_enabled() and self.weights[name] and not self._reaches(name, value, shown):
+                value = _asked(name, function, shown, prompts, known)
+                needed = torch.is_grad_enabled() and self.weights[name]  # of one that weighs 0 nothing is left
+                if needed and not self._reaches(name, value, shown):
                     raise Fault(f"reward {name}: has no gradient to the pictures")
                 if tuple(torch.as_tensor(value).shape) != (len(prompts),):
                     shape = tuple(torch.as_tensor(value).shape)

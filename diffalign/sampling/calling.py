@@ -20,9 +20,8 @@ def drawer(pipe: Any, source: Source) -> Callable[[Sequence[str], Sequence[int]]
     """
     call = dict(source.call)
     steps = call.pop(GUIDED, None)
-    if unknown := calls.unknown(pipe, call):
-        raise UserError(*(f"sample: {line}" for line in unknown))
     if steps is None:
+        _check(pipe, call)
         return functools.partial(shots, pipe, pipe, call)
     from diffalign.backends.plain import PartlyGuided
 
@@ -34,9 +33,15 @@ def drawer(pipe: Any, source: Source) -> Callable[[Sequence[str], Sequence[int]]
             f"{GUIDED}: got {shown(steps)} with {count} steps; allowed are the first step with guidance and one past the last, --steps at "
             f"most, or --set {GUIDED}=null for guidance on all"
         )
+    _check(pipe, call)
     kind: Kind = "ddpm" if source.ddim else "flow"
     partly = PartlyGuided(pipe, kind, _for(1, call), steps)
     return functools.partial(shots, pipe, partly, call)
+
+
+def _check(pipe: Any, call: dict[str, Any]) -> None:
+    if unknown := calls.unknown(pipe, call):
+        raise UserError(*(f"sample: {line}" for line in unknown))
 
 
 def _for(count: int, call: dict[str, Any]) -> dict[str, Any]:

@@ -302,7 +302,7 @@ def gradient_peak(trainer) -> int:
     return memory.peak_bytes(lambda: trainer._gradient(shares, sampled, 0, 0))
 
 
-@both
+@pytest.mark.parametrize("name", ["shapes-sd3", pytest.param("shapes-sd", marks=pytest.mark.wide)])
 def test_invariant_20_rlr_holds_its_largest_term_only(name):
     """Whatever the length of the chain, while full backpropagation grows with it."""
 
@@ -333,7 +333,7 @@ def test_invariant_20_rlr_holds_its_largest_term_only(name):
     assert peak(rule, 20) < full[20] / 5
 
 
-@both
+@pytest.mark.parametrize("name", ["shapes-sd3", pytest.param("shapes-sd", marks=pytest.mark.wide)])
 def test_a_memory_budget_chooses_depth_and_span_that_keep_to_it(name):
     trainer = laboratory(name, RLR(), 10)
     found = measure.graph_bytes(trainer.policy, trainer.scorer, given(2))

@@ -309,6 +309,7 @@ def test_a_mistake_that_a_model_finds_does_not_claim_the_folder(prompts, tmp_pat
     assert invoke(*command).exit_code == 0
 
 
+@pytest.mark.wide
 def test_several_processes_give_the_same_report(prompts, out, run, tmp_path):
     command = ["-m", "diffalign", "evaluate", str(run), "--suite", str(prompts), "--out", str(tmp_path / "two"), *FEW]
     done = launch(2, [*command, "--judges", "shapes_geneval", "--judges", "jpeg_compressibility"])

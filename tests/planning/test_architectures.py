@@ -182,6 +182,7 @@ def test_our_counter_is_torch_s_own():
     assert counter.get_total_flops() == row.both
 
 
+@pytest.mark.wide
 def test_memory_counts_encoders_graphs_and_slow_copies():
     few = ["prompts.cache=null", "memory.checkpoint=none", "optimizer.micro_batch=2"]
     base, deep = (

@@ -95,6 +95,7 @@ def test_an_ordinary_model_and_a_rule_that_suits_are_not_asked(given):
 
 
 @pytest.mark.parametrize("given", [["awm/shapes-turbo"], ["flow_grpo/shapes-turbo"]])
+@pytest.mark.wide
 def test_doctor_measures_the_model_of_a_config_whatever_its_rule(given, walked):
     """Rewards are not loaded, and nothing is trained; the line is the one of a run's start."""
     done = CliRunner().invoke(app, ["doctor", *given])

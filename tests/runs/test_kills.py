@@ -174,7 +174,9 @@ def own(folder: Path) -> bool:
     return config.is_file() and "seed: 0" in config.read_text().splitlines()
 
 
-@pytest.mark.parametrize("rule", list(RUNS))
+@pytest.mark.parametrize(
+    "rule", [pytest.param(rule, marks=() if rule == "flow_grpo" else pytest.mark.wide) for rule in RUNS]
+)
 def test_four_kills_a_rule_change_nothing(nursery, rule, tmp_path):
     seen = kills(nursery, rule, 4, tmp_path)
     assert seen["kills"] == 4

@@ -108,6 +108,7 @@ def test_what_has_no_effect_is_refused(rule, settings, said):
 
 
 @pytest.mark.parametrize("rule", ["{name: awm, times: 1, kl: 0.1}", f"{{{PULLED}}}"])
+@pytest.mark.wide
 def test_R18_the_reference_of_a_guided_run_is_guided_alike(rule, tmp_path):
     """Before anything has moved predictions are the reference's, which those without guidance are not."""
     given = ["sampler.guidance_scale=4", "evaluation.enabled=false", "updates=1", "rewards={jpeg_compressibility: 1}"]

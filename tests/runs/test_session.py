@@ -322,6 +322,7 @@ def test_a_vanished_folder_is_a_fault(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()  # nothing half made in its place
 
 
+@pytest.mark.wide
 def test_a_disk_that_is_really_full_is_exit_code_3_and_the_run_goes_on_later(whole, tmp_path):
     """The kernel refuses files above 100 kB; a checkpoint has 600."""
     folder = tmp_path / "run"
@@ -604,6 +605,7 @@ def test_the_evaluation_compares_the_same_images(whole):
     assert (grids[0] != grids[1]).any()
 
 
+@pytest.mark.wide
 def test_with_a_cache_the_encoders_leave_and_a_resumed_run_is_the_same(tmp_path):
     cached = (f"prompts.cache={tmp_path / 'encoded'}", "evaluation.every=1")
     made = start(tmp_path / "whole", "updates=2", *cached)

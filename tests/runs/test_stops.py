@@ -113,6 +113,7 @@ def test_a_run_in_a_thread_is_a_run(tmp_path):
     assert len(found) == 1
 
 
+@pytest.mark.wide
 def test_a_run_whose_reader_goes_away_is_done(tmp_path):
     script = f"{' '.join(map(repr, command(tmp_path / 'run', 'updates=2')))} 2> >(head -1 > /dev/null)"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)

@@ -89,7 +89,9 @@ def held(world: World, folder: str, name: str, dtype: str) -> None:
     Path(folder, f"{world.rank}").write_text(f"{mine} {whole}")
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("shapes-sd", "float32"), ("shapes-wan", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("shapes-sd", "float32"), pytest.param("shapes-wan", "bfloat16", marks=pytest.mark.wide)]
+)
 def test_each_process_holds_its_part(name, dtype, tmp_path):
     """Half of everything of the common type; Wan keeps norms and tables in float32, which stay whole."""
     for done in launch(2, ["-c", WORKER, "held", str(tmp_path), name, dtype]):

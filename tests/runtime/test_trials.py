@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 import torch
 from click.testing import CliRunner
 
@@ -26,6 +27,7 @@ def dies(q, k, v, mask):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+@pytest.mark.wide
 def test_c9_a_wrong_kernel_and_one_that_ends_its_process_are_told(monkeypatch):
     monkeypatch.setattr(trials, "CASES", trials.CASES)
     wrong = trials.tried(f"{HERE}:nan_with_a_mask", "cpu")

@@ -45,7 +45,9 @@ def test_a_video_pipeline_writes_videos_with_a_picture_each(tmp_path):
     assert '<video src="000_seed1.mp4"' in (tmp_path / "index.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["flow_grpo/wan22", "flow_grpo/qwen-image", "ddpo/sdxl"])
+@pytest.mark.parametrize(
+    "name", ["flow_grpo/wan22", "flow_grpo/qwen-image", pytest.param("ddpo/sdxl", marks=pytest.mark.wide)]
+)
 def test_a_run_of_any_family_can_be_sampled(name, tmp_path):
     session.train(tiny(name, tmp_path / "run"), quiet=True)
     done = run(
