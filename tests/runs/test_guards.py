@@ -127,7 +127,7 @@ def test_what_an_update_logs_is_held_against_the_first_ones(key, first, later, a
 )
 def test_predictions_that_have_left_the_references(ratio, radial, rings):
     """The mean of the last five updates: one alone that is far out is none. Where no reference is asked there is nothing to see."""
-    usual, far = ({"norm_ratio": a, "norm_radial": b} for a, b in ((1.0, 0.0), (2.0, -0.9)))
+    usual, far = ({"norm_ratio": a, "norm_radial": b} for a, b in ((1.0, 0.0), (1.9, -0.9)))
     assert told([usual] * 5 + [far] + [usual] * 5)[1] == []
     guards, said = told([usual] * 5 + [{"norm_ratio": ratio, "norm_radial": radial}] * 5)
     assert guards.raised == ({"outgrown": 10} if rings else {})
