@@ -27,11 +27,6 @@ def settings(context: click.Context, parameter: click.Parameter, begun: str) -> 
     return [CompletionItem(f"{key.name}=", help=key.what) for key in (*every(), *own) if key.name.startswith(begun)]
 
 
-A_CONFIG_OR_NONE = options(
-    click.argument("config", required=False, shell_complete=presets),
-    click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=settings),
-)
-A_CONFIG = options(
-    click.argument("config", shell_complete=presets),
-    click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=settings),
-)
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=settings)
+A_CONFIG = options(click.argument("config", shell_complete=presets), OVERRIDES)
+A_CONFIG_OR_NONE = options(click.argument("config", required=False, shell_complete=presets), OVERRIDES)

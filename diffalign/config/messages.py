@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from diffalign.config.dotted import flat
+from diffalign.config.dotted import flat, within
 from diffalign.config.schema import Config
 from diffalign.errors import shortened, shown
 from diffalign.rules import RULES
@@ -255,7 +255,7 @@ def settings(config: Config) -> dict[str, Any]:
 def given(config: Config) -> list[str]:
     """The keys that the user named, dotted; the others have their defaults, or what the model decides."""
     named = flat(config.model_dump(mode="json", exclude_unset=True))
-    return [key for key, _ in named if not any(key == own or key.startswith(f"{own}.") for own in config.decided)]
+    return [key for key, _ in named if not within(key, config.decided)]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

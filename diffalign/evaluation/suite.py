@@ -132,11 +132,11 @@ def run(
     for line in dict.fromkeys(filter(None, remarks)):
         tell(line)
     try:
-        world.lead(lambda: _check(task, models, out, fresh))
+        facts = world.lead(lambda: _checked(task, models, out, fresh))
         scorer = world.together(lambda: _scorer(task, tell))
         # What is there is deleted once the first model is loaded too, and takes its call.
         first = world.together(lambda: samples.opened(models[0])) if fresh else None
-        world.lead(lambda: _begin(task, models, out, fresh))
+        world.lead(lambda: _begin(facts, models, out, fresh))
         drawn = [
             _one(task, model, out / label, scorer, world, tell, progress, None if number else first)
             for number, (label, model) in enumerate(labels(models).items())
@@ -201,10 +201,11 @@ def _facts(task: Task, models: Sequence[sources.Source]) -> dict[str, Any]:
     }
 
 
-def _check(task: Task, models: Sequence[sources.Source], out: Path, fresh: bool) -> None:
-    """Refuse a folder that holds something else, before judges are loaded; nothing in it changes."""
+def _checked(task: Task, models: Sequence[sources.Source], out: Path, fresh: bool) -> dict[str, Any]:
+    """What samples depend on, as the manifest has it; refuses a folder that holds something else, before judges are loaded."""
     make_folder(out, "--out")
-    facts, path = _plain_facts(task, models), out / MANIFEST
+    facts: dict[str, Any] = json.loads(json.dumps(_facts(task, models)))
+    path = out / MANIFEST
     if path.is_file() and not fresh:
         before = _manifest(path)
         drawn = any(any((out / label).glob("*.png")) for label in before["models"] if LABEL.fullmatch(label))
@@ -214,18 +215,15 @@ def _check(task: Task, models: Sequence[sources.Source], out: Path, fresh: bool)
             )
     elif not path.is_file() and any(out.iterdir()):
         raise UserError(f"--out: {out} holds other files; choose another folder")
+    return facts
 
 
-def _begin(task: Task, models: Sequence[sources.Source], out: Path, fresh: bool) -> None:
+def _begin(facts: dict[str, Any], models: Sequence[sources.Source], out: Path, fresh: bool) -> None:
     """Write down what is evaluated, once everything has loaded; with `fresh`, delete what was there."""
     path = out / MANIFEST
     if fresh:
         _clear(out, path, [*labels(models)])
-    write_text(path, json.dumps(_plain_facts(task, models), indent=1) + "\n")
-
-
-def _plain_facts(task: Task, models: Sequence[sources.Source]) -> dict[str, Any]:
-    return json.loads(json.dumps(_facts(task, models)))  # type: ignore[no-any-return]
+    write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
 def _manifest(path: Path) -> dict[str, Any]:

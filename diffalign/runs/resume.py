@@ -43,7 +43,7 @@ def take_up(where: str, old: dict[str, Any], named: Iterable[str], config: confi
     # What `auto` became stays, and so do defaults of another version: the run goes on with what it began with.
     decided = {key: was for key, (was, new) in differ.items() if key in DECIDED and new == "auto"}
     # Of a section that is there or not, users name keys.
-    chosen = {key for key in differ if any(name == key or name.startswith(f"{key}.") for name in before | now)}
+    chosen = {key for key in differ if any(configs.within(name, [key]) for name in before | now)}
     kept = {key: was for key, (was, _) in differ.items() if key not in chosen and configs.mark(key) != "free"}
     kept |= decided
     left = {key: pair for key, pair in differ.items() if key not in kept}
